@@ -1,0 +1,325 @@
+"""A connection that stays: opens a `Link`, opens the next one when it is lost, and keeps commands meanwhile.
+
+The only module that imports the driver, and the only one that catches its exceptions. It knows nothing of queues: what a
+connection is for (scripts, subscriptions) is its owner's `set_up`.
+
+The end of a link decides what becomes of its commands: what was never written waits for the next link; so does what is safe to
+repeat; the rest fails with `ConnectionLost(maybe_applied=True)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis.exceptions
+from redis.asyncio import Redis
+from redis.asyncio.connection import Connection as DriverConnection
+from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
+from beequeue.link import Command, Link, settle
+from beequeue.settings import Backoff
+
+log = logging.getLogger("beequeue")
+
+MOST_WAITING = 10_000
+"""How many commands wait for a connection that is down."""
+
+RedisSetting = str | Mapping[str, Any] | Redis | None
+"""A URL, redis-py's connection arguments, a client to take the settings of, or None for 127.0.0.1:6379."""
+
+_NOT_OURS = (
+    "connection_class",
+    "retry",
+    "retry_on_error",
+    "retry_on_timeout",
+    "protocol",
+    "health_check_interval",
+    "decode_responses",
+    "maint_notifications_config",
+    "maint_notifications_pool_handler",
+    "himport_registry",
+    "driver_info",
+)
+
+
+class Address:
+    """Where Redis is and how to get in. Its `str` never shows a password."""
+
+    def __init__(self, setting: RedisSetting) -> None:
+        if setting is None:
+            arguments: dict[str, Any] = {}
+        elif isinstance(setting, str):
+            try:
+                arguments = _from_url(setting)
+            except ValueError as error:
+                raise ValueError(f"redis {error}") from None
+        elif isinstance(setting, Redis):
+            arguments = dict(setting.connection_pool.connection_kwargs)
+            arguments["connection_class"] = setting.connection_pool.connection_class
+        elif isinstance(setting, Mapping):
+            arguments = dict(setting)
+        else:
+            raise TypeError(f"redis must be a URL, a dict of connection arguments or a client, not {type(setting).__name__}")
+        if "socket" in arguments:  # bee-queue's name
+            arguments["path"] = arguments.pop("socket")
+        self._class = arguments.get("connection_class") or _class_for(arguments)
+        self._arguments = {name: value for name, value in arguments.items() if name not in _NOT_OURS}
+        self._arguments.pop("ssl", None)
+        if self._class is UnixDomainSocketConnection:
+            self._arguments.pop("host", None)
+            self._arguments.pop("port", None)
+        else:
+            self._arguments.setdefault("host", "127.0.0.1")
+        self._arguments.setdefault("socket_connect_timeout", 10)
+
+    def __str__(self) -> str:
+        named = self._arguments
+        where = named.get("path") or f"{named['host']}:{named.get('port', 6379)}"
+        return f"{where}/{named.get('db', 0)}"
+
+    __repr__ = __str__
+
+    async def open(self, protocol: int) -> tuple[asyncio.Transport, object]:
+        """A transport that is authenticated and has its database; and what must be kept as long as it is used.
+
+        Raises `ConnectionRefused` when Redis said no, `ConnectionLost` when it cannot be reached now.
+        """
+        try:
+            driver = self._class(**self._arguments, protocol=protocol, retry=Retry(NoBackoff(), 0), driver_info=None)
+        except (TypeError, redis.exceptions.RedisError) as error:
+            raise ConnectionRefused(f"redis: {error}") from None
+        try:
+            await driver.connect()
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _translated(error, self, protocol) from None
+        writer = driver._writer
+        # the driver must not close, nor warn about, what it no longer owns
+        driver._writer = driver._reader = None
+        return writer.transport, writer
+
+
+def check_redis_url(url: str) -> None:
+    """Raises `ValueError` when `url` is not one that `Queue` takes; the message begins with "must" and shows no password."""
+    _from_url(url)
+
+
+def _from_url(url: str) -> dict[str, Any]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"must be a URL: {error}") from None
+    shown = f"{parts.scheme}://…@{parts.hostname or ''}{parts.path}" if "@" in parts.netloc else url
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(f"must be a redis://, rediss:// or unix:// URL, not {shown!r}")
+    if parts.scheme == "unix" and not parts.path:
+        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}")
+    if parts.scheme != "unix" and port == 0:
+        raise ValueError(f"must have a port from 1 to 65535, not {shown!r}")
+    if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
+        raise ValueError(f"must name its database by a number, not {shown!r}")
+    try:
+        return dict(parse_url(url))
+    except ValueError as error:
+        raise ValueError(f"must be a URL: {error}") from None
+
+
+def _class_for(arguments: Mapping[str, Any]) -> Any:
+    if arguments.get("path"):
+        return UnixDomainSocketConnection
+    return SSLConnection if arguments.get("ssl") else DriverConnection
+
+
+def _translated(error: Exception, address: Address, protocol: int) -> BeeQueueError:
+    """The driver's exception as ours: refused, or not reachable now."""
+    message = f"{address}: {error}"
+    causes = (error, error.__cause__, error.__context__)
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return ConnectionRefused(message)
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return ConnectionRefused(message)
+    if isinstance(error, redis.exceptions.ResponseError) and "max number of clients" not in message:
+        if protocol == 3 and "unknown command" in message.lower():
+            message = f"{address} does not speak RESP3, which ordered events need (Redis 6 or newer); use ordered_events=False"
+        return ConnectionRefused(message)
+    return ConnectionLost(message, maybe_applied=False)
+
+
+class Connection:
+    """One socket to Redis, for ever: see the module.
+
+    `role` names it in messages. `set_up` is awaited on each new link before any waiting command is sent. `on_message` gets
+    channel and payload of each published message, in the step that parses it; `on_read_end` is called after each read that
+    had one. `report` gets what no caller is told: a lost link, a refusal after the first.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        role: str,
+        *,
+        reconnect: Backoff,
+        report: Callable[[BeeQueueError], None],
+        set_up: Callable[[Link], Awaitable[None]] | None = None,
+        protocol: int = 2,
+        on_message: Callable[[bytes, bytes], None] | None = None,
+        on_read_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.role = role
+        self.link: Link | None = None
+        self.reconnects = 0
+        self._address = address
+        self._reconnect = reconnect
+        self._report = report
+        self._set_up = set_up
+        self._protocol = protocol
+        self._on_message = on_message
+        self._on_read_end = on_read_end
+        self._waiting: deque[Command] = deque()
+        self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
+        self._first: asyncio.Future[None] | None = None
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def send(self, command: Command) -> None:
+        """Issues a command now, or keeps it until the connection is up."""
+        if self.link is not None:
+            self.link.send(command)
+        elif self._closed:
+            command.on_reply(QueueClosed())
+        elif len(self._waiting) >= MOST_WAITING:
+            command.on_reply(
+                ConnectionLost(f"{self._address} is down and {MOST_WAITING} commands wait already", maybe_applied=False)
+            )
+        else:
+            self._waiting.append(command)
+
+    async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
+        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
+        future = asyncio.get_running_loop().create_future()
+        repeat = args if repeatable else None
+        self.send(Command(args, lambda reply: settle(future, reply), repeat=repeat, script=script))
+        return await future
+
+    def withdraw(self, command: Command) -> bool:
+        """Takes back a command that waits for the connection; False when it has been sent, or answered."""
+        try:
+            self._waiting.remove(command)
+        except ValueError:
+            return False
+        return True
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Returns when the connection is up, however long that takes; raises `ConnectionRefused` when Redis says no."""
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._first = first
+        self._keeper = asyncio.create_task(self._keep_up(first), name=f"beequeue {self.role} connection")
+        await first
+
+    async def close(self) -> None:
+        """Closes the socket, or ends the attempts to open one; commands without a reply fail."""
+        self._closed = True
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(QueueClosed())
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait((self._keeper,))
+        link, self.link = self.link, None
+        if link is not None:
+            link.drop("closed")
+            await link.lost
+            self._fail_or_keep(link)
+        while self._waiting:
+            self._waiting.popleft().on_reply(QueueClosed())
+
+    async def _keep_up(self, first: asyncio.Future[None]) -> None:
+        attempt = 0
+        while True:
+            try:
+                link = await self._open_link()
+            except ConnectionRefused as refusal:
+                if not first.done():
+                    first.set_exception(refusal)
+                    return
+                self._report(refusal)
+            except (ConnectionLost, CommandError) as error:
+                log.warning("%s connection: %s (attempt %d)", self.role, error, attempt + 1)
+            else:
+                attempt = 0
+                self._go_up(link)
+                if first.done():
+                    self.reconnects += 1
+                    log.info("%s connection to %s is back", self.role, self._address)
+                else:
+                    first.set_result(None)
+                reason = await asyncio.shield(link.lost)
+                self.link = None
+                self._fail_or_keep(link)
+                self._report(ConnectionLost(f"{self.role} connection to {self._address} lost: {reason}", maybe_applied=False))
+            attempt += 1
+            await asyncio.sleep(self._reconnect(attempt) / 1000)
+
+    async def _open_link(self) -> Link:
+        transport, keep = await self._address.open(self._protocol)
+        link = Link(
+            transport,
+            keep=keep,
+            on_message=self._on_message or _ignore_message,
+            on_read_end=self._on_read_end or _ignore_read_end,
+            resp2_pushes=self._on_message is not None and self._protocol == 2,
+            ping_when_quiet=self._on_message is not None,
+        )
+        try:
+            if self._set_up is not None:
+                await self._set_up(link)
+        except CommandError as error:
+            link.drop("set-up refused")
+            if error.code in ("NOAUTH", "NOPERM", "WRONGPASS"):
+                raise ConnectionRefused(f"{self._address}: {error}") from None
+            raise
+        except BaseException:
+            link.drop("set-up ended")
+            raise
+        return link
+
+    def _go_up(self, link: Link) -> None:
+        self.link = link
+        waiting, self._waiting = self._waiting, deque()
+        for command in waiting:
+            link.send(command)
+
+    def _fail_or_keep(self, link: Link) -> None:
+        """Sorts the commands of a lost link; those that stay go before what was issued since."""
+        unanswered, unwritten = link.orphans()
+        kept = []
+        failed = []
+        for command in unanswered:
+            if command.repeat is not None and not self._closed:
+                command.args = command.repeat
+                command.repeated = True
+                kept.append(command)
+            else:
+                failed.append(command)
+        self._waiting.extendleft(reversed(kept + unwritten))
+        for command in failed:
+            command.on_reply(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
+
+
+def _ignore_message(channel: bytes, payload: bytes) -> None:
+    pass
+
+
+def _ignore_read_end() -> None:
+    pass

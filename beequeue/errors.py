@@ -1,0 +1,82 @@
+"""What a caller of beequeue can catch.
+
+One root, `BeeQueueError`; the first docstring line of each class says when it is raised.
+Wrong arguments are not here: they raise `ValueError` or `TypeError` that name the argument.
+"""
+
+
+class BeeQueueError(Exception):
+    """The root of every error that beequeue raises by itself."""
+
+
+class QueueClosed(BeeQueueError):
+    """The queue has been closed; the message is `closed`, as in bee-queue."""
+
+    def __init__(self) -> None:
+        super().__init__("closed")
+
+
+class NotConnected(BeeQueueError):
+    """A queue made with `auto_connect=False` was used before `connect()`."""
+
+
+class WrongLoop(BeeQueueError):
+    """A queue was used from another event loop or thread than the one that opened it."""
+
+
+class OperationTimedOut(BeeQueueError):
+    """`close()` ran past its time-out; the message is `Operation timed out.`, as in bee-queue."""
+
+    def __init__(self) -> None:
+        super().__init__("Operation timed out.")
+
+
+class ConnectionRefused(BeeQueueError):
+    """Redis answered, and said no: password, permission, database, certificate, or no RESP3."""
+
+
+class ConnectionLost(BeeQueueError):
+    """The connection went down before Redis answered.
+
+    `maybe_applied` is False when the command certainly did not happen, True when it may have.
+    """
+
+    def __init__(self, message: str, *, maybe_applied: bool) -> None:
+        super().__init__(message)
+        self.maybe_applied = maybe_applied
+
+
+class CommandError(BeeQueueError):
+    """Redis refused a command; `code` is the first word of its reply, such as `OOM` or `NOPERM`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = message.split(" ", 1)[0]
+
+
+class JobFailed(BeeQueueError):
+    """A job failed on its worker; the message is the worker's error message."""
+
+
+class JobTimeout(BeeQueueError):
+    """A handler ran longer than its job's `timeout`; its job fails with this message."""
+
+
+class OutcomeUnknown(BeeQueueError):
+    """A job has ended, or its entry is gone, and nobody can tell how."""
+
+
+class LateFinish(BeeQueueError):
+    """A handler ended, but its job had been settled, removed or handed on meanwhile; nothing was written."""
+
+
+class OutcomeNotRecorded(BeeQueueError):
+    """A handler ended, but Redis could not be told; the stall check brings the job back."""
+
+
+class UnreadableData(BeeQueueError):
+    """A stored job or a received message is not what bee-queue writes; it was set aside."""
+
+
+class ListenerFailed(BeeQueueError):
+    """A listener raised; `__cause__` is what it raised."""

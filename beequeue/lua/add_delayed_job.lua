@@ -1,0 +1,29 @@
+-- Stores a job that becomes available at a point in time.
+--
+-- KEYS[1] id              counter of automatic ids
+-- KEYS[2] jobs            hash: id -> job JSON
+-- KEYS[3] delayed         sorted set: id, scored by activation time in epoch ms
+-- KEYS[4] earlierDelayed  channel: "look again at this time"
+-- ARGV[1]                 the job's own id, or '' for the next automatic one
+-- ARGV[2]                 job JSON
+-- ARGV[3]                 activation time, epoch ms
+--
+-- Returns the id, or nil when the job's own id is in use (nothing is written then).
+--
+-- Why: whoever raises delayed jobs sleeps until the earliest one that it knows; a job that becomes
+-- the earliest must wake it.
+
+local id = ARGV[1]
+if id == '' then
+  repeat
+    id = string.format('%.0f', redis.call('INCR', KEYS[1]))
+  until redis.call('HEXISTS', KEYS[2], id) == 0
+elseif redis.call('HEXISTS', KEYS[2], id) == 1 then
+  return nil
+end
+redis.call('HSET', KEYS[2], id, ARGV[2])
+redis.call('ZADD', KEYS[3], ARGV[3], id)
+if redis.call('ZRANGE', KEYS[3], 0, 0)[1] == id then
+  redis.call('PUBLISH', KEYS[4], ARGV[3])
+end
+return id

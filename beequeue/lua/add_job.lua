@@ -1,0 +1,24 @@
+-- Stores a job and makes it available.
+--
+-- KEYS[1] id       counter of automatic ids
+-- KEYS[2] jobs     hash: id -> job JSON
+-- KEYS[3] waiting  list: pushed left, taken right
+-- ARGV[1]          the job's own id, or '' for the next automatic one
+-- ARGV[2]          job JSON
+--
+-- Returns the id, or nil when the job's own id is in use (nothing is written then).
+--
+-- Why: storing and making available must be one step, or a worker could take an id that has no data.
+-- An automatic id that somebody uses as their own is passed over.
+
+local id = ARGV[1]
+if id == '' then
+  repeat
+    id = string.format('%.0f', redis.call('INCR', KEYS[1]))
+  until redis.call('HEXISTS', KEYS[2], id) == 0
+elseif redis.call('HEXISTS', KEYS[2], id) == 1 then
+  return nil
+end
+redis.call('HSET', KEYS[2], id, ARGV[2])
+redis.call('LPUSH', KEYS[3], id)
+return id

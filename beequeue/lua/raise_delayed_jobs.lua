@@ -1,0 +1,27 @@
+-- Moves delayed jobs that are due to waiting, and says when to look again.
+--
+-- KEYS[1] delayed  sorted set: id, scored by activation time in epoch ms
+-- KEYS[2] waiting  list: pushed left, taken right
+-- ARGV[1]          now, epoch ms
+-- ARGV[2]          debounce, ms: jobs this close behind the earliest one are raised with it
+--
+-- Returns {how many were moved, the next time to look as a string, or -1 when none is left}.
+--
+-- Why: pages of 1000, because Lua's unpack has a limit and any number may be due at once.
+
+local raised = 0
+while true do
+  local due = redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, 1000)
+  if #due == 0 then break end
+  redis.call('LPUSH', KEYS[2], unpack(due))
+  redis.call('ZREM', KEYS[1], unpack(due))
+  raised = raised + #due
+end
+
+local earliest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+if #earliest == 0 then
+  return {raised, -1}
+end
+local horizon = string.format('%.17g', tonumber(earliest[2]) + tonumber(ARGV[2]))
+local last = redis.call('ZREVRANGEBYSCORE', KEYS[1], horizon, 0, 'WITHSCORES', 'LIMIT', 0, 1)
+return {raised, last[2] or earliest[2]}

@@ -1,0 +1,169 @@
+"""The two clocks: raising delayed jobs when they are due, and recovering the jobs of workers that went silent.
+
+Both only decide when to ask; what is done is a script of the store. Neither stops for an error: it is reported, and the
+clock goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from beequeue.errors import BeeQueueError
+from beequeue.job import now_ms
+from beequeue.store import Store
+
+RETRY_S = 1.0
+"""How long to wait before asking again after Redis refused."""
+
+
+class Host(Protocol):
+    """What the clocks ask of their queue."""
+
+    def emit(self, event: str, *args: Any) -> bool: ...
+    def report(self, error: Exception) -> None: ...
+
+
+class EagerTimer:
+    """Calls `trigger` at the earliest of the times it was given, and at the latest `max_delay_ms` after the last call.
+
+    Times are epoch ms of `clock`; None, NaN and negative ones mean "as late as allowed".
+    """
+
+    def __init__(
+        self,
+        max_delay_ms: int,
+        trigger: Callable[[], None],
+        *,
+        clock: Callable[[], float] = now_ms,
+        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
+    ) -> None:
+        if isinstance(max_delay_ms, bool) or not isinstance(max_delay_ms, int) or max_delay_ms <= 0:
+            raise ValueError(f"maximum delay must be a positive integer, not {max_delay_ms!r}")
+        self._max_delay_ms = max_delay_ms
+        self._trigger = trigger
+        self._clock = clock
+        self._call_later = call_later or asyncio.get_running_loop().call_later
+        self._handle: asyncio.TimerHandle | None = None
+        self._due = math.inf
+        self._stopped = False
+
+    def schedule(self, when: float | None) -> None:
+        """Triggers at `when` unless an earlier time is scheduled; at once when it has passed."""
+        if self._stopped:
+            return
+        now = self._clock()
+        latest = now + self._max_delay_ms
+        if when is None or math.isnan(when) or when < 0:
+            when = latest
+        if when <= now:
+            self._arm(latest)
+            self._trigger()
+        elif self._handle is None or min(when, latest) < self._due:
+            self._arm(min(when, latest))
+
+    def stop(self) -> None:
+        """Never triggers again."""
+        self._stopped = True
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _arm(self, due: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._due = due
+        self._handle = self._call_later(max(0.0, due - self._clock()) / 1000, self._fire)
+
+    def _fire(self) -> None:
+        self._handle = None
+        # a timer may fire early, and the clock may have been set back: then what is left, but never more than allowed
+        if self._due > self._clock():
+            self._arm(min(self._due, self._clock() + self._max_delay_ms))
+            return
+        self._arm(self._clock() + self._max_delay_ms)
+        self._trigger()
+
+
+class DelayedActivator:
+    """Raises delayed jobs when they are due (`raised jobs`, count), one call of the script at a time."""
+
+    def __init__(self, store: Store, host: Host, *, near_term_window_ms: int, debounce_ms: int) -> None:
+        self._store = store
+        self._host = host
+        self._debounce_ms = debounce_ms
+        self._wanted = asyncio.Event()
+        self._timer = EagerTimer(near_term_window_ms, self._wanted.set)
+        self._task = asyncio.create_task(self._activate_when_wanted(), name="beequeue delayed jobs")
+
+    def look_at(self, when: float | None) -> None:
+        """A job is due at `when` (epoch ms): looks then, at the latest."""
+        self._timer.schedule(when)
+
+    def look_now(self) -> None:
+        """Looks at once: what became due while nobody looked."""
+        self._wanted.set()
+
+    async def close(self) -> None:
+        """Stops looking."""
+        self._timer.stop()
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+
+    async def _activate_when_wanted(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                raised, look_again = await self._store.raise_delayed(now_ms(), self._debounce_ms)
+            except BeeQueueError as error:
+                self._host.report(error)
+                self._timer.schedule(now_ms() + RETRY_S * 1000)
+                continue
+            if raised:
+                self._host.emit("raised jobs", raised)
+            self._timer.schedule(look_again)
+
+
+class StallChecker:
+    """Recovers the jobs of silent workers (`stalled`, id): once, or again and again."""
+
+    def __init__(self, store: Store, host: Host, *, stall_interval_ms: int) -> None:
+        self._store = store
+        self._host = host
+        self._stall_interval_ms = stall_interval_ms
+        self._task: asyncio.Task[None] | None = None
+
+    async def check(self) -> int:
+        """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
+        stalled = await self._store.check_stalled(self._stall_interval_ms)
+        for job_id in stalled:
+            self._host.emit("stalled", job_id)
+        return len(stalled)
+
+    def repeat(self, interval_ms: int) -> None:
+        """Checks again `interval_ms` after each check, instead of at the interval set before."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.create_task(self._check_repeatedly(interval_ms), name="beequeue stall check")
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a repetition is under way."""
+        return self._task is not None
+
+    async def close(self) -> None:
+        """Ends the repetition."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    async def _check_repeatedly(self, interval_ms: int) -> None:
+        while True:
+            await asyncio.sleep(interval_ms / 1000)
+            try:
+                await self.check()
+            except BeeQueueError as error:
+                self._host.report(error)

@@ -1,0 +1,461 @@
+"""The facade: a queue's public life (open, create jobs, process, listen, close), and the wiring of its parts.
+
+Connections: one for commands; one for takes, for a worker; one for events, when somebody listens. With `ordered_events`
+whatever names one job goes on the events' connection (RESP3), whose order removes the race of bee-queue's issues 78 and 189.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from beequeue.connection import Address, Connection, RedisSetting
+from beequeue.consumer import Consumer, Handler
+from beequeue.errors import (
+    BeeQueueError,
+    ConnectionRefused,
+    ListenerFailed,
+    NotConnected,
+    OperationTimedOut,
+    QueueClosed,
+    UnreadableData,
+    WrongLoop,
+)
+from beequeue.events import Emitter, Event, Registry, encode_event
+from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
+from beequeue.link import Link
+from beequeue.maintenance import DelayedActivator, StallChecker
+from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds
+from beequeue.store import Store, load_scripts
+
+log = logging.getLogger("beequeue")
+
+
+class Queue(Emitter):
+    """A bee-queue, in the role its settings give it: producer, worker, or both.
+
+    `name` and the setting `prefix` name its keys in Redis, `<prefix>:<name>:…`. `redis` is a URL (`redis://`, `rediss://`,
+    `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the settings of, or None for
+    127.0.0.1:6379. The settings are those of `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
+
+    Connects at once when made inside a running loop (unless `auto_connect=False`), otherwise at first use; `async with`
+    opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.
+
+    Events: `ready`; `error` (error); on the worker `succeeded` (job, result), `retrying`, `failed`, `failed:fatal` (job,
+    error); `stalled` (id); `raised jobs` (count); and for every job of the queue, whoever made it: `job succeeded` (id,
+    result), `job failed`, `job retrying` (id, error), `job progress` (id, value).
+    """
+
+    def __init__(self, name: str, redis: RedisSetting = None, **settings: Unpack[QueueOptions]) -> None:
+        super().__init__()
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a non-empty string, not {name!r}")
+        self.name = name
+        self.settings = QueueSettings(**settings)  # type: ignore[arg-type]  # durations become ms there
+        self.key_prefix = f"{self.settings.prefix}:{name}:"
+        self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
+        self.jobs: Registry[Job] = Registry()
+        self.paused = False
+        self.unknown_outcomes = 0
+        self._address = Address(redis)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._ready = False
+        self._closed = False
+        self._events_read: list[Event] = []
+        self._client_id: int | None = None
+        self._commands: Connection
+        self._takes: Connection | None = None
+        self._subscription: Connection | None = None
+        self._store: Store
+        self._consumer: Consumer | None = None
+        self._processing = False
+        self._activator: DelayedActivator | None = None
+        self._stall_checker: StallChecker | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closers: set[asyncio.Task[Any] | None] = set()
+        self._ended = asyncio.Event()
+        if self.settings.auto_connect:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                pass  # connects at first use
+            else:
+                self._open()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
+        return f"<Queue {self.name} {state} running={self.running} tracked={len(self.jobs)}>"
+
+    @property
+    def running(self) -> int:
+        """How many handlers run in this process now."""
+        return 0 if self._consumer is None else self._consumer.running
+
+    @property
+    def reconnects(self) -> int:
+        """How often a connection of this queue was lost and came back."""
+        connections = (self._commands, self._takes, self._subscription) if self._loop else ()
+        return sum(connection.reconnects for connection in connections if connection is not None)
+
+    @property
+    def late_finishes(self) -> int:
+        """How many handlers ended after their job had been settled, removed or handed on."""
+        return 0 if self._consumer is None else self._consumer.late_finishes
+
+    def is_running(self) -> bool:
+        """False from the moment `close()` is called."""
+        return not self.paused
+
+    def to_key(self, suffix: str) -> str:
+        """The full name of one of the queue's keys or channels."""
+        return self.key_prefix + suffix
+
+    # --- opening ---------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def connect(self) -> bool:
+        """Connects if that has not begun yet, and returns True when the queue is ready.
+
+        Waits for a Redis that is not up yet. Raises `ConnectionRefused` when Redis says no, `QueueClosed`.
+        """
+        self._check_usable()
+        if self._opening is None:
+            self._open()
+        await self._until_ready()
+        return True
+
+    async def ready(self) -> Self:
+        """Returns the queue when it is connected, subscribed, and its scripts are loaded; raises like `connect`.
+
+        With `auto_connect=False` and before `connect()` it returns at once.
+        """
+        self._check_usable()
+        if self._opening is None and not self.settings.auto_connect:
+            return self
+        await self.connect()
+        return self
+
+    def _open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        settings = self.settings
+        connection = functools.partial(Connection, self._address, reconnect=settings.reconnect, report=self.report)
+        self._commands = connection("command", set_up=load_scripts if settings.ensure_scripts else None)
+        if settings.is_worker:
+            self._takes = connection("take", set_up=self._set_up_takes)
+        if settings.get_events or settings.activate_delayed_jobs:
+            self._subscription = connection(
+                "event",
+                protocol=3 if settings.ordered else 2,
+                set_up=self._subscribe,
+                on_message=self._message,
+                on_read_end=self._messages_were_read,
+            )
+        jobs = self._subscription if settings.ordered and self._subscription is not None else self._commands
+        self._store = Store(self.key_prefix, self._commands, self._takes, jobs)
+        if settings.activate_delayed_jobs:
+            self._activator = DelayedActivator(
+                self._store,
+                self,
+                near_term_window_ms=settings.near_term_window,
+                debounce_ms=settings.delayed_debounce,
+            )
+        self._stall_checker = StallChecker(self._store, self, stall_interval_ms=settings.stall_interval)
+        self._opening = self._spawn(self._connect(), "opening")
+
+    async def _connect(self) -> None:
+        connections = [c for c in (self._commands, self._takes, self._subscription) if c is not None]
+        await asyncio.gather(*(connection.open() for connection in connections))
+        self._ready = True
+        if self._activator is not None:
+            self._activator.look_now()
+        asyncio.get_running_loop().call_soon(self.emit, "ready")
+
+    async def _set_up_takes(self, link: Link) -> None:
+        try:
+            self._client_id = await link.call(b"CLIENT", b"ID")
+        except BeeQueueError as error:
+            if getattr(error, "code", None) != "NOPERM":
+                raise
+            self._client_id = None  # closing then waits for the open take instead of ending it
+
+    async def _subscribe(self, link: Link) -> None:
+        if self.settings.get_events:
+            await link.call(b"SUBSCRIBE", self._store.events_channel)
+        if self.settings.activate_delayed_jobs:
+            await link.call(b"SUBSCRIBE", self._store.earlier_channel)
+
+    async def _until_ready(self) -> None:
+        """Every public call's first step: connected, open, and in the right loop."""
+        self._check_usable()
+        if self._ready:
+            return
+        if self._opening is None:
+            if not self.settings.auto_connect:
+                raise NotConnected("the queue is not connected: await connect() first")
+            self._open()
+        assert self._opening is not None
+        await asyncio.shield(self._opening)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise QueueClosed
+        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
+            raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is used from another one")
+
+    # --- producing -------------------------------------------------------------------------------------------------------
+
+    def create_job(self, data: Any = None) -> Job:
+        """A job that carries `data` (whatever JSON carries; None is `{}`). Nothing is sent before `Job.save`."""
+        return Job(self, data)
+
+    async def save_job(self, job: Job) -> None:
+        """What `Job.save` does: stores the job in `jobs`, and its id in `waiting` or `delayed`."""
+        entry = job.encode()
+        if not self._ready or self._closed or asyncio.get_running_loop() is not self._loop:
+            await self._until_ready()
+        assert self._loop is not None
+        saved: asyncio.Future[None] = self._loop.create_future()
+        ordered = self.settings.ordered
+        delay = job.options.get("delay")
+
+        def on_reply(reply: Any) -> None:
+            if isinstance(reply, BeeQueueError):
+                if not saved.done():
+                    saved.set_exception(reply)
+                return
+            job.id = None if reply is None else reply.decode()
+            if ordered:
+                # here, in the step that parses the reply: the job's events may stand right behind it
+                self._bind(job)
+            if not saved.done():
+                saved.set_result(None)
+
+        self._store.add(job.id or "", entry, delay, on_reply)
+        await saved
+        if not ordered:
+            # bee-queue 2.0.0's way: an event that came before this is lost to the job
+            self._bind(job)
+        if delay is not None and self._activator is not None and job.id is not None:
+            self._activator.look_at(delay)
+
+    def _bind(self, job: Job) -> None:
+        if job.id is None or not self.settings.store_jobs:
+            return
+        older = self.jobs.bind(job)
+        if older is not None:
+            self._lose(older, "its id has been given to another job")
+
+    def _lose(self, job: Job, reason: str) -> None:
+        self.unknown_outcomes += 1
+        job.lose(reason)
+
+    async def report_progress(self, job: Job, value: Any) -> int:
+        """What `Job.report_progress` does: one message on `events`."""
+        if value is None:
+            raise ValueError("Progress cannot be empty")
+        if job.id is None:
+            raise BeeQueueError("progress of a job that has not been saved")
+        message = encode_event(job.id, "progress", value)
+        await self._until_ready()
+        job.progress = value
+        return await self._store.publish(message)
+
+    def check_result_is_possible(self) -> None:
+        """Raises `BeeQueueError` when this queue's jobs never hear of their end."""
+        self._check_usable()
+        if not self.settings.get_events or not self.settings.store_jobs:
+            raise BeeQueueError("result() needs a queue with get_events and store_jobs")
+
+    # --- events ----------------------------------------------------------------------------------------------------------
+
+    def _message(self, channel: bytes, payload: bytes) -> None:
+        """A published message, in the step that parses it: read now, delivered at the end of the read."""
+        if channel == self._store.events_channel:
+            try:
+                self._events_read.append(Event.decode(payload))
+            except UnreadableData as error:
+                self.report(error)
+        elif self._activator is not None:
+            try:
+                self._activator.look_at(float(payload))
+            except ValueError:
+                self._activator.look_at(None)
+
+    def _messages_were_read(self) -> None:
+        """Hands the read's events on in one later step: after the code that waited for a save's reply in the same read."""
+        if self._events_read and self._loop is not None:
+            events, self._events_read = self._events_read, []
+            self._loop.call_soon(self._deliver, events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            self.emit("job " + event.name, event.id, event.data)
+            self.jobs.deliver(event)
+
+    def report(self, error: Exception) -> None:
+        """Emits `error`; without a listener it is logged."""
+        if not self.emit("error", error):
+            log.error("queue %s: %s: %s", self.name, type(error).__name__, error)
+
+    def _listener_failed(self, event: str, error: Exception) -> None:
+        if event == "error":  # not in circles
+            log.error("queue %s: a listener of error raised", self.name, exc_info=error)
+            return
+        failure = ListenerFailed(f"a listener of {event!r} raised {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self.report(failure)
+
+    def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
+        async def listen() -> None:
+            try:
+                await result
+            except Exception as error:
+                self._listener_failed(event, error)
+
+        self._spawn(listen(), f"listener of {event}")
+
+    listener_failed = _listener_failed
+    listener_awaits = _listener_awaits
+
+    # --- processing ------------------------------------------------------------------------------------------------------
+
+    def process(self, handler: Handler, concurrency: int = 1) -> Self:
+        """Starts to take jobs and run `handler` on each, at most `concurrency` at once; returns the queue.
+
+        The handler is an `async def` with the job as its argument, or a plain function, which runs in a thread; what it
+        returns is the job's result, what it raises fails the job. It must not await its own queue's `close()`, nor, when it
+        takes the last free slot, another job's `result()`. Begins with a stall check, repeated every
+        `stalled_check_interval`. Raises `BeeQueueError` on a non-worker, when called twice, and when closed.
+        """
+        if not self.settings.is_worker:
+            raise BeeQueueError("Cannot call Queue#process on a non-worker")
+        if self._processing:
+            raise BeeQueueError("Cannot call Queue#process twice")
+        if self.paused:
+            raise QueueClosed
+        if not callable(handler):
+            raise TypeError(f"handler must be callable, not {handler!r}")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int):
+            raise TypeError(f"concurrency must be an int, not {concurrency!r}")
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        self._check_usable()
+        self._processing = True
+        self._spawn(self._start_processing(handler, concurrency), "start of processing")
+        return self
+
+    async def run(self, handler: Handler, concurrency: int = 1) -> None:
+        """Like `process`, and returns when the queue has been closed."""
+        self.process(handler, concurrency)
+        await self._until_ready()
+        await self._ended.wait()
+
+    async def _start_processing(self, handler: Handler, concurrency: int) -> None:
+        await self._until_ready()
+        assert self._stall_checker is not None
+        try:
+            await self._stall_checker.check()
+        except BeeQueueError as error:
+            self.report(error)
+        if self.paused:
+            return
+        interval = self.settings.stalled_check_interval
+        interval = self.settings.stall_interval if interval is None else interval
+        if interval and not self._stall_checker.repeats:
+            self._stall_checker.repeat(interval)
+        self._consumer = Consumer(self._store, self, handler, concurrency)
+        self._consumer.start()
+
+    def decode_job(self, job_id: str, entry: bytes) -> Job:
+        """A job from its entry in `jobs`; raises `UnreadableData`."""
+        return Job.decode(self, job_id, entry)
+
+    async def check_stalled_jobs(self, interval: Duration | None = None) -> int:
+        """Moves the jobs of silent workers from `active` to `waiting` (`stalled`, id, for each); returns how many.
+
+        With an `interval` (ms or `timedelta`, above 0) it is repeated that long after each check, until `close()`, in place
+        of a worker's automatic check. At most one check in each `stall_interval` does anything, whoever asks; it takes two to
+        find a job. Raises what Redis answered to the first one; later failures are reported through `error`.
+        """
+        interval_ms = 0 if interval is None else milliseconds("interval", interval)
+        await self._until_ready()
+        assert self._stall_checker is not None
+        if interval_ms:
+            self._stall_checker.repeat(interval_ms)
+        return await self._stall_checker.check()
+
+    # --- closing ---------------------------------------------------------------------------------------------------------
+
+    async def close(self, timeout: Duration = 5_000) -> None:
+        """Closes the queue; a second call waits for the first and ends as it did.
+
+        1. From now on `is_running()` is False; the clocks stop. 2. A worker takes no more jobs, and handlers have until
+        `timeout` (ms or `timedelta`) to end; saving still works. 3. What is still held goes back to `waiting`. 4. The
+        connections are closed; every later call raises `QueueClosed`. 5. Raises `OperationTimedOut` when handlers had to be
+        cancelled; `ConnectionRefused` when the queue had never been able to open. From a handler of its own it raises at once.
+        """
+        timeout_ms = milliseconds("timeout", timeout) or 5_000
+        if self._consumer is not None and self._consumer.owns_current_task():
+            raise BeeQueueError("a handler cannot close its own queue: close() waits for the handler")
+        if self._closing is None:
+            if self._loop is None:  # never opened
+                self.paused = self._closed = True
+                return
+            if asyncio.get_running_loop() is not self._loop:
+                raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is closed from another one")
+            self.paused = True
+            self._closing = asyncio.create_task(self._close(timeout_ms / 1000), name=f"beequeue {self.name}: closing")
+        self._closers.add(asyncio.current_task())
+        await asyncio.shield(self._closing)
+
+    async def _close(self, timeout_s: float) -> None:
+        assert self._opening is not None
+        assert self._stall_checker is not None
+        await self._stall_checker.close()
+        if self._activator is not None:
+            await self._activator.close()
+        in_time = True
+        if self._consumer is not None:
+            in_time = await self._consumer.drain(self._client_id, timeout_s)
+        self._closed = True
+        for connection in (self._takes, self._subscription, self._commands):
+            if connection is not None:
+                await connection.close()
+        self._ended.set()
+        unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)
+        if not self._opening.cancelled() and isinstance(refused := self._opening.exception(), ConnectionRefused):
+            raise refused
+        if not in_time:
+            raise OperationTimedOut
+
+    def _spawn(self, work: Any, what: str) -> asyncio.Task[Any]:
+        """A named task that the queue owns; its failure is reported."""
+        task = asyncio.get_running_loop().create_task(work, name=f"beequeue {self.name}: {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, Exception) and not isinstance(error, QueueClosed):
+            self.report(error)

@@ -1,0 +1,141 @@
+"""A queue's settings: one frozen, validated value.
+
+Every check of a setting is here, and every message names the setting, the value and what is
+allowed. Nothing is silently replaced. Knows nothing of Redis beyond names and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from typing import Any, TypedDict
+
+Duration = int | timedelta
+"""Milliseconds, or a `timedelta`."""
+
+PointInTime = int | float | datetime
+"""Milliseconds since the epoch, or an aware `datetime`."""
+
+Backoff = Callable[[int], int]
+"""From the number of the attempt (1, 2, …) to the milliseconds to wait before it."""
+
+
+def linear_backoff(attempt: int) -> int:
+    """Milliseconds before reconnection attempt `attempt`: 250 more each time, at most 15 s."""
+    return min(250 * attempt, 15_000)
+
+
+def milliseconds(name: str, value: Duration, *, at_least: int = 0) -> int:
+    """`value` as an int of milliseconds; raises `TypeError` or `ValueError` naming `name`."""
+    if isinstance(value, timedelta):
+        value = round(value.total_seconds() * 1000)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int of milliseconds or a timedelta, not {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least} ms, not {value}")
+    return value
+
+
+class QueueOptions(TypedDict, total=False):
+    """The keyword arguments of `Queue`; `QueueSettings` says what each means."""
+
+    prefix: str
+    is_worker: bool
+    get_events: bool
+    send_events: bool
+    store_jobs: bool
+    ensure_scripts: bool
+    activate_delayed_jobs: bool
+    stall_interval: Duration
+    near_term_window: Duration
+    delayed_debounce: Duration
+    remove_on_success: bool
+    remove_on_failure: bool
+    quit_command_client: bool
+    redis_scan_count: int
+    auto_connect: bool
+    initial_redis_failure_retry_delay: Duration
+    ordered_events: bool
+    stalled_check_interval: Duration | None
+    reconnect: Backoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSettings:
+    """bee-queue 2.0.0's settings under Python names, and three of our own at the end."""
+
+    prefix: str = "bq"
+    """First part of every key and channel."""
+    is_worker: bool = True
+    """Open a connection for takes; allow `process`."""
+    get_events: bool = True
+    """Subscribe to `<prefix>:<name>:events`."""
+    send_events: bool = True
+    """Publish `succeeded`, `failed` and `retrying` when a job is settled."""
+    store_jobs: bool = True
+    """Keep saved and fetched jobs in `queue.jobs`, so that they receive their own events."""
+    ensure_scripts: bool = True
+    """Load the scripts while connecting, rather than each at its first use."""
+    activate_delayed_jobs: bool = False
+    """Raise due delayed jobs to `waiting`."""
+    stall_interval: int = 5_000
+    """ms within which a worker must report a running job; the same across a fleet."""
+    near_term_window: int = 1_200_000
+    """ms; the longest that the delayed timer waits before it looks again."""
+    delayed_debounce: int = 1_000
+    """ms within which successive delayed jobs are raised together."""
+    remove_on_success: bool = False
+    """Delete a succeeded job's data instead of recording it in `succeeded`."""
+    remove_on_failure: bool = False
+    """Delete a finally failed job's data instead of recording it in `failed`."""
+    quit_command_client: bool | None = None
+    """Close the command connection with the queue; None: unless it is shared."""
+    redis_scan_count: int = 100
+    """Upper bound of COUNT in each SSCAN."""
+    auto_connect: bool = True
+    """Connect when made (inside a running loop) or at first use; otherwise call `connect()`."""
+    initial_redis_failure_retry_delay: int = 1_000
+    """ms before a refused take is tried again; doubles with each refusal in a row, to 15 s."""
+    ordered_events: bool = True
+    """Saves travel on the event connection (RESP3), so that no job misses its own events."""
+    stalled_check_interval: int | None = None
+    """ms between a worker's own stall checks; None: `stall_interval`; 0: one check only."""
+    reconnect: Backoff = linear_backoff
+    """ms to wait before each reconnection attempt."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _checked(field.name, field.default, value))
+        if not self.prefix:
+            object.__setattr__(self, "prefix", "bq")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether commands that name one job go on the event connection."""
+        return self.ordered_events and self.get_events
+
+
+_AT_LEAST = {"redis_scan_count": 1, "delayed_debounce": 0, "stalled_check_interval": 0}
+
+
+def _checked(name: str, default: Any, value: Any) -> Any:
+    """`value` as the setting's own type; raises naming the setting and the value."""
+    if name == "reconnect":
+        if not callable(value):
+            raise TypeError(f"reconnect must be a function from attempt to milliseconds, not {value!r}")
+        return value
+    if default is None and value is None:
+        return value
+    if name == "prefix":
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"prefix must be a string, not {value!r}")
+        return value
+    if isinstance(default, bool) or name == "quit_command_client":
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+        return value
+    if name == "redis_scan_count" and isinstance(value, timedelta):
+        raise TypeError(f"redis_scan_count must be an int, not {value!r}")
+    return milliseconds(name, value, at_least=_AT_LEAST.get(name, 1))

@@ -1,0 +1,109 @@
+"""The harness's configuration, from the environment and `.env`; the only module that reads either.
+
+A wrong value ends the program with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from dotenv import dotenv_values
+
+from beequeue import check_redis_url
+
+
+@dataclass(frozen=True)
+class Config:
+    """One field a variable, named like it in lower case."""
+
+    queue_name: str = "issue-189"
+    concurrency: int = 2
+    """jobs at once in one worker process"""
+    num_chains: int = 7
+    redis_url: str = "redis://127.0.0.1:6379"
+    ordered_events: bool = False
+    """True turns the cure on"""
+    stats_interval: float = 3
+    """seconds"""
+    duration: float = 0
+    """seconds after which the client ends; 0: when it is stopped"""
+    extended_stats: bool = False
+
+
+def _whole(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and int(value) >= 1):
+        raise ValueError(f"must be a whole number, at least 1, not {value!r}")
+    return int(value)
+
+
+def _seconds(value: str, *, zero: bool = False) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+        raise ValueError(f"must be a number of seconds, {'0 or more' if zero else 'more than 0'}, not {value!r}")
+    return seconds
+
+
+def _truth(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value == "true"
+
+
+def _url(value: str) -> str:
+    check_redis_url(value)
+    return value
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "queue_name": str,
+    "concurrency": _whole,
+    "num_chains": _whole,
+    "redis_url": _url,
+    "ordered_events": _truth,
+    "stats_interval": _seconds,
+    "duration": partial(_seconds, zero=True),
+    "extended_stats": _truth,
+}
+
+
+def parse(variables: Mapping[str, str | None]) -> Config:
+    """The configuration in `variables`; an empty variable counts as not set. Raises `ValueError` with the line to show."""
+    given = {}
+    for field, parser in _PARSERS.items():
+        name = field.upper()
+        if value := variables.get(name):
+            try:
+                given[field] = parser(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+    return Config(**given)  # type: ignore[arg-type]  # each parser returns its field's type
+
+
+def load() -> Config:
+    """The configuration of this process: real environment variables win over `.env`."""
+    try:
+        return parse({**dotenv_values(Path(__file__).with_name(".env")), **os.environ})
+    except ValueError as error:
+        fail(str(error), code=2)
+
+
+def log_to_stderr() -> None:
+    """Everything but the stats lines goes to stderr."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+
+
+def fail(line: str, code: int = 1) -> NoReturn:
+    """Ends the program with one line."""
+    print(line, file=sys.stderr)
+    sys.exit(code)
