@@ -110,9 +110,7 @@ class Chains:
         """Gives up jobs that should have ended long ago: Redis, or a message, was lost."""
         horizon = time.monotonic() - GIVE_UP_S
         for job_id in [job_id for job_id, saved_at in self._saved.items() if saved_at < horizon]:
-            del self._saved[job_id]
-            self.restarted += 1
-        self.fill()
+            self._vanished(job_id)
 
     async def wind_down(self) -> None:
         """Starts no more jobs, and lets those under way end."""
@@ -128,6 +126,7 @@ class Chains:
     async def _save(self) -> None:
         job = self._queue.create_job({"timestamp": int(time.time() * 1000)})
         job.on("succeeded", self._job_succeeded)
+        job.on("unknown", lambda error: self._vanished(job.id))
         try:
             await job.save()
         except BeeQueueError as error:
@@ -157,6 +156,11 @@ class Chains:
         else:
             await asyncio.sleep(linear_backoff(self._failed_in_a_row) / 1000)
         self.restarted += 1
+
+    def _vanished(self, job_id: str | None) -> None:
+        if self._saved.pop(job_id or "", None) is not None:
+            self.restarted += 1
+            self.fill()
 
     def _job_succeeded(self, result: Any) -> None:
         self._counts.numJobSucceeded += 1

@@ -36,6 +36,8 @@ class Config:
     duration: float = 0
     """seconds after which the client ends; 0: when it is stopped"""
     extended_stats: bool = False
+    workers: int = 6
+    """worker processes, without Docker"""
 
 
 def _whole(value: str) -> int:
@@ -74,10 +76,11 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "stats_interval": _seconds,
     "duration": partial(_seconds, zero=True),
     "extended_stats": _truth,
+    "workers": _whole,
 }
 
 
-def parse(variables: Mapping[str, str | None]) -> Config:
+def parse(variables: Mapping[str, str]) -> Config:
     """The configuration in `variables`; an empty variable counts as not set. Raises `ValueError` with the line to show."""
     given = {}
     for field, parser in _PARSERS.items():
@@ -90,10 +93,16 @@ def parse(variables: Mapping[str, str | None]) -> Config:
     return Config(**given)  # type: ignore[arg-type]  # each parser returns its field's type
 
 
+def variables() -> dict[str, str]:
+    """`.env`, and the environment, which wins."""
+    written = dotenv_values(Path(__file__).with_name(".env"))
+    return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
+
+
 def load() -> Config:
-    """The configuration of this process: real environment variables win over `.env`."""
+    """The configuration of this process."""
     try:
-        return parse({**dotenv_values(Path(__file__).with_name(".env")), **os.environ})
+        return parse(variables())
     except ValueError as error:
         fail(str(error), code=2)
 

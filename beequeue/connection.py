@@ -99,12 +99,21 @@ class Address:
             raise ConnectionRefused(f"redis: {error}") from None
         try:
             await driver.connect()
-        except (redis.exceptions.RedisError, OSError) as error:
-            raise _translated(error, self, protocol) from None
-        writer = driver._writer
-        # the driver must not close, nor warn about, what it no longer owns
-        driver._writer = driver._reader = None
+        except BaseException as error:
+            if driver._writer is not None:
+                _disown(driver).transport.abort()
+            if isinstance(error, (redis.exceptions.RedisError, OSError)):
+                raise _translated(error, self, protocol) from None
+            raise
+        writer = _disown(driver)
         return writer.transport, writer
+
+
+def _disown(driver: Any) -> Any:
+    """The driver's stream, which it then neither closes nor warns about."""
+    writer = driver._writer
+    driver._writer = driver._reader = None
+    return writer
 
 
 def check_redis_url(url: str) -> None:
@@ -235,7 +244,7 @@ class Connection:
             self._first.set_exception(QueueClosed())
         if self._keeper is not None:
             self._keeper.cancel()
-            await asyncio.wait((self._keeper,))
+            await asyncio.wait((self._keeper,))  # it also ends by itself: the driver may swallow a cancellation
         link, self.link = self.link, None
         if link is not None:
             link.drop("closed")
@@ -257,6 +266,10 @@ class Connection:
             except (ConnectionLost, CommandError) as error:
                 log.warning("%s connection: %s (attempt %d)", self.role, error, attempt + 1)
             else:
+                if self._closed:
+                    link.drop("closed")
+                    await link.lost
+                    return
                 attempt = 0
                 self._go_up(link)
                 if first.done():

@@ -18,6 +18,7 @@ from beequeue.consumer import Consumer, Handler
 from beequeue.errors import (
     BeeQueueError,
     ConnectionRefused,
+    JobFailed,
     ListenerFailed,
     NotConnected,
     OperationTimedOut,
@@ -31,6 +32,9 @@ from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
 from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds
 from beequeue.store import Store, load_scripts
+
+LOOK_UP_AT_ONCE = 100
+"""How many jobs are asked about in one call of a script."""
 
 log = logging.getLogger("beequeue")
 
@@ -197,6 +201,26 @@ class Queue(Emitter):
             await link.call(b"SUBSCRIBE", self._store.events_channel)
         if self.settings.activate_delayed_jobs:
             await link.call(b"SUBSCRIBE", self._store.earlier_channel)
+        if self.settings.ordered:
+            await self._settle_unseen(link)
+
+    async def _settle_unseen(self, link: Link) -> None:
+        """After a reconnect: settles the jobs that ended while no message could come (pub/sub has no replay)."""
+        tracked = list(self.jobs.items())
+        for start in range(0, len(tracked), LOOK_UP_AT_ONCE):
+            chunk = tracked[start : start + LOOK_UP_AT_ONCE]
+            found = await self._store.look_up(link, [job_id for job_id, _ in chunk])
+            for (job_id, job), (state, timestamp, trace) in zip(chunk, found, strict=True):
+                same = timestamp == str(job.options["timestamp"])
+                if self.jobs.get(job_id) is not job or (state == "open" and same):
+                    continue
+                del self.jobs[job_id]
+                if state == "failed" and same:
+                    job.receive(Event(job_id, "failed", JobFailed(_summary(trace))))
+                elif state == "succeeded" and same:
+                    self._lose(job, "it succeeded while the connection was down, and results are not stored")
+                else:
+                    self._lose(job, "its entry was gone when the connection came back")
 
     async def _until_ready(self) -> None:
         """Every public call's first step: connected, open, and in the right loop."""
@@ -459,3 +483,9 @@ class Queue(Emitter):
             return
         if isinstance(error, Exception) and not isinstance(error, QueueClosed):
             self.report(error)
+
+
+def _summary(trace: str) -> str:
+    """The line of a stack trace that has the message: Python's last, Node's first."""
+    lines = trace.strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback ") else 0]

@@ -80,6 +80,17 @@ class Taken(NamedTuple):
     entry: bytes
 
 
+class Found(NamedTuple):
+    """What `look_up` tells of one id."""
+
+    state: str
+    """`open`, `succeeded`, `failed` or `gone`."""
+    timestamp: str
+    """The entry's own, to tell a job from another one with its id."""
+    trace: str
+    """The newest stack trace."""
+
+
 class Store:
     """One queue's data in Redis. Every method names its key or message."""
 
@@ -101,6 +112,7 @@ class Store:
             )
             for status, where in (("succeeded", "succeeded"), ("failed", "failed"), ("retrying", "delayed"))
         }
+        self._look_up = _head("look_up", jobs_key, key("succeeded"), key("failed"))
         self._take = _head("take", jobs_key, waiting, active)
         self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
         self._check_stalled = _head("check_stalled_jobs", key("stallBlock"), self._stalling, waiting, active)
@@ -126,6 +138,12 @@ class Store:
         """Publishes on `events`; returns how many subscribers it reached."""
         reached: int = await self._jobs.call(b"PUBLISH", self.events_channel, message)
         return reached
+
+    async def look_up(self, link: Link, job_ids: Sequence[str]) -> list[Found]:
+        """Reads what has become of jobs (`jobs`, `succeeded`, `failed`), on a link that is being set up."""
+        reply = await link.call(b"EVAL", SCRIPTS["look_up"].text, *self._look_up[2:], *map(_bytes, job_ids))
+        texts = [text.decode(errors="replace") for text in reply]
+        return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
 
     # --- workers -----------------------------------------------------------------------------------------------------
 

