@@ -218,13 +218,14 @@ async def main(settings: config.Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     await asyncio.wait((running,))
+    failure = None if running.cancelled() else running.exception()
     if chains.age_s:
         await chains.wind_down()
         print_stats()
     await queue.close()
     log.info("client: stopped")
-    if not running.cancelled():
-        running.result()  # raises what ended it early
+    if failure is not None:
+        raise failure
 
 
 def resident_kb() -> int:

@@ -37,13 +37,14 @@ async def main(settings: config.Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     await asyncio.wait((running,))
+    failure = None if running.cancelled() else running.exception()
     try:
         await queue.close()
     except OperationTimedOut:
         log.warning("worker: handlers that did not end were cancelled")
     log.info("worker: stopped")
-    if not running.cancelled():
-        running.result()  # raises what ended it early
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -148,19 +148,26 @@ def _class_for(arguments: Mapping[str, Any]) -> Any:
     return SSLConnection if arguments.get("ssl") else DriverConnection
 
 
-def _translated(error: Exception, address: Address, protocol: int) -> BeeQueueError:
-    """The driver's exception as ours: refused, or not reachable now."""
+_REFUSALS = (
+    ssl.SSLCertVerificationError,
+    redis.exceptions.AuthenticationError,
+    redis.exceptions.AuthorizationError,
+    redis.exceptions.ResponseError,
+)
+_FOR_NOW = (redis.exceptions.ClusterDownError, redis.exceptions.ReadOnlyError, redis.exceptions.TryAgainError)
+
+
+def _translated(error: BaseException, address: Address, protocol: int) -> BeeQueueError:
+    """The driver's exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _REFUSALS):
+        cause = cause.__cause__ or cause.__context__
     message = f"{address}: {error}"
-    causes = (error, error.__cause__, error.__context__)
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        return ConnectionRefused(message)
-    if isinstance(error, redis.exceptions.AuthenticationError):
-        return ConnectionRefused(message)
-    if isinstance(error, redis.exceptions.ResponseError) and "max number of clients" not in message:
-        if protocol == 3 and "unknown command" in message.lower():
-            message = f"{address} does not speak RESP3, which ordered events need (Redis 6 or newer); use ordered_events=False"
-        return ConnectionRefused(message)
-    return ConnectionLost(message, maybe_applied=False)
+    if cause is None or isinstance(cause, _FOR_NOW) or "max number of clients" in message:
+        return ConnectionLost(message, maybe_applied=False)
+    if protocol == 3 and ("unknown command" in message.lower() or "NOPROTO" in message):
+        message = f"{address} does not speak RESP3, which ordered events need (Redis 6 or newer); use ordered_events=False"
+    return ConnectionRefused(message)
 
 
 class Connection:

@@ -68,6 +68,7 @@ class Queue(Emitter):
         self._address = Address(redis)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._opening_is_awaited = False
         self._closing: asyncio.Task[None] | None = None
         self._ready = False
         self._closed = False
@@ -232,6 +233,7 @@ class Queue(Emitter):
                 raise NotConnected("the queue is not connected: await connect() first")
             self._open()
         assert self._opening is not None
+        self._opening_is_awaited = True
         await asyncio.shield(self._opening)
 
     def _check_usable(self) -> None:
@@ -481,7 +483,8 @@ class Queue(Emitter):
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        if isinstance(error, Exception) and not isinstance(error, QueueClosed):
+        told = task is self._opening and self._opening_is_awaited
+        if isinstance(error, Exception) and not isinstance(error, QueueClosed) and not told:
             self.report(error)
 
 

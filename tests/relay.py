@@ -75,9 +75,7 @@ class Relay:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pass_on(
-        self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool
-    ) -> None:
+    async def _pass_on(self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool) -> None:
         try:
             while data := await source.read(2**20):
                 if to_redis:

@@ -30,8 +30,7 @@ class NoQueue:
 
 @pytest.fixture
 def job() -> Job:
-    made = Job(NoQueue(), {"n": 1}, job_id="7", options={"timestamp": 1700000000000, "stacktraces": []})
-    return made
+    return Job(NoQueue(), {"n": 1}, job_id="7", options={"timestamp": 1700000000000, "stacktraces": []})
 
 
 def test_without_retries_the_first_failure_is_final(job: Job) -> None:

@@ -29,7 +29,18 @@ def test_a_lone_surrogate_is_read() -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"not json", b"null", b"[]", b'"text"', b'{"id":1,"event":"x"}', b'{"event":"x"}', b'{"id":"1"}', b"\xff\xfe", b"[" * 100_000],
+    [
+        b"",
+        b"not json",
+        b"null",
+        b"[]",
+        b'"text"',
+        b'{"id":1,"event":"x"}',
+        b'{"event":"x"}',
+        b'{"id":"1"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
     ids=lambda payload: repr(payload[:12]),
 )
 def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:

@@ -81,7 +81,14 @@ async def test_replies_and_pushes_in_any_pieces(peer: Peer, size: int) -> None:
         await asyncio.sleep(0)
     log = [entry for entry in await peer.logs(7 if size == 1000 else 9) if entry != "end of read"]
     message = (b"c", b"p")
-    assert [str(entry) if isinstance(entry, CommandError) else entry for entry in log] == [message, 1, message, "ERR no", False, message]
+    assert [str(entry) if isinstance(entry, CommandError) else entry for entry in log] == [
+        message,
+        1,
+        message,
+        "ERR no",
+        False,
+        message,
+    ]
 
 
 async def test_the_end_of_a_read_comes_after_all_of_it(peer: Peer) -> None:

@@ -117,9 +117,7 @@ def test_no_time_means_the_maximum(timer: EagerTimer, clock: Clock, triggered: l
 
 
 @pytest.mark.parametrize("when", [START - 5, START])
-def test_a_time_that_has_passed_triggers_at_once(
-    timer: EagerTimer, clock: Clock, triggered: list[float], when: float
-) -> None:
+def test_a_time_that_has_passed_triggers_at_once(timer: EagerTimer, clock: Clock, triggered: list[float], when: float) -> None:
     """ET-13"""
     timer.schedule(when)
     assert triggered == [START]

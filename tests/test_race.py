@@ -1,0 +1,111 @@
+"""The race of bee-queue's issue 189, forced: a relay decides which of two sockets is read first."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from beequeue import ConnectionLost, Job, JobFailed, OutcomeUnknown
+from tests.conftest import MakeQueue, Seen, until
+from tests.relay import Relay
+
+JOBS = 20
+
+
+async def echo(job: Job) -> object:
+    return job.data
+
+
+@pytest.mark.parametrize("own_ids", [False, True], ids=["automatic ids", "own ids"])
+async def test_two_sockets_lose_every_event_that_overtakes_its_reply(make_queue: MakeQueue, url: str, own_ids: bool) -> None:
+    """The reply to each save comes after its job's finished event: each event is lost and each binding stays."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False, ordered_events=False).ready()
+        make_queue(get_events=False).process(echo)
+        of_queue, of_jobs = Seen(), Seen()
+        producer.on("job succeeded", of_queue)
+        jobs = [producer.create_job(number) for number in range(JOBS)]
+        for number, job in enumerate(jobs):
+            job.on("succeeded", of_jobs)
+            if own_ids:
+                job.set_id(f"job {number}")
+        relay.hold("command")
+        saving = asyncio.gather(*(job.save() for job in jobs))
+        await of_queue.reaches(JOBS)
+        assert not saving.done()
+        relay.release("command")
+        await saving
+        assert of_jobs.calls == []
+        assert len(producer.jobs) == JOBS
+        await producer.close()
+
+
+@pytest.mark.parametrize("own_ids", [False, True], ids=["automatic ids", "own ids"])
+async def test_one_socket_loses_none_however_late_it_is_read(make_queue: MakeQueue, url: str, own_ids: bool) -> None:
+    """All replies and all events come late and in one read: each event finds its job, and no binding stays."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False).ready()
+        worker = make_queue(get_events=False)
+        worker.process(echo)
+        done, of_jobs = Seen(), Seen()
+        worker.on("succeeded", done)
+        jobs = [producer.create_job(number) for number in range(JOBS)]
+        for number, job in enumerate(jobs):
+            job.on("succeeded", of_jobs)
+            if own_ids:
+                job.set_id(f"job {number}")
+        relay.hold("event")
+        saving = asyncio.gather(*(job.save() for job in jobs))
+        await done.reaches(JOBS)
+        assert not saving.done()
+        relay.release("event")
+        await saving
+        assert sorted(result for (result,) in await of_jobs.reaches(JOBS)) == list(range(JOBS))
+        assert producer.jobs == {}
+        await producer.close()
+
+
+async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """Pub/sub has no replay: after a reconnect each tracked job is asked about, and no result is invented."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
+        worker = make_queue(get_events=False)
+
+        async def handler(job: Job) -> None:
+            if job.data == "bad":
+                raise ValueError("bad luck")
+
+        good, bad, gone, waiting = [await producer.create_job(data).save() for data in ("good", "bad", "gone", "waiting")]
+        unknown = Seen()
+        good.on("unknown", unknown)
+        relay.hold("event")
+        done = Seen()
+        worker.on("succeeded", done)
+        worker.on("failed", done)
+        await worker.ready()
+        waited = asyncio.create_task(waiting.result())
+        await redis.hdel(worker.to_key("jobs"), gone.id)
+        await redis.lrem(worker.to_key("waiting"), 0, gone.id)
+        await redis.lrem(worker.to_key("waiting"), 0, waiting.id)
+        worker.process(handler)
+        await done.reaches(2)
+        for line in relay.lines:
+            line.cut()
+        relay.release("event")
+        await until(lambda: len(producer.jobs) == 1)
+        assert not waited.done()
+        assert len(unknown.calls) == 1
+        with pytest.raises(OutcomeUnknown, match="job 1: it succeeded while the connection was down"):
+            await good.result()
+        with pytest.raises(JobFailed, match="^ValueError: bad luck$"):
+            await bad.result()
+        with pytest.raises(OutcomeUnknown, match="job 3: its entry was gone"):
+            await gone.result()
+        await redis.rpush(worker.to_key("waiting"), waiting.id)
+        assert await waited is None
+        assert producer.unknown_outcomes == 2
+        assert producer.reconnects == 2
+        assert len(make_queue.claim(ConnectionLost)) == 2
+        await producer.close()
