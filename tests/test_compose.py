@@ -1,0 +1,213 @@
+"""The main job in containers, word for word as README has it, on Compose v1 and v2."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import skip
+from tests.test_harness import CHAINS, check_stats
+
+ROOT = Path(__file__).parent.parent
+CLIENT = "issue-189_client_1"
+V1, V2 = ["docker-compose"], ["docker", "compose"]
+versions = pytest.mark.parametrize("compose", [V1, V2], ids=["v1", "v2"], indirect=True)
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(*command: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what Compose reads, to edit; the engine answers and nothing of ours runs yet."""
+    if shutil.which("docker") is None or run("docker", "info").returncode:
+        skip("no Docker engine answers")
+    if run("docker", "ps", "-q", "--filter", f"name=^{CLIENT}$").stdout:
+        skip(f"a container {CLIENT} runs already")
+    directory = tmp_path_factory.mktemp("harness189")
+    for name in ("Dockerfile", "docker-compose.yml", ".dockerignore", "requirements.txt"):
+        shutil.copy(ROOT / name, directory)
+    for name in ("client.py", "worker.py", "config.py"):
+        shutil.copy(ROOT / name, directory)
+    shutil.copytree(ROOT / "beequeue", directory / "beequeue", ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
+@pytest.fixture
+def compose(request: pytest.FixtureRequest, project: Path) -> Iterator[list[str]]:
+    command: list[str] = request.param
+    if run(*command, "version").returncode:
+        skip(f"{' '.join(command)} is not installed")
+    yield command
+    run(*command, "down", "--timeout", "0", cwd=project)
+
+
+class Up:
+    """`up --build --scale worker=6`, in the foreground; its output goes to a file."""
+
+    def __init__(self, compose: list[str], project: Path, **variables: str) -> None:
+        self.output = project / "output"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [*compose, "up", "--build", "--scale", "worker=6"],
+                cwd=project,
+                env={**os.environ, **variables},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stats(self) -> list[dict[str, Any]]:
+        """The stats lines so far."""
+        found = re.findall(rf"{CLIENT}\s*\|[^{{\n]*(\{{.*\}})", self.output.read_text())
+        return [check_stats(line, extended=True) for line in found]
+
+    def wait_for_stats(self, count: int, deadline_s: float = 200) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + deadline_s
+        while len(stats := self.stats()) < count:
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.1)
+        return stats
+
+
+def containers(project: Path, compose: list[str]) -> list[str]:
+    return run(*compose, "ps", "-q", cwd=project).stdout.split()
+
+
+@versions
+def test_no_warning(compose: list[str], project: Path) -> None:
+    checked = run(*compose, "config", "--quiet", cwd=project)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+@versions
+def test_the_main_job(compose: list[str], project: Path) -> None:
+    up = Up(compose, project, STATS_INTERVAL="1")
+    stats = up.wait_for_stats(6)
+    last = stats[-1]
+    assert list(last)[-1] == "succededLossPercent"
+    assert last["numJobSaveError"] == last["numQueueFailed"] == 0
+    assert 0 < stats[0]["numSucceededLost"] < last["numSucceededLost"]
+    said = [line for line in up.output.read_text().lower().splitlines() if not re.match(r"[^|]*redis[^|]*\|", line)]
+    assert not [line for line in said if "warning" in line]
+    check_top()
+    check_nobody_gets_in(compose, project)
+    check_it_ends_cleanly(up, compose, project)
+
+
+def check_top() -> None:
+    """`docker exec -it issue-189_client_1 top`, on a terminal."""
+    ours, theirs = pty.openpty()
+    shown = subprocess.Popen(
+        ["docker", "exec", "-it", CLIENT, "top", "-n", "1"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    screen = b""
+    try:
+        while data := os.read(ours, 65536):
+            screen += data
+    except OSError:
+        pass  # the other side was closed
+    os.close(ours)
+    assert shown.wait(30) == 0, screen
+    assert b"load average" in screen
+    assert b"python" in screen
+
+
+def check_nobody_gets_in(compose: list[str], project: Path) -> None:
+    running = containers(project, compose)
+    assert len(running) == 8
+    inspected = json.loads(run("docker", "inspect", *running).stdout)
+    for container in inspected:
+        assert not container["HostConfig"]["PortBindings"]
+        assert not any(container["NetworkSettings"]["Ports"].values())
+    ours = [container for container in inspected if container["Config"]["Image"] == "issue-189"]
+    assert len(ours) == 7
+    for container in ours:
+        assert container["HostConfig"]["ReadonlyRootfs"] is True
+        assert container["HostConfig"]["CapDrop"] == ["ALL"]
+        assert container["HostConfig"]["Init"] is True
+        assert run("docker", "exec", container["Id"], "id", "-u").stdout.strip() not in ("", "0")
+
+
+def check_it_ends_cleanly(up: Up, compose: list[str], project: Path) -> None:
+    running = containers(project, compose)
+    started = time.monotonic()
+    up.process.send_signal(signal.SIGINT)
+    up.process.wait(60)
+    run(*compose, "stop", cwd=project)  # v2's `up` may return before all have stopped
+    ended = json.loads(run("docker", "inspect", *running).stdout)
+    codes = {container["Name"]: container["State"]["ExitCode"] for container in ended}
+    assert set(codes.values()) == {0}, codes
+    logged = run("docker", "logs", CLIENT)
+    assert check_stats(logged.stdout.splitlines()[-1])["numJobSaveError"] == 0
+    assert logged.stderr.splitlines()[-1] == "client: stopped"
+    down = run(*compose, "down", cwd=project)
+    assert down.returncode == 0, down.stderr
+    assert time.monotonic() - started < 20
+    assert containers(project, compose) == []
+
+
+@versions
+def test_the_cure_and_every_variable_pass_from_the_shell(compose: list[str], project: Path) -> None:
+    variables = {"ORDERED_EVENTS": "true", "EXTENDED_STATS": "true", "DURATION": "4", "STATS_INTERVAL": "1"}
+    up = Up(compose, project, **variables, QUEUE_NAME="other", NUM_CHAINS="5", CONCURRENCY="1")
+    stats = up.wait_for_stats(4)
+    assert {line["numAlive"] for line in stats[:3]} == {5}
+    last = stats[-1]
+    assert last["numQueueSucceeded"] == last["numJobSucceeded"] == last["numJobSaveSuccess"] > 500
+    assert last["numSucceededLost"] == last["numTracked"] == last["numJobSaveError"] == 0
+    assert f"{CHAINS - 2} chains, ordered_events=True" in up.output.read_text()
+    assert "1 jobs at once" in up.output.read_text()
+    assert run("docker", "wait", CLIENT).stdout.strip() == "0"
+    up.process.send_signal(signal.SIGINT)
+    up.process.wait(60)
+
+
+@pytest.mark.parametrize("compose", [V1], ids=["v1"], indirect=True)
+def test_dotenv_passes_too(compose: list[str], project: Path) -> None:
+    (project / ".env").write_text("DURATION=1\nNUM_CHAINS=3\n")
+    try:
+        up = Up(compose, project)
+        up.wait_for_stats(1)
+        assert "3 chains" in up.output.read_text()
+        up.process.send_signal(signal.SIGINT)
+        up.process.wait(60)
+    finally:
+        (project / ".env").unlink()
+
+
+@versions
+def test_editing_config_rebuilds_only_the_last_layer(compose: list[str], project: Path) -> None:
+    assert run(*compose, "build", "client", cwd=project).returncode == 0
+    before = layers()
+    with (project / "config.py").open("a") as file:
+        file.write("# edited\n")
+    assert run(*compose, "build", "client", cwd=project).returncode == 0
+    after = layers()
+    assert before[:-1] == after[:-1]
+    assert before[-1] != after[-1]
+
+
+def layers() -> list[str]:
+    found: list[str] = json.loads(run("docker", "image", "inspect", "issue-189").stdout)[0]["RootFS"]["Layers"]
+    return found
