@@ -1,12 +1,13 @@
 """A worker: takes jobs, runs the handler, settles each job and takes the next in the same step.
 
 Shape of the hot path, because speed is decided here:
-- a slot is one long-lived task that awaits the handler itself; `concurrency` slots, no task for each job;
-- while a slot is free there is exactly one blocking take; its answers are handled in callbacks, not by a task;
+- replies are handled by callbacks, in the step that parses them; the only task is the handler's, and where Python can (3.12)
+  it starts eagerly: a handler that never suspends is settled without one more turn of the loop;
+- while a slot is free there is exactly one blocking take;
 - finishing a job brings the next one in the same reply, so a busy slot needs one round trip a job;
 - one heartbeat for all running jobs; a timer for a job only when it has a time-out.
 
-What a run holds is in `_held` from the moment its id is known until Redis has answered its settlement.
+A run is in `_held` from the moment its id is known until Redis has answered its settlement.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import asyncio
 import functools
 import inspect
 import math
+import sys
 import traceback
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from beequeue.store import Settlement, Store, Taken
 Handler = Callable[[Job], Any]
 """An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""
 
+EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 UNBLOCK_EVERY_S = 0.05
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
@@ -105,12 +107,23 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("finish", "id", "in_thread")
+    __slots__ = ("entry", "error", "finish", "id", "in_thread", "job", "result", "settlement", "task", "worker")
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, worker: Consumer, job_id: str, entry: bytes = b"") -> None:
+        self.worker = worker
         self.id = job_id
-        self.in_thread = False
+        self.entry = entry
+        self.in_thread = worker.in_threads
+        self.job: Job | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.settlement: Settlement | None = None
         self.finish: Command | None = None
+
+    def finished(self, reply: Any) -> None:
+        """Takes the reply to `finish`."""
+        self.worker.finished(self, reply)
 
 
 class Consumer:
@@ -119,38 +132,36 @@ class Consumer:
     def __init__(self, store: Store, host: Host, handler: Handler, concurrency: int) -> None:
         self.running = 0
         self.late_finishes = 0
+        self.in_threads = not _is_async(handler)
         self._store = store
         self._host = host
         self._settings = host.settings
         self._concurrency = concurrency
-        self._threads: ThreadPoolExecutor | None = None
-        self._in_thread = not _is_async(handler)
-        self._call = functools.partial(self._call_in_thread, handler) if self._in_thread else handler
+        self._threads = ThreadPoolExecutor(concurrency, "beequeue handler") if self.in_threads else None
+        self._call = functools.partial(self._call_in_thread, handler) if self.in_threads else handler
         self._held: dict[Run, None] = {}
-        self._free: deque[asyncio.Future[Taken | None]] = deque()
-        self._slots: set[asyncio.Task[None]] = set()
-        self._heart: asyncio.Task[None] | None = None
+        self._free = concurrency
         self._take: Command | None = None
         self._reading = 0
         self._refused_in_a_row = 0
         self._refusal_timer: asyncio.TimerHandle | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._starting = False
         self._closing = False
-        self._intake_ended = asyncio.Event()
+        self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
         """Begins to take jobs."""
-        for number in range(self._concurrency):
-            slot = asyncio.create_task(self._work(), name=f"beequeue slot {number}")
-            slot.add_done_callback(self._slot_ended)
-            self._slots.add(slot)
         self._heart = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._pump()
 
     def owns_current_task(self) -> bool:
         """Whether the caller is one of this worker's handlers."""
-        return asyncio.current_task() in self._slots
+        task = asyncio.current_task()
+        return self._starting or any(run.task is task for run in self._held)
 
-    # --- intake: callbacks, in the step that parses the reply -----------------------------------------------------------
+    # --- intake ----------------------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
         """Keeps one blocking take open while a slot is free."""
@@ -164,11 +175,11 @@ class Consumer:
         elif reply is not None:
             self._refused_in_a_row = 0
             if self._closing:
-                self._held[Run(reply.decode("utf-8", "surrogateescape"))] = None
+                self._held[Run(self, reply.decode("utf-8", "surrogateescape"))] = None
             else:
-                self._read(reply, len(self._free) - 1)
+                self._read(reply, self._free - 1)
         self._pump()
-        self._check_intake()
+        self._changed.set()
 
     def _read(self, job_id: bytes, more: int) -> None:
         """Asks for the data of a job that was taken, and for more jobs to fill the free slots."""
@@ -181,98 +192,76 @@ class Consumer:
             self._host.report(reply)
         else:
             for taken in self._store.taken_from(reply):
-                if self._closing or not self._free:
-                    self._held[Run(taken.id)] = None
-                else:
-                    self._free.popleft().set_result(taken)
+                self._free -= 1
+                self._begin(taken)
         self._pump()
-        self._check_intake()
+        self._changed.set()
 
     def _take_refused(self, error: BeeQueueError) -> None:
         """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
-        if self._closing:
-            return
-        if isinstance(error, CommandError) and error.code == "UNBLOCKED":
+        code = error.code if isinstance(error, CommandError) else ""
+        if self._closing or code == "UNBLOCKED":
             return
         self._host.report(error)
         self._refused_in_a_row += 1
         first = self._settings.initial_redis_failure_retry_delay
         delay = min(first * 2 ** (self._refused_in_a_row - 1), LONGEST_REFUSAL_DELAY_MS)
-        full = isinstance(error, CommandError) and error.code == "OOM"
-        self._refusal_timer = self._loop.call_later(delay / 1000, self._after_refusal, full)
+        self._refusal_timer = self._loop.call_later(delay / 1000, self._after_refusal, code == "OOM")
 
     def _after_refusal(self, full: bool) -> None:
         self._refusal_timer = None
         if full and self._free and not self._closing:
-            self._read(b"", len(self._free))
+            self._read(b"", self._free)
         else:
             self._pump()
 
-    def _check_intake(self) -> None:
-        if self._closing and self._take is None and not self._reading:
-            self._intake_ended.set()
+    # --- a run -----------------------------------------------------------------------------------------------------------
 
-    # --- slots -----------------------------------------------------------------------------------------------------------
-
-    async def _work(self) -> None:
-        while not self._closing:
-            free: asyncio.Future[Taken | None] = self._loop.create_future()
-            self._free.append(free)
-            self._pump()
-            taken = await free
-            while taken is not None:
-                run = Run(taken.id)
-                self._held[run] = None
-                if self._closing:
-                    return
-                try:
-                    taken = await self._process(run, taken)
-                except Exception:  # a fault of ours: without a heartbeat the stall check brings the job back
-                    self._held.pop(run, None)
-                    raise
-
-    async def _process(self, run: Run, taken: Taken) -> Taken | None:
-        """Runs the handler on a job and settles it; returns the next job, if Redis had one waiting."""
-        error: BaseException | None = None
-        result: Any = None
-        job: Job | None = None
+    def _begin(self, taken: Taken) -> None:
+        """Occupies a slot with a job: runs the handler up to its first suspension, where Python can (3.12)."""
+        run = Run(self, taken.id, taken.entry)
+        self._held[run] = None
+        if self._closing:
+            return  # to be handed back
         try:
-            job = self._host.decode_job(taken.id, taken.entry)
+            run.job = self._host.decode_job(taken.id, taken.entry)
         except UnreadableData as unreadable:
             self._host.report(unreadable)
-            settlement = Settlement("failed", taken.entry, b"")
-        else:
-            self.running += 1
-            try:
-                result = await self._attempt(run, job)
-            except BaseException as raised:
-                if _is_being_cancelled():
-                    raise
-                error = raised
-            finally:
-                self.running -= 1
-            settlement, error = self._decide(job, taken.entry, result, error)
-        reply = await self._finish(run, settlement)
-        if isinstance(reply, BeeQueueError):
-            failure = OutcomeNotRecorded(f"unable to update the status of {settlement.status} job {run.id}")
-            failure.__cause__ = reply
-            self._host.report(failure)
-            return None
-        settled, following = self._store.finished_from(reply)
-        if not settled and run.finish is not None and run.finish.repeated and job is not None:
-            # the reply that was lost may have been this settlement's own
-            job.uncertain = True
-            self._announce(job, result, error)
-        elif not settled:
-            self.late_finishes += 1
-            self._host.report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
-        elif job is not None:
-            self._announce(job, result, error)
-        return following
+            self._settle(run, Settlement("failed", taken.entry, b""))
+            return
+        self.running += 1
+        self._starting = bool(EAGERLY)
+        try:
+            attempt = self._attempt(run, run.job)
+            run.task = asyncio.Task(attempt, loop=self._loop, name="beequeue job", **EAGERLY)
+        finally:
+            self._starting = False
 
-    async def _attempt(self, run: Run, job: Job) -> Any:
-        run.in_thread = self._in_thread
-        limit = job.options.get("timeout")
+    async def _attempt(self, run: Run, job: Job) -> None:
+        """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
+        try:
+            limit = job.options.get("timeout")
+            if limit:
+                run.result = await self._within(limit, job)
+            else:
+                run.result = await self._call(job)
+        except BaseException as raised:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # by `drain`: the job goes back
+                self.running -= 1
+                self._changed.set()
+                raise
+            run.error = raised
+        self.running -= 1
+        try:
+            self._settle(run, self._decide(run, job))
+        except Exception as fault:  # ours; without a heartbeat the stall check brings the job back
+            del self._held[run]
+            self._free += 1
+            self._host.report(fault)
+            self._pump()
+
+    async def _within(self, limit: Any, job: Job) -> Any:
         if not isinstance(limit, (int, float)) or limit <= 0:
             return await self._call(job)
         timer = asyncio.timeout(limit / 1000)
@@ -285,66 +274,75 @@ class Consumer:
             raise
 
     def _call_in_thread(self, handler: Handler, job: Job) -> Awaitable[Any]:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="beequeue handler")
         return self._loop.run_in_executor(self._threads, handler, job)
 
-    def _decide(
-        self, job: Job, stored: bytes, result: Any, error: BaseException | None
-    ) -> tuple[Settlement, BaseException | None]:
-        """The settlement, and the error that it is for: the handler's, or that of a result which JSON cannot carry."""
-        if error is None:
+    def _decide(self, run: Run, job: Job) -> Settlement:
+        """The settlement for the run's outcome; a result that JSON cannot carry becomes the run's error."""
+        if run.error is None:
             try:
-                return succeed(job, result, self._settings), None
+                return succeed(job, run.result, self._settings)
             except (TypeError, RecursionError) as unserialisable:
-                error = unserialisable
+                run.error = unserialisable
         try:
             delay = retry_delay(job, self._host.backoff_strategies)
         except Exception as raised:
             self._host.report(raised)
             delay = None
         try:
-            return fail(job, error, delay, now_ms(), self._settings), error
+            return fail(job, run.error, delay, now_ms(), self._settings)
         except (TypeError, RecursionError):
             # the handler left something in the job that JSON cannot carry: settle it as it was stored
-            as_stored = self._host.decode_job(job.id or "", stored)
+            as_stored = self._host.decode_job(run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
-            return fail(job, error, None, now_ms(), self._settings), error
+            return fail(job, run.error, None, now_ms(), self._settings)
 
-    def _finish(self, run: Run, settlement: Settlement) -> asyncio.Future[Any]:
-        """Sends the settlement; the future gets the reply, or the error that came instead, as its result."""
-        answered: asyncio.Future[Any] = self._loop.create_future()
+    def _settle(self, run: Run, settlement: Settlement) -> None:
+        """Tells Redis, which answers with the next job if one is waiting."""
+        run.settlement = settlement
+        run.finish = self._store.finish(run.id, settlement, take_next=not self._closing, on_reply=run.finished)
 
-        def on_reply(reply: Any) -> None:
-            self._held.pop(run, None)
-            if answered.cancelled():  # the slot was given up; what the reply took must not be forgotten
-                if not isinstance(reply, BeeQueueError) and (following := self._store.finished_from(reply)[1]):
-                    self._held[Run(following.id)] = None
+    def finished(self, run: Run, reply: Any) -> None:
+        """The end of a run: its slot goes to the job that Redis answered with, or is free."""
+        del self._held[run]
+        following = None
+        if isinstance(reply, BeeQueueError):
+            assert run.settlement is not None
+            failure = OutcomeNotRecorded(f"unable to update the status of {run.settlement.status} job {run.id}")
+            failure.__cause__ = reply
+            self._host.report(failure)
+        else:
+            settled, following = self._store.finished_from(reply)
+            if settled:
+                self._announce(run)
+            elif run.finish is not None and run.finish.repeated:
+                # the reply that was lost may have been this settlement's own
+                if run.job is not None:
+                    run.job.uncertain = True
+                self._announce(run)
             else:
-                answered.set_result(reply)
+                self.late_finishes += 1
+                self._host.report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
+        if following is not None:
+            self._begin(following)
+        else:
+            self._free += 1
+            self._pump()
+        if self._closing:
+            self._changed.set()
 
-        run.finish = self._store.finish(run.id, settlement, take_next=not self._closing, on_reply=on_reply)
-        return answered
-
-    def _announce(self, job: Job, result: Any, error: BaseException | None) -> None:
+    def _announce(self, run: Run) -> None:
+        job, error = run.job, run.error
         emit = self._host.emit
-        if job.status == "succeeded":
-            emit("succeeded", job, result)
+        if job is None:  # it was unreadable
+            return
+        if error is None:
+            emit("succeeded", job, run.result)
         elif job.status == "retrying":
             emit("retrying", job, error)
             emit("failed", job, error)
         else:
             emit("failed", job, error)
             emit("failed:fatal", job, error)
-
-    def _slot_ended(self, slot: asyncio.Task[None]) -> None:
-        self._slots.discard(slot)
-        if not slot.cancelled() and (error := slot.exception()) is not None:  # a fault of ours
-            self._loop.call_exception_handler({"message": "a worker slot died", "exception": error, "task": slot})
-            if not self._closing:
-                replacement = asyncio.create_task(self._work(), name=slot.get_name())
-                replacement.add_done_callback(self._slot_ended)
-                self._slots.add(replacement)
 
     async def _beat(self) -> None:
         """Reports all running jobs at once, twice in each stall interval."""
@@ -365,19 +363,17 @@ class Consumer:
         lose the job that is just arriving; handlers have until the time-out, then `async` ones are cancelled (a thread
         cannot be: its job stays in `active`); finishes under way are waited for; all that is still held goes back.
         """
-        deadline = self._loop.time() + timeout_s
         self._closing = True
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
-        while self._free:
-            self._free.popleft().set_result(None)
+        deadline = self._loop.time() + timeout_s
         await self._end_intake(client_id)
-        slots = set(self._slots)
-        if slots:
-            await asyncio.wait(slots, timeout=max(0.0, deadline - self._loop.time()))
-        in_time = not self._slots
+        in_time = await self._until(lambda: not self._under_way(), deadline)
         if not in_time:
-            await self._cancel_handlers()
+            for run in self._under_way():
+                if run.finish is None and run.task is not None:
+                    run.task.cancel()
+            await self._until(lambda: not self._under_way(), self._loop.time() + GRACE_S)
         await self._hand_back()
         if self._heart is not None:
             self._heart.cancel()
@@ -386,34 +382,35 @@ class Consumer:
             self._threads.shutdown(wait=False, cancel_futures=True)
         return in_time
 
+    def _under_way(self) -> list[Run]:
+        """The runs whose handler runs, or whose settlement has not been answered."""
+        return [run for run in self._held if run.finish is not None or (run.task is not None and not run.task.done())]
+
+    async def _until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Waits until `condition` holds, looking whenever something changed; False when the deadline came first."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return condition()
+        return True
+
     async def _end_intake(self, client_id: int | None) -> None:
-        self._check_intake()
-        while not self._intake_ended.is_set():
+        while self._take is not None or self._reading:
             if self._take is not None:
                 if self._store.withdraw_take(self._take):
                     self._take = None
-                    self._check_intake()
                     continue
                 # again and again: one that comes before the take does nothing
                 if client_id is not None:
                     self._store.unblock(client_id)
-            try:
-                await asyncio.wait_for(self._intake_ended.wait(), UNBLOCK_EVERY_S)
-            except TimeoutError:
-                pass
-
-    async def _cancel_handlers(self) -> None:
-        finishing = any(run.finish for run in self._held)
-        if finishing:
-            await asyncio.wait(set(self._slots), timeout=GRACE_S)
-        slots = set(self._slots)
-        for slot in slots:
-            slot.cancel()
-        if slots:
-            await asyncio.wait(slots, timeout=GRACE_S)
+            await self._until(lambda: self._take is None and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
 
     async def _hand_back(self) -> None:
-        held = [run.id for run in reversed(self._held) if not run.finish and not run.in_thread]
+        """Returns what is held and neither being settled nor in a thread that cannot be stopped."""
+        held = [run.id for run in reversed(self._held) if run.finish is None and not (run.in_thread and run.task is not None)]
         if not held:
             return
         try:
@@ -426,8 +423,3 @@ class Consumer:
 def _is_async(handler: Handler) -> bool:
     """Also for an object whose class has an `async def __call__`."""
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -82,6 +82,7 @@ class Link(asyncio.Protocol):
         self._answered = 0
         self._issued_at_tick: deque[int] = deque(maxlen=REPLY_TICKS)
         self._quiet_ticks = 0
+        self.down = False
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
         transport.set_protocol(self)
@@ -90,16 +91,22 @@ class Link(asyncio.Protocol):
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def send(self, command: Command) -> None:
-        """Issues a command; what is issued in one step of the loop leaves in one write."""
+        """Issues a command: at once when nothing is in flight; else what one step of the loop issues leaves in one write."""
+        packed = hiredis.pack_command(command.args)
+        if not self._in_flight and not self.down:
+            # nothing to join with: a later write would only cost the loop another turn
+            self._in_flight.append(command)
+            self._transport.write(packed)
+            return
         unsent = self._unsent
         if not unsent:
             self._loop.call_soon(self._flush)
-        unsent.append(hiredis.pack_command(command.args))
+        unsent.append(packed)
         self._in_flight.append(command)
 
     def _flush(self) -> None:
         unsent = self._unsent
-        if unsent and not self.lost.done():
+        if unsent and not self.down:
             self._transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
             unsent.clear()
 
@@ -167,6 +174,7 @@ class Link(asyncio.Protocol):
     # --- life --------------------------------------------------------------------------------------------------------
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.down = True
         self._ticker.cancel()
         if not self.lost.done():
             self.lost.set_result(str(error) if error else self._reason)

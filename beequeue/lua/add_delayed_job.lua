@@ -17,11 +17,10 @@ local id = ARGV[1]
 if id == '' then
   repeat
     id = string.format('%.0f', redis.call('INCR', KEYS[1]))
-  until redis.call('HEXISTS', KEYS[2], id) == 0
-elseif redis.call('HEXISTS', KEYS[2], id) == 1 then
+  until redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 1
+elseif redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 0 then
   return nil
 end
-redis.call('HSET', KEYS[2], id, ARGV[2])
 redis.call('ZADD', KEYS[3], ARGV[3], id)
 if redis.call('ZRANGE', KEYS[3], 0, 0)[1] == id then
   redis.call('PUBLISH', KEYS[4], ARGV[3])

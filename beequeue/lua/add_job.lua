@@ -15,10 +15,9 @@ local id = ARGV[1]
 if id == '' then
   repeat
     id = string.format('%.0f', redis.call('INCR', KEYS[1]))
-  until redis.call('HEXISTS', KEYS[2], id) == 0
-elseif redis.call('HEXISTS', KEYS[2], id) == 1 then
+  until redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 1
+elseif redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 0 then
   return nil
 end
-redis.call('HSET', KEYS[2], id, ARGV[2])
 redis.call('LPUSH', KEYS[3], id)
 return id

@@ -25,13 +25,10 @@ local id = ARGV[1]
 local settled = 0
 if redis.call('LREM', KEYS[1], 0, id) > 0 then
   redis.call('SREM', KEYS[2], id)
-  settled = redis.call('HEXISTS', KEYS[3], id)
-end
-
-if settled == 1 then
   if ARGV[3] == '' then
-    redis.call('HDEL', KEYS[3], id)
-  else
+    settled = redis.call('HDEL', KEYS[3], id)
+  elseif redis.call('HEXISTS', KEYS[3], id) == 1 then
+    settled = 1
     redis.call('HSET', KEYS[3], id, ARGV[3])
     if ARGV[2] == 'set' then
       redis.call('SADD', KEYS[5], id)
