@@ -524,22 +524,6 @@ async def test_a_listener_that_raises_is_reported(make_queue: MakeQueue) -> None
     assert queue.jobs == {}
 
 
-async def test_code_behind_a_save_may_still_listen(make_queue: MakeQueue) -> None:
-    """The reply and the event often stand in one read; the code that awaited the save comes in between."""
-    producer, worker = make_queue(is_worker=False), make_queue(get_events=False, remove_on_success=True)
-    worker.process(echo, 4)
-    await asyncio.gather(producer.ready(), worker.ready())
-    heard = Seen()
-
-    async def chain() -> None:
-        for _ in range(200):
-            job = await producer.create_job({}).save()
-            job.on("succeeded", heard)
-
-    await asyncio.gather(*(chain() for _ in range(7)))
-    await heard.reaches(1400)
-
-
 async def test_flags(make_queue: MakeQueue) -> None:
     """EV-25, EV-26, SJ-02: without get_events, send_events or store_jobs the job's own event does not come"""
     deaf = make_queue(is_worker=False, get_events=False)
@@ -791,20 +775,20 @@ async def test_many_due_jobs_are_raised_in_one_call(make_queue: MakeQueue, redis
 
 
 async def test_stalled_jobs_are_found_by_the_second_check(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-06, ST-12, ST-13, ST-14, EV-07: 3000 of them; a check within the interval does nothing"""
+    """ST-06, ST-12, ST-13, ST-14, EV-07: 9000 of them; a check within the interval does nothing"""
     queue = make_queue(is_worker=False, stall_interval=5000)
     stalled = Seen()
     queue.on("stalled", stalled)
     await queue.ready()
-    await redis.lpush(queue.to_key("active"), *range(3000))
+    await redis.lpush(queue.to_key("active"), *range(9000))
     await redis.lpush(queue.to_key("waiting"), "new")
     assert await queue.check_stalled_jobs() == 0
     assert await queue.check_stalled_jobs() == 0
     assert 0 < await redis.pttl(queue.to_key("stallBlock")) <= 5000
     await redis.delete(queue.to_key("stallBlock"))
     await redis.srem(queue.to_key("stalling"), 5)
-    assert await queue.check_stalled_jobs() == 2999
-    assert len(stalled.calls) == 2999
+    assert await queue.check_stalled_jobs() == 8999
+    assert len(stalled.calls) == 8999
     assert await redis.lrange(queue.to_key("active"), 0, -1) == ["5"]
     assert await redis.smembers(queue.to_key("stalling")) == {"5"}
     assert await redis.lindex(queue.to_key("waiting"), -1) == "new"

@@ -67,6 +67,28 @@ async def test_one_socket_loses_none_however_late_it_is_read(make_queue: MakeQue
         await producer.close()
 
 
+async def test_code_behind_a_save_may_still_listen(make_queue: MakeQueue, url: str) -> None:
+    """A reply and its event stand in one read; the code that awaited the save comes in between."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False).ready()
+        worker = make_queue(get_events=False)
+        worker.process(echo)
+        done, heard = Seen(), Seen()
+        worker.on("succeeded", done)
+
+        async def save_and_listen() -> None:
+            job = await producer.create_job({}).save()
+            job.on("succeeded", heard)
+
+        relay.hold("event")
+        saving = asyncio.gather(*(save_and_listen() for _ in range(JOBS)))
+        await done.reaches(JOBS)
+        relay.release("event")
+        await saving
+        await heard.reaches(JOBS)
+        await producer.close()
+
+
 async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: MakeQueue, url: str, redis: Any) -> None:
     """Pub/sub has no replay: after a reconnect each tracked job is asked about, and no result is invented."""
     async with Relay(url) as relay:
