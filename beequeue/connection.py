@@ -261,7 +261,7 @@ class Connection:
             self._waiting.popleft().on_reply(QueueClosed())
 
     async def _keep_up(self, first: asyncio.Future[None]) -> None:
-        attempt = 0
+        waits = 0
         while True:
             try:
                 link = await self._open_link()
@@ -271,13 +271,13 @@ class Connection:
                     return
                 self._report(refusal)
             except (ConnectionLost, CommandError) as error:
-                log.warning("%s connection: %s (attempt %d)", self.role, error, attempt + 1)
+                log.warning("%s connection: %s; next attempt in %d ms", self.role, error, self._reconnect(waits + 1))
             else:
                 if self._closed:
                     link.drop("closed")
                     await link.lost
                     return
-                attempt = 0
+                waits = 0
                 self._go_up(link)
                 if first.done():
                     self.reconnects += 1
@@ -288,8 +288,8 @@ class Connection:
                 self.link = None
                 self._fail_or_keep(link)
                 self._report(ConnectionLost(f"{self.role} connection to {self._address} lost: {reason}", maybe_applied=False))
-            attempt += 1
-            await asyncio.sleep(self._reconnect(attempt) / 1000)
+            waits += 1
+            await asyncio.sleep(self._reconnect(waits) / 1000)
 
     async def _open_link(self) -> Link:
         transport, keep = await self._address.open(self._protocol)

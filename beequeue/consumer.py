@@ -107,13 +107,14 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("entry", "error", "finish", "id", "in_thread", "job", "result", "settlement", "task", "worker")
+    __slots__ = ("abandoned", "entry", "error", "finish", "id", "in_thread", "job", "result", "settlement", "task", "worker")
 
     def __init__(self, worker: Consumer, job_id: str, entry: bytes = b"") -> None:
         self.worker = worker
         self.id = job_id
         self.entry = entry
         self.in_thread = worker.in_threads
+        self.abandoned = False
         self.job: Job | None = None
         self.task: asyncio.Task[None] | None = None
         self.result: Any = None
@@ -175,7 +176,7 @@ class Consumer:
         elif reply is not None:
             self._refused_in_a_row = 0
             if self._closing:
-                self._held[Run(self, reply.decode("utf-8", "surrogateescape"))] = None
+                self._held[Run(self, self._store.job_id(reply))] = None
             else:
                 self._read(reply, self._free - 1)
         self._pump()
@@ -246,8 +247,7 @@ class Consumer:
             else:
                 run.result = await self._call(job)
         except BaseException as raised:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # by `drain`: the job goes back
+            if run.abandoned:  # its job goes back
                 self.running -= 1
                 self._changed.set()
                 raise
@@ -372,6 +372,7 @@ class Consumer:
         if not in_time:
             for run in self._under_way():
                 if run.finish is None and run.task is not None:
+                    run.abandoned = True
                     run.task.cancel()
             await self._until(lambda: not self._under_way(), self._loop.time() + GRACE_S)
         await self._hand_back()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from beequeue.errors import BeeQueueError, OutcomeUnknown, UnreadableData
+from beequeue.errors import OutcomeUnknown, UnreadableData
 from beequeue.events import ENDS, Emitter, Event, load_json
 from beequeue.settings import Duration, PointInTime, milliseconds
 
@@ -47,7 +47,7 @@ class Owner(Protocol):
 
     async def save_job(self, job: Job) -> None: ...
     async def report_progress(self, job: Job, value: Any) -> int: ...
-    def check_result_is_possible(self) -> None: ...
+    def check_result_is_possible(self, job: Job) -> None: ...
     def listener_failed(self, event: str, error: Exception) -> None: ...
     def listener_awaits(self, event: str, result: Awaitable[Any]) -> None: ...
 
@@ -155,14 +155,13 @@ class Job(Emitter):
     async def result(self, timeout: Duration | None = None) -> Any:
         """Waits for the end of this saved job and returns its handler's result.
 
-        `timeout` is in ms or a `timedelta`. Raises `JobFailed`, `OutcomeUnknown`, `TimeoutError`, and `BeeQueueError` at
-        once when the queue has no `get_events` or no `store_jobs`.
+        `timeout` is in ms or a `timedelta`. Raises `JobFailed`, `OutcomeUnknown`, `TimeoutError`, `QueueClosed` when the queue
+        is closed first, and `BeeQueueError` at once when the queue has no `get_events` or no `store_jobs`, or has not saved
+        this job. With `ordered_events=False` the event may be lost, and only `timeout` ends the wait.
         """
         limit = None if timeout is None else milliseconds("timeout", timeout) / 1000
         if self._end is None:
-            self.queue.check_result_is_possible()
-            if self.id is None:
-                raise BeeQueueError("the job has not been saved")
+            self.queue.check_result_is_possible(self)
             if self._waiter is None:
                 self._waiter = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(limit):

@@ -300,11 +300,13 @@ class Queue(Emitter):
         job.progress = value
         return await self._store.publish(message)
 
-    def check_result_is_possible(self) -> None:
-        """Raises `BeeQueueError` when this queue's jobs never hear of their end."""
+    def check_result_is_possible(self, job: Job) -> None:
+        """Raises `BeeQueueError` when `job` will never hear of its end."""
         self._check_usable()
         if not self.settings.get_events or not self.settings.store_jobs:
             raise BeeQueueError("result() needs a queue with get_events and store_jobs")
+        if job.id is None or self.jobs.get(job.id) is not job:
+            raise BeeQueueError("result() is for a job that this queue has saved")
 
     # --- events ----------------------------------------------------------------------------------------------------------
 
@@ -396,7 +398,8 @@ class Queue(Emitter):
         try:
             await self._stall_checker.check()
         except BeeQueueError as error:
-            self.report(error)
+            if not self.paused:
+                self.report(error)
         if self.paused:
             return
         interval = self.settings.stalled_check_interval
@@ -461,6 +464,8 @@ class Queue(Emitter):
         for connection in (self._takes, self._subscription, self._commands):
             if connection is not None:
                 await connection.close()
+        for job in self.jobs.values():
+            job.end(Event(job.id or "", "closed", QueueClosed()))
         self._ended.set()
         unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
         for task in unfinished:
@@ -483,8 +488,8 @@ class Queue(Emitter):
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        told = task is self._opening and self._opening_is_awaited
-        if isinstance(error, Exception) and not isinstance(error, QueueClosed) and not told:
+        refused = self._opening.exception() if self._opening_is_awaited and self._opening and self._opening.done() else None
+        if isinstance(error, Exception) and not isinstance(error, QueueClosed) and error is not refused:
             self.report(error)
 
 

@@ -117,7 +117,7 @@ class QueueSettings:
         return self.ordered_events and self.get_events
 
 
-_AT_LEAST = {"redis_scan_count": 1, "delayed_debounce": 0, "stalled_check_interval": 0}
+_AT_LEAST = {"delayed_debounce": 0, "stalled_check_interval": 0}
 
 
 def _checked(name: str, default: Any, value: Any) -> Any:
@@ -136,6 +136,8 @@ def _checked(name: str, default: Any, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
         return value
-    if name == "redis_scan_count" and isinstance(value, timedelta):
-        raise TypeError(f"redis_scan_count must be an int, not {value!r}")
+    if name == "redis_scan_count":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"redis_scan_count must be an int of at least 1, not {value!r}")
+        return value
     return milliseconds(name, value, at_least=_AT_LEAST.get(name, 1))

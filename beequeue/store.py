@@ -171,6 +171,11 @@ class Store:
         self._commands.send(Command(args, on_reply, repeat=repeat, script=SCRIPTS["take"].text))
 
     @staticmethod
+    def job_id(reply: bytes) -> str:
+        """The id in a reply to `take_blocking`."""
+        return _text(reply)
+
+    @staticmethod
     def taken_from(reply: Sequence[bytes]) -> Iterator[Taken]:
         """The jobs in a reply to `take`."""
         for index in range(0, len(reply), 2):

@@ -64,7 +64,7 @@ class Member:
     async def ended(self) -> int:
         """Waits for its end and its last lines; returns its exit code."""
         code = await self._process.wait()
-        await asyncio.gather(*self._pumps)
+        await asyncio.wait(self._pumps)
         return code
 
     async def end(self) -> int:

@@ -70,6 +70,18 @@ def test_wrong_addresses() -> None:
         Address(5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("lend", [True, False], ids=["client", "dict"])
+async def test_a_client_and_a_dict_lead_to_the_same_redis(make_queue: MakeQueue, url: str, lend: bool) -> None:
+    """C-12; the client itself is left alone"""
+    client = Redis.from_url(url, decode_responses=True)
+    queue = make_queue(redis=client if lend else Address(url)._arguments)
+    queue.process(echo)
+    assert await (await queue.create_job("x").save()).result() == "x"
+    await queue.close()
+    assert await client.ping()
+    await client.aclose()
+
+
 async def test_the_callers_arguments_are_not_changed(url: str) -> None:
     """C-19"""
     arguments = {"socket": url.removeprefix("unix://"), "decode_responses": True}
@@ -135,7 +147,7 @@ async def test_a_queue_opened_before_redis_waits_for_it(own_server: Server, capl
     queue.process(echo)
     saving = asyncio.create_task(queue.create_job("x").save())
     with caplog.at_level(logging.WARNING):
-        await until(lambda: "attempt 3" in caplog.text)
+        await until(lambda: caplog.text.count("next attempt in 10 ms") >= 6)
     assert not saving.done()
     own_server.start()
     assert await (await saving).result() == "x"

@@ -332,7 +332,7 @@ def test_stopped_before_redis_is_up(program: str, programs: Programs) -> None:
     programs.server.stop()
     process = programs.start(program)
     assert process.stderr is not None
-    assert "attempt 1" in process.stderr.readline()
+    assert "next attempt in 250 ms" in process.stderr.readline()
     process.terminate()
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0

@@ -322,6 +322,24 @@ async def test_every_exception_fails_the_job_and_nothing_else(make_queue: MakeQu
     assert await good.result() == "good"
 
 
+async def test_a_handler_that_cancels_itself_fails_its_job(make_queue: MakeQueue) -> None:
+    queue = make_queue()
+
+    async def handler(job: Job) -> str:
+        if job.data == "bad":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(60)
+        return "good"
+
+    bad, good = await queue.create_job("bad").save(), await queue.create_job("good").save()
+    queue.process(handler)
+    with pytest.raises(JobFailed, match="^CancelledError$"):
+        await bad.result()
+    assert await good.result() == "good"
+
+
 async def test_a_result_that_json_cannot_carry_fails_the_job(make_queue: MakeQueue) -> None:
     """QK-20: and does not run it again and again"""
     queue = make_queue()
@@ -599,6 +617,18 @@ async def test_another_loop_is_refused(make_queue: MakeQueue) -> None:
         return str(caught.value)
 
     assert queue.name in await asyncio.to_thread(elsewhere)
+
+
+async def test_results_that_cannot_come_are_refused(make_queue: MakeQueue) -> None:
+    """a job that was not saved; a queue that closes first"""
+    queue = make_queue()
+    with pytest.raises(BeeQueueError, match="for a job that this queue has saved"):
+        await queue.create_job({}).set_id("own").result()
+    waiting = asyncio.create_task((await queue.create_job({}).save()).result())
+    await asyncio.sleep(0)
+    await queue.close()
+    with pytest.raises(QueueClosed):
+        await waiting
 
 
 async def test_process_is_checked(make_queue: MakeQueue) -> None:

@@ -1,0 +1,81 @@
+"""Settings: every wrong one is named, and nothing is silently replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from beequeue import QueueSettings, linear_backoff
+from beequeue.settings import QueueOptions
+
+
+def test_defaults() -> None:
+    """appendix A, and our own three"""
+    settings = dataclasses.asdict(QueueSettings())
+    assert settings == {
+        "prefix": "bq",
+        "is_worker": True,
+        "get_events": True,
+        "send_events": True,
+        "store_jobs": True,
+        "ensure_scripts": True,
+        "activate_delayed_jobs": False,
+        "stall_interval": 5000,
+        "near_term_window": 1_200_000,
+        "delayed_debounce": 1000,
+        "remove_on_success": False,
+        "remove_on_failure": False,
+        "quit_command_client": None,
+        "redis_scan_count": 100,
+        "auto_connect": True,
+        "initial_redis_failure_retry_delay": 1000,
+        "ordered_events": True,
+        "stalled_check_interval": None,
+        "reconnect": linear_backoff,
+    }
+
+
+def test_the_typed_arguments_are_the_settings() -> None:
+    assert set(QueueOptions.__annotations__) == {field.name for field in dataclasses.fields(QueueSettings)}
+
+
+def test_durations_may_be_timedeltas() -> None:
+    assert QueueSettings(stall_interval=timedelta(seconds=2)).stall_interval == 2000  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefix", ["", None])
+def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
+    """C-09"""
+    assert QueueSettings(prefix=prefix).prefix == "bq"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("is_worker", 1, "is_worker must be True or False, not 1"),
+        ("get_events", "false", "get_events must be True or False, not 'false'"),
+        ("quit_command_client", 0, "quit_command_client must be True or False, not 0"),
+        ("prefix", 5, "prefix must be a string, not 5"),
+        ("stall_interval", 0, "stall_interval must be at least 1 ms, not 0"),
+        ("stall_interval", 1.5, "stall_interval must be an int of milliseconds or a timedelta, not 1.5"),
+        ("near_term_window", -5, "near_term_window must be at least 1 ms, not -5"),
+        ("delayed_debounce", -1, "delayed_debounce must be at least 0 ms, not -1"),
+        ("stalled_check_interval", True, "stalled_check_interval must be an int of milliseconds or a timedelta, not True"),
+        ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
+        ("redis_scan_count", 0, "redis_scan_count must be an int of at least 1, not 0"),
+        ("redis_scan_count", timedelta(1), "redis_scan_count must be an int of at least 1, not datetime.timedelta(days=1)"),
+        ("reconnect", 5, "reconnect must be a function from attempt to milliseconds, not 5"),
+    ],
+)
+def test_wrong_values(name: str, value: Any, message: str) -> None:
+    """C-10, C-11, QK-10"""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        QueueSettings(**{name: value})
+    assert str(caught.value) == message
+
+
+def test_the_back_off_is_linear_and_capped() -> None:
+    assert [linear_backoff(attempt) for attempt in (1, 2, 59, 60, 61, 1000)] == [250, 500, 14_750, 15_000, 15_000, 15_000]
