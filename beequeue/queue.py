@@ -18,23 +18,19 @@ from beequeue.consumer import Consumer, Handler
 from beequeue.errors import (
     BeeQueueError,
     ConnectionRefused,
-    JobFailed,
     ListenerFailed,
     NotConnected,
     OperationTimedOut,
     QueueClosed,
-    UnreadableData,
     WrongLoop,
 )
-from beequeue.events import Emitter, Event, Registry, encode_event
+from beequeue.events import Emitter, Registry, encode_event
 from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
 from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
 from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds
 from beequeue.store import Store, load_scripts
-
-LOOK_UP_AT_ONCE = 100
-"""How many jobs are asked about in one call of a script."""
+from beequeue.tracker import Tracker
 
 log = logging.getLogger("beequeue")
 
@@ -62,9 +58,8 @@ class Queue(Emitter):
         self.settings = QueueSettings(**settings)  # type: ignore[arg-type]  # durations become ms there
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
-        self.jobs: Registry[Job] = Registry()
+        self._tracker = Tracker(self)
         self.paused = False
-        self.unknown_outcomes = 0
         self._address = Address(redis)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -72,7 +67,6 @@ class Queue(Emitter):
         self._closing: asyncio.Task[None] | None = None
         self._ready = False
         self._closed = False
-        self._events_read: list[Event] = []
         self._client_id: int | None = None
         self._commands: Connection
         self._takes: Connection | None = None
@@ -96,6 +90,16 @@ class Queue(Emitter):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
         return f"<Queue {self.name} {state} running={self.running} tracked={len(self.jobs)}>"
+
+    @property
+    def jobs(self) -> Registry[Job]:
+        """The jobs that still wait for their own events, by id."""
+        return self._tracker.jobs
+
+    @property
+    def unknown_outcomes(self) -> int:
+        """How many tracked jobs ended as `OutcomeUnknown`."""
+        return self._tracker.unknown_outcomes
 
     @property
     def running(self) -> int:
@@ -167,7 +171,7 @@ class Queue(Emitter):
                 protocol=3 if settings.ordered else 2,
                 set_up=self._subscribe,
                 on_message=self._message,
-                on_read_end=self._messages_were_read,
+                on_read_end=self._tracker.hand_on,
             )
         jobs = self._subscription if settings.ordered and self._subscription is not None else self._commands
         self._store = Store(self.key_prefix, self._commands, self._takes, jobs)
@@ -203,25 +207,7 @@ class Queue(Emitter):
         if self.settings.activate_delayed_jobs:
             await link.call(b"SUBSCRIBE", self._store.earlier_channel)
         if self.settings.ordered:
-            await self._settle_unseen(link)
-
-    async def _settle_unseen(self, link: Link) -> None:
-        """After a reconnect: settles the jobs that ended while no message could come (pub/sub has no replay)."""
-        tracked = list(self.jobs.items())
-        for start in range(0, len(tracked), LOOK_UP_AT_ONCE):
-            chunk = tracked[start : start + LOOK_UP_AT_ONCE]
-            found = await self._store.look_up(link, [job_id for job_id, _ in chunk])
-            for (job_id, job), (state, timestamp, trace) in zip(chunk, found, strict=True):
-                same = timestamp == str(job.options["timestamp"])
-                if self.jobs.get(job_id) is not job or (state == "open" and same):
-                    continue
-                del self.jobs[job_id]
-                if state == "failed" and same:
-                    job.receive(Event(job_id, "failed", JobFailed(_summary(trace))))
-                elif state == "succeeded" and same:
-                    self._lose(job, "it succeeded while the connection was down, and results are not stored")
-                else:
-                    self._lose(job, "its entry was gone when the connection came back")
+            await self._tracker.settle_unseen(link, self._store)
 
     async def _until_ready(self) -> None:
         """Every public call's first step: connected, open, and in the right loop."""
@@ -279,15 +265,8 @@ class Queue(Emitter):
             self._activator.look_at(delay)
 
     def _bind(self, job: Job) -> None:
-        if job.id is None or not self.settings.store_jobs:
-            return
-        older = self.jobs.bind(job)
-        if older is not None:
-            self._lose(older, "its id has been given to another job")
-
-    def _lose(self, job: Job, reason: str) -> None:
-        self.unknown_outcomes += 1
-        job.lose(reason)
+        if self.settings.store_jobs and job.id is not None:
+            self._tracker.bind(job)
 
     async def report_progress(self, job: Job, value: Any) -> int:
         """What `Job.report_progress` does: one message on `events`."""
@@ -311,28 +290,14 @@ class Queue(Emitter):
     # --- events ----------------------------------------------------------------------------------------------------------
 
     def _message(self, channel: bytes, payload: bytes) -> None:
-        """A published message, in the step that parses it: read now, delivered at the end of the read."""
+        """A published message, in the step that parses it."""
         if channel == self._store.events_channel:
-            try:
-                self._events_read.append(Event.decode(payload))
-            except UnreadableData as error:
-                self.report(error)
+            self._tracker.read(payload)
         elif self._activator is not None:
             try:
                 self._activator.look_at(float(payload))
             except ValueError:
                 self._activator.look_at(None)
-
-    def _messages_were_read(self) -> None:
-        """Hands the read's events on in one later step: after the code that waited for a save's reply in the same read."""
-        if self._events_read and self._loop is not None:
-            events, self._events_read = self._events_read, []
-            self._loop.call_soon(self._deliver, events)
-
-    def _deliver(self, events: list[Event]) -> None:
-        for event in events:
-            self.emit("job " + event.name, event.id, event.data)
-            self.jobs.deliver(event)
 
     def report(self, error: Exception) -> None:
         """Emits `error`; without a listener it is logged."""
@@ -464,8 +429,7 @@ class Queue(Emitter):
         for connection in (self._takes, self._subscription, self._commands):
             if connection is not None:
                 await connection.close()
-        for job in self.jobs.values():
-            job.end(Event(job.id or "", "closed", QueueClosed()))
+        self._tracker.close()
         self._ended.set()
         unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
         for task in unfinished:
@@ -491,9 +455,3 @@ class Queue(Emitter):
         refused = self._opening.exception() if self._opening_is_awaited and self._opening and self._opening.done() else None
         if isinstance(error, Exception) and not isinstance(error, QueueClosed) and error is not refused:
             self.report(error)
-
-
-def _summary(trace: str) -> str:
-    """The line of a stack trace that has the message: Python's last, Node's first."""
-    lines = trace.strip().splitlines() or [""]
-    return lines[-1 if lines[0].startswith("Traceback ") else 0]

@@ -14,6 +14,7 @@ ORDER = [
     "queue",
     "consumer",
     "maintenance",
+    "tracker",
     "store",
     "connection",
     "link",
