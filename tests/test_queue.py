@@ -230,10 +230,10 @@ async def test_retries(make_queue: MakeQueue) -> None:
 async def test_a_delayed_retry_waits_in_delayed(make_queue: MakeQueue, redis: Any) -> None:
     """B-04, B-08, B-12: fixed backoff; in delayed with status retrying; raised when due"""
     worker = make_queue()
-    attempts: list[float] = []
+    attempts: list[int] = []
 
     async def handler(job: Job) -> None:
-        attempts.append(asyncio.get_running_loop().time())
+        attempts.append(now_ms())
         if len(attempts) == 1:
             raise ValueError
 
@@ -243,11 +243,11 @@ async def test_a_delayed_retry_waits_in_delayed(make_queue: MakeQueue, redis: An
     worker.process(handler)
     await retrying.reaches(1)
     ((_, due),) = await redis.zrange(worker.to_key("delayed"), 0, -1, withscores=True)
-    assert due >= job.options["timestamp"] + 100
     assert json.loads(await redis.hget(worker.to_key("jobs"), "1"))["status"] == "retrying"
     make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True)
     await job.result()
-    assert attempts[1] - attempts[0] >= 0.1
+    assert due >= attempts[0] + 100
+    assert attempts[1] >= due
 
 
 async def test_a_retry_does_not_go_straight_back_to_its_worker(make_queue: MakeQueue) -> None:
