@@ -15,19 +15,30 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import math
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError, CommandError, JobTimeout, LateFinish, OutcomeNotRecorded, UnreadableData
+from beequeue.errors import (
+    BeeQueueError,
+    CommandError,
+    JobTimeout,
+    LateFinish,
+    OutcomeNotRecorded,
+    QueueClosed,
+    UnreadableData,
+)
 from beequeue.events import encode_event
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Command
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement, Store, Taken
+from beequeue.store import TAKE_WAIT_S, Settlement, Store, Taken
+
+log = logging.getLogger("beequeue")
 
 Handler = Callable[[Job], Any]
 """An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""
@@ -37,6 +48,8 @@ UNBLOCK_EVERY_S = 0.05
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
 LONGEST_REFUSAL_DELAY_MS = 15_000
+MORE_THREADS = 100
+"""Threads beyond the concurrency: a time-out frees a slot, but does not stop the thread."""
 
 
 class Host(Protocol):
@@ -80,6 +93,14 @@ def stack_trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames))
 
 
+def _message_of(error: BaseException) -> str:
+    """What a producer is told; never empty."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # a class of the handler's own, whose text cannot be had
+        return type(error).__name__
+
+
 def succeed(job: Job, result: Any, settings: QueueSettings) -> Settlement:
     """The settlement of a job whose handler returned `result`; raises `TypeError` when JSON cannot carry it."""
     assert job.id is not None
@@ -96,7 +117,7 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
     job.options["stacktraces"].insert(0, stack_trace(error))
     if delay is not None:
         job.options["retries"] -= 1
-    message = encode_event(job.id, status, str(error) or type(error).__name__) if settings.send_events else b""
+    message = encode_event(job.id, status, _message_of(error)) if settings.send_events else b""
     entry = b"" if delay is None and settings.remove_on_failure else job.encode()
     return Settlement(status, entry, message, now + delay if delay else None)
 
@@ -107,16 +128,17 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("abandoned", "entry", "error", "finish", "id", "in_thread", "job", "result", "settlement", "task", "worker")
+    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task", "worker")
 
     def __init__(self, worker: Consumer, job_id: str, entry: bytes = b"") -> None:
         self.worker = worker
         self.id = job_id
         self.entry = entry
-        self.in_thread = worker.in_threads
         self.abandoned = False
         self.job: Job | None = None
         self.task: asyncio.Task[None] | None = None
+        self.call: Future[Any] | None = None
+        """Where the handler is a plain function: what its thread does."""
         self.result: Any = None
         self.error: BaseException | None = None
         self.settlement: Settlement | None = None
@@ -133,13 +155,12 @@ class Consumer:
     def __init__(self, store: Store, host: Host, handler: Handler, concurrency: int) -> None:
         self.running = 0
         self.late_finishes = 0
-        self.in_threads = not _is_async(handler)
         self._store = store
         self._host = host
         self._settings = host.settings
         self._concurrency = concurrency
-        self._threads = ThreadPoolExecutor(concurrency, "beequeue handler") if self.in_threads else None
-        self._call = functools.partial(self._call_in_thread, handler) if self.in_threads else handler
+        self._handler = handler
+        self._threads = None if _is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
         self._free = concurrency
         self._take: Command | None = None
@@ -191,6 +212,8 @@ class Consumer:
         self._reading -= 1
         if isinstance(reply, BeeQueueError):
             self._host.report(reply)
+            if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
+                self._closing = True
         else:
             for taken in self._store.taken_from(reply):
                 self._free -= 1
@@ -243,9 +266,9 @@ class Consumer:
         try:
             limit = job.options.get("timeout")
             if limit:
-                run.result = await self._within(limit, job)
+                run.result = await self._within(limit, run, job)
             else:
-                run.result = await self._call(job)
+                run.result = await self._call(run, job)
         except BaseException as raised:
             if run.abandoned:  # its job goes back
                 self.running -= 1
@@ -261,27 +284,31 @@ class Consumer:
             self._host.report(fault)
             self._pump()
 
-    async def _within(self, limit: Any, job: Job) -> Any:
+    async def _within(self, limit: Any, run: Run, job: Job) -> Any:
         if not isinstance(limit, (int, float)) or limit <= 0:
-            return await self._call(job)
+            return await self._call(run, job)
         timer = asyncio.timeout(limit / 1000)
         try:
             async with timer:
-                return await self._call(job)
+                return await self._call(run, job)
         except TimeoutError:
             if timer.expired():
                 raise JobTimeout(f"Job {job.id} timed out ({limit} ms)") from None
             raise
 
-    def _call_in_thread(self, handler: Handler, job: Job) -> Awaitable[Any]:
-        return self._loop.run_in_executor(self._threads, handler, job)
+    def _call(self, run: Run, job: Job) -> Awaitable[Any]:
+        if self._threads is None:
+            outcome: Awaitable[Any] = self._handler(job)
+            return outcome
+        run.call = self._threads.submit(self._handler, job)
+        return asyncio.wrap_future(run.call)
 
     def _decide(self, run: Run, job: Job) -> Settlement:
         """The settlement for the run's outcome; a result that JSON cannot carry becomes the run's error."""
         if run.error is None:
             try:
                 return succeed(job, run.result, self._settings)
-            except (TypeError, RecursionError) as unserialisable:
+            except TypeError as unserialisable:
                 run.error = unserialisable
         try:
             delay = retry_delay(job, self._host.backoff_strategies)
@@ -290,8 +317,8 @@ class Consumer:
             delay = None
         try:
             return fail(job, run.error, delay, now_ms(), self._settings)
-        except (TypeError, RecursionError):
-            # the handler left something in the job that JSON cannot carry: settle it as it was stored
+        except TypeError:
+            # the handler left something in the job that JSON cannot carry: it fails for good, as it was stored
             as_stored = self._host.decode_job(run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
             return fail(job, run.error, None, now_ms(), self._settings)
@@ -367,13 +394,12 @@ class Consumer:
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
         deadline = self._loop.time() + timeout_s
-        await self._end_intake(client_id)
-        in_time = await self._until(lambda: not self._under_way(), deadline)
+        taken_in = await self._end_intake(client_id, deadline)
+        in_time = await self._until(lambda: not self._under_way(), deadline) and taken_in
         if not in_time:
             for run in self._under_way():
                 if run.finish is None and run.task is not None:
-                    run.abandoned = True
-                    run.task.cancel()
+                    self._abandon(run)
             await self._until(lambda: not self._under_way(), self._loop.time() + GRACE_S)
         await self._hand_back()
         if self._heart is not None:
@@ -382,6 +408,25 @@ class Consumer:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         return in_time
+
+    def _abandon(self, run: Run) -> None:
+        """Cancels a run's handler; a thread cannot be, so what it comes to is reported."""
+        assert run.task is not None
+        run.abandoned = True
+        if run.call is not None and not run.call.cancel():
+            run.call.add_done_callback(functools.partial(self._ended_too_late, run.id))
+        run.task.cancel()
+
+    def _ended_too_late(self, job_id: str, call: Future[Any]) -> None:
+        """In the thread of a handler that has outlived its worker."""
+        failure = OutcomeNotRecorded(
+            f"unable to update the status of {'failed' if call.exception() else 'succeeded'} job {job_id}"
+        )
+        failure.__cause__ = QueueClosed()
+        try:
+            self._loop.call_soon_threadsafe(self._host.report, failure)
+        except RuntimeError:  # the loop is closed too
+            log.error("%s", failure)
 
     def _under_way(self) -> list[Run]:
         """The runs whose handler runs, or whose settlement has not been answered."""
@@ -398,8 +443,13 @@ class Consumer:
             return condition()
         return True
 
-    async def _end_intake(self, client_id: int | None) -> None:
+    async def _end_intake(self, client_id: int | None, deadline: float) -> bool:
+        """Returns when nothing is being taken any more; False when Redis was away until the deadline."""
+        # where UNBLOCK is not permitted, the take runs its course
+        latest = max(deadline, self._loop.time() + TAKE_WAIT_S + GRACE_S)
         while self._take is not None or self._reading:
+            if self._loop.time() > (latest if self._store.is_reachable else deadline):
+                return False
             if self._take is not None:
                 if self._store.withdraw_take(self._take):
                     self._take = None
@@ -408,10 +458,11 @@ class Consumer:
                 if client_id is not None:
                     self._store.unblock(client_id)
             await self._until(lambda: self._take is None and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
+        return True
 
     async def _hand_back(self) -> None:
-        """Returns what is held and neither being settled nor in a thread that cannot be stopped."""
-        held = [run.id for run in reversed(self._held) if run.finish is None and not (run.in_thread and run.task is not None)]
+        """Returns what is held and neither being settled nor in a thread that goes on."""
+        held = [run.id for run in reversed(self._held) if run.finish is None and (run.call is None or run.call.cancelled())]
         if not held:
             return
         try:
