@@ -21,12 +21,16 @@ from beequeue.errors import (
 from beequeue.job import Job
 from beequeue.queue import Queue
 from beequeue.settings import QueueSettings, linear_backoff
+from beequeue.sharing import Client, connect
+from beequeue.store import Health
 
 __all__ = [
     "BeeQueueError",
+    "Client",
     "CommandError",
     "ConnectionLost",
     "ConnectionRefused",
+    "Health",
     "Job",
     "JobFailed",
     "JobTimeout",
@@ -42,5 +46,6 @@ __all__ = [
     "UnreadableData",
     "WrongLoop",
     "check_redis_url",
+    "connect",
     "linear_backoff",
 ]

@@ -51,7 +51,22 @@ def encode_event(job_id: str, name: str, data: Any = None) -> bytes:
     message = {"id": job_id, "event": name}
     if data is not None:
         message["data"] = data
-    return orjson.dumps(message)
+    return dump_json(message)
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON as Node writes it, lone surrogates too (as escapes); raises `TypeError` when JSON cannot carry `value`."""
+    try:
+        return orjson.dumps(value)
+    except TypeError as refused:
+        if not str(refused).endswith(("surrogates not allowed", "Recursion limit reached")):
+            raise
+    import json  # only for what the fast writer refuses
+
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TypeError(f"JSON cannot carry it: {error}") from None
 
 
 def load_json(text: bytes, what: str) -> Any:
@@ -154,6 +169,7 @@ class Receiver(Protocol):
     """What a registry delivers to: a job."""
 
     id: str | None
+    last_event: Event | None
 
     def receive(self, event: Event) -> None: ...
 
@@ -162,7 +178,11 @@ AnyReceiver = TypeVar("AnyReceiver", bound=Receiver)
 
 
 class Registry(dict[str, AnyReceiver]):
-    """The jobs that still wait for events, by id. A plain dict with two verbs more."""
+    """The jobs that still wait for events, by id. A plain dict with two verbs more; `get` finds the job of an event.
+
+    Whoever reads an event looks its job up in the same step, and may deliver it later: a job that is bound behind the event
+    must not receive it.
+    """
 
     __slots__ = ()
 
@@ -173,12 +193,9 @@ class Registry(dict[str, AnyReceiver]):
         self[job.id] = job
         return None if older is job else older
 
-    def deliver(self, event: Event) -> None:
-        """Gives `event` to its job, if it is bound, and forgets a job that has ended."""
-        job = self.get(event.id)
-        if job is None:
-            return
-        if event.name in ENDS:
-            # forgotten before its listeners run: one of them may save or retry under the same id
-            del self[event.id]
+    def deliver(self, event: Event, job: AnyReceiver) -> None:
+        """Gives `event` to `job`, and forgets a job that has ended."""
         job.receive(event)
+        # a listener may have bound the job anew, for a retry; it has no last event then
+        if event.name in ENDS and job.last_event is event and self.get(event.id) is job:
+            del self[event.id]

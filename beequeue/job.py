@@ -12,10 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
-import orjson
-
-from beequeue.errors import OutcomeUnknown, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, load_json
+from beequeue.errors import BeeQueueError, OutcomeUnknown, UnreadableData
+from beequeue.events import ENDS, Emitter, Event, dump_json, load_json
 from beequeue.settings import Duration, PointInTime, milliseconds
 
 Strategy = Callable[["Job"], int | float | None]
@@ -40,14 +38,39 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+def id_from(value: str | int) -> str:
+    """`value` as a job id: ids are text, also where they look like numbers."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"a job id must be a string or an int, not {value!r}")
+    job_id = str(value)
+    if not job_id:
+        raise ValueError("a job id must not be empty")
+    try:
+        job_id.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError(f"a job id must be text that UTF-8 can carry, not {job_id!r}") from None
+    return job_id
+
+
+class Commands(Protocol):
+    """What a job has its queue do in Redis."""
+
+    async def save(self, job: Job) -> None: ...
+    async def fetch(self, job_id: str | int) -> Job | None: ...
+    async def remove(self, job_id: str | int) -> None: ...
+    async def retry(self, job: Job) -> tuple[int, int]: ...
+    async def is_in_set(self, job: Job, kind: str) -> bool: ...
+    async def report_progress(self, job: Job, value: Any) -> int: ...
+    async def end_of(self, job: Job) -> Event: ...
+
+
 class Owner(Protocol):
     """What a job asks of its queue."""
 
     backoff_strategies: dict[str, Strategy]
 
-    async def save_job(self, job: Job) -> None: ...
-    async def report_progress(self, job: Job, value: Any) -> int: ...
-    def check_result_is_possible(self, job: Job) -> None: ...
+    @property
+    def producer(self) -> Commands: ...
     def listener_failed(self, event: str, error: Exception) -> None: ...
     def listener_awaits(self, event: str, result: Awaitable[Any]) -> None: ...
 
@@ -61,7 +84,19 @@ class Job(Emitter):
     Events: `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value).
     """
 
-    __slots__ = ("_end", "_waiter", "data", "id", "options", "progress", "queue", "status", "uncertain")
+    __slots__ = (
+        "data",
+        "ended",
+        "id",
+        "last_event",
+        "options",
+        "progress",
+        "queue",
+        "saved",
+        "saving",
+        "status",
+        "uncertain",
+    )
 
     def __init__(
         self, queue: Owner, data: Any = None, *, job_id: str | None = None, options: dict[str, Any] | None = None
@@ -76,8 +111,12 @@ class Job(Emitter):
         self.status = "created"
         self.uncertain = False
         self.progress: Any = 0
-        self._end: Event | None = None
-        self._waiter: asyncio.Future[Event] | None = None
+        self.last_event: Event | None = None
+        """The event that ended it, as far as this process has heard."""
+        self.ended: asyncio.Future[Event] | None = None
+        """Completes with `last_event`, while somebody waits for it."""
+        self.saving = False
+        self.saved = False
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.status}>"
@@ -85,8 +124,11 @@ class Job(Emitter):
     # --- before save -------------------------------------------------------------------------------------------------
 
     def set_id(self, job_id: str | int) -> Job:
-        """Gives the job an id of the caller's own instead of the next automatic one. Avoid numbers: those are automatic."""
-        self.id = str(job_id)
+        """Gives the job an id of the caller's own instead of the next automatic one. Avoid numbers: those are automatic.
+
+        Any text but an empty one; an int becomes text. Raises `TypeError`, `ValueError`.
+        """
+        self.id = id_from(job_id)
         return self
 
     def retries(self, count: int) -> Job:
@@ -140,36 +182,74 @@ class Job(Emitter):
     # --- what the queue does for it ----------------------------------------------------------------------------------
 
     async def save(self) -> Job:
-        """Stores the job and makes it available (script `add_job`); returns the job, its `id` filled in.
+        """Stores the job and makes it available (scripts `add_job`, `add_delayed_job`); returns it, its `id` filled in.
 
-        `id` is None when its own id was in use: nothing was written then. Raises `TypeError` when JSON cannot carry `data`
-        (nothing was sent), `ConnectionLost`, `CommandError`, `QueueClosed`.
+        When its own id is in use nothing is written; `id` is None then, except on a job that was saved before, which keeps it.
+        Raises `TypeError` when JSON cannot carry the job (nothing was sent), `BeeQueueError` when it is being saved already,
+        `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        await self.queue.save_job(self)
+        await self.queue.producer.save(self)
         return self
 
     async def report_progress(self, value: Any) -> int:
-        """Publishes `value` (any JSON but null) on the events channel; returns how many subscribers it reached."""
-        return await self.queue.report_progress(self, value)
+        """Publishes `value` (any JSON but null) on the channel `events`; returns how many subscribers it reached.
+
+        It is stored with the job when the job is settled. Raises `ValueError` for None, `BeeQueueError` for a job without
+        an id, `TypeError` when JSON cannot carry `value`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.queue.producer.report_progress(self, value)
+
+    async def remove(self) -> Job:
+        """Takes the job out of every key (script `remove_job`); returns it. Does nothing when it is gone already.
+
+        No event is published; a result that this queue waits for ends as `OutcomeUnknown`. A worker that runs the job reports
+        a late finish. Raises `BeeQueueError` for a job without an id, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        if self.id is None:
+            raise BeeQueueError("a job without an id cannot be removed: save it first")
+        await self.queue.producer.remove(self.id)
+        return self
+
+    async def retry(self) -> tuple[int, int]:
+        """Moves the job, when it has ended, back to `waiting` (script `retry_job`); its own events come once more.
+
+        Returns 1 if it was in `failed`, else 0, and the length of `waiting`. A job that has not ended runs anyway and is left
+        alone. The remaining retries stay as they are. Raises `BeeQueueError` for a job without an id or without an entry in
+        `jobs`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.queue.producer.retry(self)
+
+    async def is_in_set(self, name: str) -> bool:
+        """Whether the job's id is in `waiting`, `active`, `succeeded`, `failed`, `delayed` or `stalling`.
+
+        The two lists are searched from end to end (`LPOS`, Redis 6.0.6). Raises `ValueError` for another name, `BeeQueueError`
+        for a job without an id, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.queue.producer.is_in_set(self, name)
+
+    @staticmethod
+    async def from_id(queue: Owner, job_id: str | int) -> Job | None:
+        """The job as it is stored in `jobs` now, or None: a new object, which receives no events.
+
+        Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await queue.producer.fetch(job_id)
 
     async def result(self, timeout: Duration | None = None) -> Any:
         """Waits for the end of this saved job and returns its handler's result.
 
-        `timeout` is in ms or a `timedelta`. Raises `JobFailed`, `OutcomeUnknown`, `TimeoutError`, `QueueClosed` when the queue
-        is closed first, and `BeeQueueError` at once when the queue has no `get_events` or no `store_jobs`, or has not saved
-        this job. With `ordered_events=False` the event may be lost, and only `timeout` ends the wait.
+        `timeout` is in ms or a `timedelta`. The result comes with the message on `events`; it is not stored. Raises `JobFailed`
+        with the worker's message; `OutcomeUnknown` when the job ended and no message told how (it was removed, its worker sends
+        none, the connection was down), which is found out within about 5 s, twice that with `ordered_events=False`;
+        `TimeoutError`; `QueueClosed` when the queue is closed first; and `BeeQueueError` at once when the queue has no
+        `get_events` or no `store_jobs`, or has neither saved nor fetched this job.
         """
         limit = None if timeout is None else milliseconds("timeout", timeout) / 1000
-        if self._end is None:
-            self.queue.check_result_is_possible(self)
-            if self._waiter is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-            async with asyncio.timeout(limit):
-                await asyncio.shield(self._waiter)
-        assert self._end is not None
-        if isinstance(self._end.data, Exception):
-            raise self._end.data
-        return self._end.data
+        async with asyncio.timeout(limit):
+            end = await self.queue.producer.end_of(self)
+        if isinstance(end.data, Exception):
+            raise end.data
+        return end.data
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +259,8 @@ class Job(Emitter):
         if name == "progress":
             self.progress = event.data
         elif name == "retrying":
-            self.options["retries"] = max(0, self.options.get("retries", 0) - 1)
+            left = self.options.get("retries")
+            self.options["retries"] = max(0, left - 1) if isinstance(left, int) else 0
         elif name in ENDS:
             self.end(event)
         self.emit(name, event.data)
@@ -193,9 +274,9 @@ class Job(Emitter):
 
     def end(self, event: Event) -> None:
         """Remembers the last event, for `result()`."""
-        self._end = event
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(event)
+        self.last_event = event
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(event)
 
     def _listener_failed(self, event: str, error: Exception) -> None:
         self.queue.listener_failed(event, error)
@@ -207,7 +288,7 @@ class Job(Emitter):
 
     def encode(self) -> bytes:
         """The entry for the hash `jobs`; raises `TypeError` when JSON cannot carry it."""
-        return orjson.dumps({"data": self.data, "options": self.options, "status": self.status, "progress": self.progress})
+        return dump_json({"data": self.data, "options": self.options, "status": self.status, "progress": self.progress})
 
     def to_data(self) -> str:
         """The entry for the hash `jobs`, as a string."""

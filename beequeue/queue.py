@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -24,12 +24,14 @@ from beequeue.errors import (
     QueueClosed,
     WrongLoop,
 )
-from beequeue.events import Emitter, Registry, encode_event
+from beequeue.events import Emitter, Registry
 from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
 from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
-from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds
-from beequeue.store import Store, load_scripts
+from beequeue.producer import Producer
+from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds, whole_number
+from beequeue.sharing import Client
+from beequeue.store import Health, Store
 from beequeue.tracker import Tracker
 
 log = logging.getLogger("beequeue")
@@ -39,8 +41,9 @@ class Queue(Emitter):
     """A bee-queue, in the role its settings give it: producer, worker, or both.
 
     `name` and the setting `prefix` name its keys in Redis, `<prefix>:<name>:…`. `redis` is a URL (`redis://`, `rediss://`,
-    `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the settings of, or None for
-    127.0.0.1:6379. The settings are those of `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
+    `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the settings of, a `Client` (see
+    `beequeue.connect`) whose connection several queues use for commands, or None for 127.0.0.1:6379. The settings are those of
+    `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
 
     Connects at once when made inside a running loop (unless `auto_connect=False`), otherwise at first use; `async with`
     opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.
@@ -50,7 +53,7 @@ class Queue(Emitter):
     result), `job failed`, `job retrying` (id, error), `job progress` (id, value).
     """
 
-    def __init__(self, name: str, redis: RedisSetting = None, **settings: Unpack[QueueOptions]) -> None:
+    def __init__(self, name: str, redis: RedisSetting | Client = None, **settings: Unpack[QueueOptions]) -> None:
         super().__init__()
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string, not {name!r}")
@@ -58,24 +61,21 @@ class Queue(Emitter):
         self.settings = QueueSettings(**settings)  # type: ignore[arg-type]  # durations become ms there
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
-        self._tracker = Tracker(self)
         self.paused = False
-        self._address = Address(redis)
+        self._tracker = Tracker(self, ordered=self.settings.ordered)
+        self.producer = Producer(self, self._tracker)
+        self._connect_parts(redis)
+        self._client_id: int | None = None
+        self._consumer: Consumer | None = None
+        self._processing = False
+        self._activator: DelayedActivator | None = None
+        self._stall_checker: StallChecker
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
         self._opening_is_awaited = False
         self._closing: asyncio.Task[None] | None = None
         self._ready = False
         self._closed = False
-        self._client_id: int | None = None
-        self._commands: Connection
-        self._takes: Connection | None = None
-        self._subscription: Connection | None = None
-        self._store: Store
-        self._consumer: Consumer | None = None
-        self._processing = False
-        self._activator: DelayedActivator | None = None
-        self._stall_checker: StallChecker | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closers: set[asyncio.Task[Any] | None] = set()
         self._ended = asyncio.Event()
@@ -87,19 +87,43 @@ class Queue(Emitter):
             else:
                 self._open()
 
+    def _connect_parts(self, redis: RedisSetting | Client) -> None:
+        """Makes the connections that the settings ask for, without opening them, and the store that talks through them."""
+        settings = self.settings
+        self._shares = isinstance(redis, Client)
+        if isinstance(redis, Client):
+            self.client = redis
+        else:
+            self.client = Client(Address(redis), reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
+        connection = functools.partial(Connection, self.client.address, reconnect=settings.reconnect, report=self.report)
+        self._takes = connection("take", set_up=self._set_up_takes) if settings.is_worker else None
+        self._subscription = None
+        if settings.get_events or settings.activate_delayed_jobs:
+            self._subscription = connection(
+                "event",
+                protocol=3 if settings.ordered else 2,
+                set_up=self._subscribe,
+                on_message=self._message,
+                on_read_end=self._tracker.hand_on,
+            )
+        commands = self.client.connection
+        jobs = self._subscription if settings.ordered and self._subscription is not None else commands
+        self._store = Store(self.key_prefix, commands, self._takes, jobs)
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
         return f"<Queue {self.name} {state} running={self.running} tracked={len(self.jobs)}>"
 
     @property
     def jobs(self) -> Registry[Job]:
-        """The jobs that still wait for their own events, by id."""
+        """The jobs that still wait for their own events, by id. Assigning to it replaces them."""
         return self._tracker.jobs
 
-    @property
-    def unknown_outcomes(self) -> int:
-        """How many tracked jobs ended as `OutcomeUnknown`."""
-        return self._tracker.unknown_outcomes
+    @jobs.setter
+    def jobs(self, jobs: Mapping[str, Job]) -> None:
+        kept = dict(jobs)
+        self._tracker.jobs.clear()
+        self._tracker.jobs.update(kept)
 
     @property
     def running(self) -> int:
@@ -107,15 +131,25 @@ class Queue(Emitter):
         return 0 if self._consumer is None else self._consumer.running
 
     @property
+    def tracked(self) -> int:
+        """How many jobs still wait for their own events."""
+        return len(self.jobs)
+
+    @property
     def reconnects(self) -> int:
-        """How often a connection of this queue was lost and came back."""
-        connections = (self._commands, self._takes, self._subscription) if self._loop else ()
+        """How often a connection of this queue was lost and came back; with one that is shared, of that too."""
+        connections = (self.client.connection, self._takes, self._subscription)
         return sum(connection.reconnects for connection in connections if connection is not None)
 
     @property
     def late_finishes(self) -> int:
         """How many handlers ended after their job had been settled, removed or handed on."""
         return 0 if self._consumer is None else self._consumer.late_finishes
+
+    @property
+    def unknown_outcomes(self) -> int:
+        """How many tracked jobs ended as `OutcomeUnknown`."""
+        return self._tracker.unknown_outcomes
 
     def is_running(self) -> bool:
         """False from the moment `close()` is called."""
@@ -144,7 +178,7 @@ class Queue(Emitter):
         self._check_usable()
         if self._opening is None:
             self._open()
-        await self._until_ready()
+        await self.usable()
         return True
 
     async def ready(self) -> Self:
@@ -161,20 +195,7 @@ class Queue(Emitter):
     def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         settings = self.settings
-        connection = functools.partial(Connection, self._address, reconnect=settings.reconnect, report=self.report)
-        self._commands = connection("command", set_up=load_scripts if settings.ensure_scripts else None)
-        if settings.is_worker:
-            self._takes = connection("take", set_up=self._set_up_takes)
-        if settings.get_events or settings.activate_delayed_jobs:
-            self._subscription = connection(
-                "event",
-                protocol=3 if settings.ordered else 2,
-                set_up=self._subscribe,
-                on_message=self._message,
-                on_read_end=self._tracker.hand_on,
-            )
-        jobs = self._subscription if settings.ordered and self._subscription is not None else self._commands
-        self._store = Store(self.key_prefix, self._commands, self._takes, jobs)
+        self.client.attach(self.report)
         if settings.activate_delayed_jobs:
             self._activator = DelayedActivator(
                 self._store,
@@ -186,8 +207,10 @@ class Queue(Emitter):
         self._opening = self._spawn(self._connect(), "opening")
 
     async def _connect(self) -> None:
-        connections = [c for c in (self._commands, self._takes, self._subscription) if c is not None]
-        await asyncio.gather(*(connection.open() for connection in connections))
+        opening = [connection.open() for connection in (self._takes, self._subscription) if connection is not None]
+        if not self._shares:
+            opening.append(self.client.open())
+        await asyncio.gather(*opening)
         self._ready = True
         if self._activator is not None:
             self._activator.look_now()
@@ -207,13 +230,13 @@ class Queue(Emitter):
         if self.settings.activate_delayed_jobs:
             await link.call(b"SUBSCRIBE", self._store.earlier_channel)
         if self.settings.ordered:
-            await self._tracker.settle_unseen(link, self._store)
+            await self._tracker.settle_unseen(lambda job_ids: self._store.look_up(job_ids, link))
 
-    async def _until_ready(self) -> None:
+    async def usable(self) -> Store:
         """Every public call's first step: connected, open, and in the right loop."""
         self._check_usable()
         if self._ready:
-            return
+            return self._store
         if self._opening is None:
             if not self.settings.auto_connect:
                 raise NotConnected("the queue is not connected: await connect() first")
@@ -221,6 +244,7 @@ class Queue(Emitter):
         assert self._opening is not None
         self._opening_is_awaited = True
         await asyncio.shield(self._opening)
+        return self._store
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -228,64 +252,78 @@ class Queue(Emitter):
         if self._loop is not None and asyncio.get_running_loop() is not self._loop:
             raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is used from another one")
 
-    # --- producing -------------------------------------------------------------------------------------------------------
+    # --- jobs ------------------------------------------------------------------------------------------------------------
 
     def create_job(self, data: Any = None) -> Job:
         """A job that carries `data` (whatever JSON carries; None is `{}`). Nothing is sent before `Job.save`."""
         return Job(self, data)
 
-    async def save_job(self, job: Job) -> None:
-        """What `Job.save` does: stores the job in `jobs`, and its id in `waiting` or `delayed`."""
-        entry = job.encode()
-        if not self._ready or self._closed or asyncio.get_running_loop() is not self._loop:
-            await self._until_ready()
-        assert self._loop is not None
-        saved: asyncio.Future[None] = self._loop.create_future()
-        ordered = self.settings.ordered
-        delay = job.options.get("delay")
+    async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
+        """Saves many jobs of this queue, a thousand in a round trip, each as `Job.save` does; fills in their ids.
 
-        def on_reply(reply: Any) -> None:
-            if isinstance(reply, BeeQueueError):
-                if not saved.done():
-                    saved.set_exception(reply)
-                return
-            job.id = None if reply is None else reply.decode()
-            if ordered:
-                # here, in the step that parses the reply: the job's events may stand right behind it
-                self._bind(job)
-            if not saved.done():
-                saved.set_result(None)
+        Returns the jobs that could not be saved and what each would have raised: `TypeError`, `ConnectionLost`, `CommandError`.
+        One whose own id is in use is not among them: its `id` is None. Raises, before anything is sent, `TypeError` for what is
+        no job, `ValueError` for a job of another queue, `QueueClosed`.
+        """
+        return await self.producer.save_all(jobs)
 
-        self._store.add(job.id or "", entry, delay, on_reply)
-        await saved
-        if not ordered:
-            # bee-queue 2.0.0's way: an event that came before this is lost to the job
-            self._bind(job)
-        if delay is not None and self._activator is not None and job.id is not None:
-            self._activator.look_at(delay)
+    async def get_job(self, job_id: str | int) -> Job | None:
+        """The job with this id, read from `jobs` (script `get_job`), or None.
 
-    def _bind(self, job: Job) -> None:
-        if self.settings.store_jobs and job.id is not None:
-            self._tracker.bind(job)
+        With `store_jobs` it is the very object that `queue.jobs` holds, if it holds one; else a new one, which receives its own
+        events from now on, unless it has ended already (`result()` then tells how). An object that is held is not refreshed:
+        `Job.from_id` shows what is stored. Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.producer.get(job_id)
 
-    async def report_progress(self, job: Job, value: Any) -> int:
-        """What `Job.report_progress` does: one message on `events`."""
-        if value is None:
-            raise ValueError("Progress cannot be empty")
-        if job.id is None:
-            raise BeeQueueError("progress of a job that has not been saved")
-        message = encode_event(job.id, "progress", value)
-        await self._until_ready()
-        job.progress = value
-        return await self._store.publish(message)
+    async def get_jobs(self, kind: str, start: int = 0, end: int = 100, size: int = 100) -> list[Job]:
+        """Jobs in the state `kind`: `waiting`, `active`, `delayed`, `succeeded` or `failed`, read from that key and `jobs`.
 
-    def check_result_is_possible(self, job: Job) -> None:
-        """Raises `BeeQueueError` when `job` will never hear of its end."""
-        self._check_usable()
-        if not self.settings.get_events or not self.settings.store_jobs:
-            raise BeeQueueError("result() needs a queue with get_events and store_jobs")
-        if job.id is None or self.jobs.get(job.id) is not job:
-            raise BeeQueueError("result() is for a job that this queue has saved")
+        `start` and `end`, both included, are indices into the first three; negative ones count from the end. `waiting` and
+        `active` have the job that was pushed last first, so the next one to be taken is the last of `waiting`; `delayed` is in
+        the order of time. Of the other two come any `size` jobs. Objects that `jobs` holds are returned themselves; the others
+        are new, and receive no events. An entry that cannot be read is reported through `error` and left out.
+
+        Raises `ValueError` or `TypeError` naming a wrong argument, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.producer.list_jobs(kind, start, end, size)
+
+    async def remove_job(self, job_id: str | int) -> Self:
+        """Takes the job out of every key, like `Job.remove`; returns the queue. Nothing happens when there is none."""
+        await self.producer.remove(job_id)
+        return self
+
+    async def clean(self, kind: str, older_than: Duration = 0, limit: int = 1_000) -> int:
+        """Deletes jobs that ended, from `jobs` and from `kind` (`succeeded` or `failed`); returns how many.
+
+        Those that were created at least `older_than` ms (or a `timedelta`) ago, by `options.timestamp`, since when a job ended
+        is not stored; at most `limit` of them, in no particular order. Without this, or `remove_on_success` and
+        `remove_on_failure`, ended jobs stay for ever. Raises `ValueError` or `TypeError` naming a wrong argument,
+        `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        return await self.producer.clean(kind, older_than, limit)
+
+    async def check_health(self) -> Health:
+        """Counts the jobs of each state, all at one moment (script `check_health`), and reads the last automatic id.
+
+        Raises `ConnectionLost`, `CommandError`, `QueueClosed`.
+        """
+        store = await self.usable()
+        return await store.check_health()
+
+    async def destroy(self) -> int:
+        """Deletes all keys of the queue, the counter of ids too; returns how many there were.
+
+        Stops nothing: workers go on, and what this process holds in `jobs` stays. Raises `ConnectionLost`, `CommandError`,
+        `QueueClosed`.
+        """
+        store = await self.usable()
+        return await store.destroy()
+
+    def job_is_due(self, when: int) -> None:
+        """A delayed job has been saved here, for `when` (epoch ms): looks then, if this queue raises delayed jobs."""
+        if self._activator is not None:
+            self._activator.look_at(when)
 
     # --- events ----------------------------------------------------------------------------------------------------------
 
@@ -342,10 +380,7 @@ class Queue(Emitter):
             raise QueueClosed
         if not callable(handler):
             raise TypeError(f"handler must be callable, not {handler!r}")
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int):
-            raise TypeError(f"concurrency must be an int, not {concurrency!r}")
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        whole_number("concurrency", concurrency, at_least=1)
         self._check_usable()
         self._processing = True
         self._spawn(self._start_processing(handler, concurrency), "start of processing")
@@ -354,12 +389,11 @@ class Queue(Emitter):
     async def run(self, handler: Handler, concurrency: int = 1) -> None:
         """Like `process`, and returns when the queue has been closed."""
         self.process(handler, concurrency)
-        await self._until_ready()
+        await self.usable()
         await self._ended.wait()
 
     async def _start_processing(self, handler: Handler, concurrency: int) -> None:
-        await self._until_ready()
-        assert self._stall_checker is not None
+        await self.usable()
         try:
             await self._stall_checker.check()
         except BeeQueueError as error:
@@ -386,8 +420,7 @@ class Queue(Emitter):
         find a job. Raises what Redis answered to the first one; later failures are reported through `error`.
         """
         interval_ms = 0 if interval is None else milliseconds("interval", interval)
-        await self._until_ready()
-        assert self._stall_checker is not None
+        await self.usable()
         if interval_ms:
             self._stall_checker.repeat(interval_ms)
         return await self._stall_checker.check()
@@ -417,29 +450,35 @@ class Queue(Emitter):
         await asyncio.shield(self._closing)
 
     async def _close(self, timeout_s: float) -> None:
+        await first_error_wins(self._drain(timeout_s), self._close_connections)
         assert self._opening is not None
-        assert self._stall_checker is not None
+        if not self._opening.cancelled() and isinstance(refused := self._opening.exception(), ConnectionRefused):
+            raise refused
+
+    async def _drain(self, timeout_s: float) -> None:
         await self._stall_checker.close()
         if self._activator is not None:
             await self._activator.close()
-        in_time = True
-        if self._consumer is not None:
-            in_time = await self._consumer.drain(self._client_id, timeout_s)
+        if self._consumer is not None and not await self._consumer.drain(self._client_id, timeout_s):
+            raise OperationTimedOut
+
+    async def _close_connections(self) -> None:
         self._closed = True
-        for connection in (self._takes, self._subscription, self._commands):
-            if connection is not None:
-                await connection.close()
-        self._tracker.close()
+        quits = self.settings.quit_command_client
+        closing = [connection.close() for connection in (self._takes, self._subscription) if connection is not None]
+        if not self._shares if quits is None else quits:
+            closing.append(self.client.close())
+        failures = [failure for failure in await asyncio.gather(*closing, return_exceptions=True) if failure is not None]
+        self.client.detach(self.report)
+        await self._tracker.close()
         self._ended.set()
         unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
         for task in unfinished:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished)
-        if not self._opening.cancelled() and isinstance(refused := self._opening.exception(), ConnectionRefused):
-            raise refused
-        if not in_time:
-            raise OperationTimedOut
+        if failures:
+            raise failures[0]
 
     def _spawn(self, work: Any, what: str) -> asyncio.Task[Any]:
         """A named task that the queue owns; its failure is reported."""
@@ -455,3 +494,16 @@ class Queue(Emitter):
         refused = self._opening.exception() if self._opening_is_awaited and self._opening and self._opening.done() else None
         if isinstance(error, Exception) and not isinstance(error, QueueClosed) and error is not refused:
             self.report(error)
+
+
+async def first_error_wins(work: Awaitable[None], clean_up: Callable[[], Awaitable[None]]) -> None:
+    """Awaits `work`, then `clean_up` in any case; when both raise, raises what `work` did."""
+    try:
+        await work
+    except BaseException:
+        try:
+            await clean_up()
+        except Exception as error:
+            log.warning("closing: %s: %s", type(error).__name__, error)
+        raise
+    await clean_up()

@@ -37,6 +37,15 @@ def milliseconds(name: str, value: Duration, *, at_least: int = 0) -> int:
     return value
 
 
+def whole_number(name: str, value: int, *, at_least: int | None = None) -> int:
+    """`value`, if it is an int within bounds; raises `TypeError` or `ValueError` naming `name`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, not {value}")
+    return value
+
+
 class QueueOptions(TypedDict, total=False):
     """The keyword arguments of `Queue`; `QueueSettings` says what each means."""
 
@@ -137,7 +146,5 @@ def _checked(name: str, default: Any, value: Any) -> Any:
             raise TypeError(f"{name} must be True or False, not {value!r}")
         return value
     if name == "redis_scan_count":
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"redis_scan_count must be an int of at least 1, not {value!r}")
-        return value
+        return whole_number(name, value, at_least=1)
     return milliseconds(name, value, at_least=_AT_LEAST.get(name, 1))

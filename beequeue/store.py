@@ -4,25 +4,29 @@ The data model, all keys and channels below `<prefix>:<name>:`
 
     key             type        holds                                     written by
     id              string      the last automatic id                     add
-    jobs            hash        id -> job JSON: data, options, status,    add, finish, remove
+    jobs            hash        id -> job JSON: data, options, status,    add, finish; remove, clean
                                 progress, in that order
     waiting         list        ids; pushed left, taken right             add, retry, raise, stall check, hand back
     active          list        ids being processed                       take; finish, hand back, stall check
-    succeeded       set         ids; or nowhere, with remove_on_success   finish
-    failed          set         ids; or nowhere, with remove_on_failure   finish
+    succeeded       set         ids; or nowhere, with remove_on_success   finish; retry, clean
+    failed          set         ids; or nowhere, with remove_on_failure   finish; retry, clean
     delayed         sorted set  ids by activation time, epoch ms          add, finish; raise
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
     stallBlock      string      "1", expires: one stall check an interval stall check
+    stalls          hash        nothing yet; destroyed with the rest
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
     earlierDelayed  channel     epoch ms: look again at this time         add, finish
 
 The life of a job; each arrow is one atomic step
 
                    add ──────────► waiting ──── take ────► active ──── finish ────► succeeded | failed | gone
-                    │                 ▲ ▲ ▲                 │  │ │
-                    └──► delayed ─────┘ │ └─ retry now ─────┘  │ └─ retry later ──► delayed
-                               raise    └── stall check, hand back
+                    │                ▲▲ ▲ ▲                 │  │ │                         │
+                    └──► delayed ────┘│ │ └─ try again now ─┘  │ └─ try again later ─► delayed
+                               raise  │ └── stall check, hand back                         │
+                                      └───────────────────── retry ────────────────────────┘
+
+Remove takes a job out of every place.
 
 Commands that name one job go on the connection that also carries events, when the queue is ordered: in call order, and
 each before what it causes. What may be large or belongs to a worker goes on the command connection; takes on their own.
@@ -91,6 +95,21 @@ class Found(NamedTuple):
     """The newest stack trace."""
 
 
+class Health(NamedTuple):
+    """How many jobs are in each state, and the last automatic id (0: none was given yet)."""
+
+    waiting: int
+    active: int
+    succeeded: int
+    failed: int
+    delayed: int
+    newest_job: int
+
+
+KEYS = ("id", "jobs", "stallBlock", "stalling", "waiting", "active", "succeeded", "failed", "delayed", "stalls")
+"""All keys of a queue, below its prefix."""
+
+
 class Store:
     """One queue's data in Redis. Every method names its key or message."""
 
@@ -112,7 +131,14 @@ class Store:
             )
             for status, where in (("succeeded", "succeeded"), ("failed", "failed"), ("retrying", "delayed"))
         }
-        self._look_up = _head("look_up", jobs_key, key("succeeded"), key("failed"))
+        self._jobs_key = jobs_key.encode()
+        succeeded, failed, delayed = key("succeeded"), key("failed"), key("delayed")
+        self._look_up = _head("look_up", jobs_key, succeeded, failed)
+        self._get_job = _head("get_job", jobs_key, succeeded, failed)
+        self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
+        self._remove_job = _head("remove_job", succeeded, failed, waiting, active, self._stalling, jobs_key, delayed)
+        self._check_health = _head("check_health", waiting, active, succeeded, failed, delayed, key("id"))
+        self._clean = {kind: _head("clean", key(kind), jobs_key) for kind in ("succeeded", "failed")}
         self._take = _head("take", jobs_key, waiting, active)
         self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
         self._check_stalled = _head("check_stalled_jobs", key("stallBlock"), self._stalling, waiting, active)
@@ -123,14 +149,19 @@ class Store:
         """The full name of a key or channel."""
         return self._prefix + suffix
 
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the command connection is up now."""
+        return self._commands.link is not None
+
     # --- producers ---------------------------------------------------------------------------------------------------
 
     def add(self, job_id: str, entry: bytes, delay: int | None, on_reply: Reply) -> None:
         """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None."""
         if delay is None:
-            command = Command((*self._add_job, job_id, entry), on_reply, script=SCRIPTS["add_job"].text)
+            command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
         else:
-            args = (*self._add_delayed_job, job_id, entry, delay)
+            args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
 
@@ -139,11 +170,76 @@ class Store:
         reached: int = await self._jobs.call(b"PUBLISH", self.events_channel, message)
         return reached
 
-    async def look_up(self, link: Link, job_ids: Sequence[str]) -> list[Found]:
-        """Reads what has become of jobs (`jobs`, `succeeded`, `failed`), on a link that is being set up."""
-        reply = await link.call(b"EVAL", SCRIPTS["look_up"].text, *self._look_up[2:], *map(_bytes, job_ids))
+    async def look_up(self, job_ids: Sequence[str], link: Link | None = None) -> list[Found]:
+        """Reads what has become of jobs (`jobs`, `succeeded`, `failed`); on `link`, if that is still being set up."""
+        ids = map(_bytes, job_ids)
+        text = SCRIPTS["look_up"].text
+        if link is None:
+            reply = await self._jobs.call(*self._look_up, *ids, repeatable=True, script=text)
+        else:
+            reply = await link.call(b"EVAL", text, *self._look_up[2:], *ids)
         texts = [text.decode(errors="replace") for text in reply]
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
+
+    # --- one job, by its id ------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str, on_reply: Reply) -> None:
+        """Reads a job; the reply is its entry in `jobs` and `open`, `succeeded` or `failed`, or None."""
+        args = (*self._get_job, _bytes(job_id))
+        self._jobs.send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
+
+    async def remove(self, job_id: str) -> None:
+        """Takes a job out of every key."""
+        args = (*self._remove_job, _bytes(job_id))
+        await self._jobs.call(*args, repeatable=True, script=SCRIPTS["remove_job"].text)
+
+    def retry(self, job_id: str, on_reply: Reply) -> None:
+        """Moves a job from `failed` or `succeeded` to `waiting`; the reply is [was failed, waiting], or None: no entry."""
+        self._jobs.send(Command((*self._retry_job, _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
+
+    async def is_in(self, kind: str, job_id: str) -> bool:
+        """Whether `kind`, one of the keys that hold ids, holds this one."""
+        command = {"waiting": b"LPOS", "active": b"LPOS", "delayed": b"ZSCORE"}.get(kind, b"SISMEMBER")
+        reply = await self._jobs.call(command, self.key(kind), _bytes(job_id), repeatable=True)
+        return reply is not None if command != b"SISMEMBER" else reply == 1
+
+    # --- all jobs ----------------------------------------------------------------------------------------------------
+
+    async def ids_from(self, kind: str, start: int, end: int) -> list[str]:
+        """Ids of `waiting`, `active` (list order) or `delayed` (by time), from index `start` to `end`, both included."""
+        command = b"ZRANGE" if kind == "delayed" else b"LRANGE"
+        reply = await self._commands.call(command, self.key(kind), start, end, repeatable=True)
+        return [_text(job_id) for job_id in reply]
+
+    async def scan(self, kind: str, cursor: bytes, count: int) -> tuple[bytes, list[str]]:
+        """A page of ids of `succeeded` or `failed`, about `count` of them, and the next cursor (`0`: that was the last)."""
+        args = (b"SSCAN", self.key(kind), cursor, b"COUNT", count)
+        cursor, page = await self._commands.call(*args, repeatable=True)
+        return cursor, [_text(job_id) for job_id in page]
+
+    async def entries(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The entries of `jobs`; None for an id that has none."""
+        if not job_ids:
+            return []
+        entries: list[bytes | None]
+        entries = await self._commands.call(b"HMGET", self._jobs_key, *map(_bytes, job_ids), repeatable=True)
+        return entries
+
+    async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
+        """Deletes those of `job_ids` that are in `kind` and were created until then (epoch ms); how many."""
+        args = (*self._clean[kind], created_until, at_most, *map(_bytes, job_ids))
+        deleted: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["clean"].text)
+        return deleted
+
+    async def check_health(self) -> Health:
+        """Counts the jobs of each state, and reads the counter `id`."""
+        counts = await self._commands.call(*self._check_health, repeatable=True, script=SCRIPTS["check_health"].text)
+        return Health(*map(int, counts))
+
+    async def destroy(self) -> int:
+        """Deletes all keys; returns how many there were."""
+        deleted: int = await self._commands.call(b"DEL", *map(self.key, KEYS))
+        return deleted
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +268,7 @@ class Store:
 
     @staticmethod
     def job_id(reply: bytes) -> str:
-        """The id in a reply to `take_blocking`."""
+        """The id in a reply to `add` or `take_blocking`."""
         return _text(reply)
 
     @staticmethod

@@ -1,22 +1,29 @@
 """The jobs of this process that wait for their own events: bound, told, forgotten.
 
 Owns the registry and the way of an event from the message to the job. Knows nothing of connections: whoever reads messages
-calls `read` for each and `hand_on` at the end of a read; whoever has reconnected calls `settle_unseen`.
+calls `read` for each and `hand_on` at the end of a read; whoever has reconnected calls `settle_unseen`. It also asks, every
+few seconds, about the jobs whose result somebody waits for, since no message tells of a job that was removed, or that ran
+on a worker which sends none.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from beequeue.errors import JobFailed, QueueClosed, UnreadableData
-from beequeue.events import Event, Registry
+from beequeue.errors import BeeQueueError, JobFailed, QueueClosed, UnreadableData
+from beequeue.events import ENDS, Event, Registry
 from beequeue.job import Job
-from beequeue.link import Link
-from beequeue.store import Store
+from beequeue.store import Found
 
 LOOK_UP_AT_ONCE = 100
 """How many jobs are asked about in one call of a script."""
+LOOK_EVERY_S = 5.0
+"""How often the jobs whose result somebody waits for are asked about."""
+
+LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
+"""From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
 
 
 class Host(Protocol):
@@ -29,68 +36,144 @@ class Host(Protocol):
 class Tracker:
     """Which job an event belongs to, for one queue."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, ordered: bool) -> None:
         self.jobs: Registry[Job] = Registry()
         self.unknown_outcomes = 0
         self._host = host
-        self._read: list[Event] = []
+        self._ordered = ordered
+        self._read: list[tuple[Event, Job | None]] = []
+        self._awaited: dict[Job, int] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    # --- events ------------------------------------------------------------------------------------------------------
 
     def bind(self, job: Job) -> None:
         """From now on `job` receives the events of its id."""
         older = self.jobs.bind(job)
+        job.last_event = None
         if older is not None:
             self._lose(older, "its id has been given to another job")
 
     def read(self, payload: bytes) -> None:
         """A message of the channel `events`, in the step that parses it; what is unreadable is reported."""
         try:
-            self._read.append(Event.decode(payload))
+            event = Event.decode(payload)
         except UnreadableData as error:
             self._host.report(error)
+        else:
+            self._read.append((event, self.jobs.get(event.id)))
 
     def hand_on(self) -> None:
         """Delivers what was read in one later step: after the code that waited for a save's reply in the same read."""
         if self._read:
-            events, self._read = self._read, []
-            asyncio.get_running_loop().call_soon(self._deliver, events)
+            asyncio.get_running_loop().call_soon(self._deliver)
 
-    def _deliver(self, events: list[Event]) -> None:
-        for event in events:
+    def _deliver(self) -> None:
+        read, self._read = self._read, []
+        for event, job in read:
             self._host.emit("job " + event.name, event.id, event.data)
-            self.jobs.deliver(event)
+            if job is not None:
+                self.jobs.deliver(event, job)
 
-    async def settle_unseen(self, link: Link, store: Store) -> None:
+    def forget(self, job_id: str, reason: str) -> None:
+        """Settles the job that is bound to an id as `OutcomeUnknown`, unless its end has been read already."""
+        job = self.jobs.get(job_id)
+        if job is not None and not self._is_ending(job):
+            del self.jobs[job_id]
+            self._lose(job, reason)
+
+    def _is_ending(self, job: Job) -> bool:
+        """Whether its last event has been read and not yet delivered."""
+        return any(receiver is job and event.name in ENDS for event, receiver in self._read)
+
+    # --- what no event told ------------------------------------------------------------------------------------------
+
+    async def settle_unseen(self, look_up: LookUp) -> None:
         """After a reconnect: settles the jobs that ended while no message could come (pub/sub has no replay).
 
-        Asks on `link`, which is subscribed already: an event that still comes is delivered before the answer is handled.
+        `look_up` must ask on the link that is subscribed anew already.
         """
-        tracked = list(self.jobs.items())
-        for start in range(0, len(tracked), LOOK_UP_AT_ONCE):
-            chunk = tracked[start : start + LOOK_UP_AT_ONCE]
-            found = await store.look_up(link, [job_id for job_id, _ in chunk])
-            for (job_id, job), (state, timestamp, trace) in zip(chunk, found, strict=True):
-                same = timestamp == str(job.options["timestamp"])
-                if self.jobs.get(job_id) is not job or (state == "open" and same):
-                    continue
-                del self.jobs[job_id]
-                if state == "failed" and same:
-                    job.receive(Event(job_id, "failed", JobFailed(_summary(trace))))
-                elif state == "succeeded" and same:
-                    self._lose(job, "it succeeded while the connection was down, and results are not stored")
-                else:
-                    self._lose(job, "its entry was gone when the connection came back")
+        for job, found in await self._ended_unseen(list(self.jobs.values()), look_up):
+            self._settle(job, found)
 
-    def close(self) -> None:
+    async def _ended_unseen(self, jobs: Sequence[Job], look_up: LookUp) -> list[tuple[Job, Found]]:
+        """Those of `jobs` that have ended, as far as Redis knows, while no event has told so."""
+        ended = []
+        for start in range(0, len(jobs), LOOK_UP_AT_ONCE):
+            chunk = jobs[start : start + LOOK_UP_AT_ONCE]
+            for job, found in zip(chunk, await look_up([job.id or "" for job in chunk]), strict=True):
+                if found.state != "open" or not _is_entry_of(job, found):
+                    ended.append((job, found))
+        return [(job, found) for job, found in ended if job.last_event is None and not self._is_ending(job)]
+
+    def _settle(self, job: Job, found: Found) -> None:
+        assert job.id is not None
+        if self.jobs.get(job.id) is job:
+            del self.jobs[job.id]
+        if found.state == "failed" and _is_entry_of(job, found):
+            job.receive(Event(job.id, "failed", JobFailed(summary(found.trace))))
+        elif found.state == "succeeded" and _is_entry_of(job, found):
+            self._lose(job, "it succeeded, but no event told its result, and results are not stored")
+        else:
+            self._lose(job, "it is gone, and no event told of its end")
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    async def end_of(self, job: Job, look_up: LookUp) -> Event:
+        """Waits for the last event of a job; asks every `LOOK_EVERY_S` whether it has ended without one."""
+        if job.last_event is not None:
+            return job.last_event
+        if job.ended is None:
+            job.ended = asyncio.get_running_loop().create_future()
+        self._awaited[job] = self._awaited.get(job, 0) + 1
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_regularly(look_up), name="beequeue results")
+        try:
+            return await asyncio.shield(job.ended)
+        finally:
+            self._awaited[job] -= 1
+            if not self._awaited[job]:
+                del self._awaited[job]
+                job.ended = None
+
+    async def _look_regularly(self, look_up: LookUp) -> None:
+        suspects: set[Job] = set()
+        while self._awaited:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                ended = await self._ended_unseen(list(self._awaited), look_up)
+            except BeeQueueError as error:
+                self._host.report(error)
+                continue
+            for job, found in ended:
+                # on two sockets the answer may have overtaken the event: that has until the next look
+                if self._ordered or job in suspects:
+                    self._settle(job, found)
+            suspects = {job for job, _ in ended}
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
         """Ends every wait for a result with `QueueClosed`."""
-        for job_id, job in self.jobs.items():
-            job.end(Event(job_id, "closed", QueueClosed()))
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait((self._looking,))
+        for job in {*self.jobs.values(), *self._awaited}:
+            if job.last_event is None:
+                assert job.id is not None
+                job.end(Event(job.id, "closed", QueueClosed()))
 
     def _lose(self, job: Job, reason: str) -> None:
         self.unknown_outcomes += 1
         job.lose(reason)
 
 
-def _summary(trace: str) -> str:
+def _is_entry_of(job: Job, found: Found) -> bool:
+    """Whether what was found is this job, and not another one that has been given its id since."""
+    return found.timestamp == str(job.options["timestamp"])
+
+
+def summary(trace: str) -> str:
     """The line of a stack trace that has the message: Python's last, Node's first."""
     lines = trace.strip().splitlines() or [""]
     return lines[-1 if lines[0].startswith("Traceback ") else 0]

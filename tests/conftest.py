@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from beequeue import BeeQueueError, Queue
 from harness.server import Server, find_server, redis_url, running_server
 
-KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock"}
+KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock", "stalls"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,14 +16,11 @@ from beequeue.job import BUILT_IN_STRATEGIES, Strategy
 class NoQueue:
     """A job's owner that can do nothing."""
 
+    producer: Any = None
+
     def __init__(self) -> None:
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
 
-    async def save_job(self, job: Job) -> None: ...
-    async def report_progress(self, job: Job, value: Any) -> int:
-        return 0
-
-    def check_result_is_possible(self, job: Job) -> None: ...
     def listener_failed(self, event: str, error: Exception) -> None: ...
     def listener_awaits(self, event: str, result: Any) -> None: ...
 

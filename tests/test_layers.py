@@ -12,9 +12,11 @@ PACKAGE = Path(__file__).parent.parent / "beequeue"
 ORDER = [
     "__init__",
     "queue",
+    "producer",
     "consumer",
     "maintenance",
     "tracker",
+    "sharing",
     "store",
     "connection",
     "link",
@@ -67,6 +69,7 @@ def test_headers(script: Path) -> None:
     used = {int(number) for number in re.findall(r"ARGV\[(\d+)\]", code)}
     listed = {int(number) for number in re.findall(r"ARGV\[(\d+)\]", header)}
     assert used == listed or ("ARGV[1..n]" in header and "ipairs(ARGV)" in code)
+    assert ("..n]" in header) == ("ipairs(ARGV)" in code or "#ARGV" in code)
 
 
 def test_calls_pass_the_keys_of_the_header() -> None:

@@ -119,11 +119,11 @@ async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: M
         await until(lambda: len(producer.jobs) == 1)
         assert not waited.done()
         assert len(unknown.calls) == 1
-        with pytest.raises(OutcomeUnknown, match="job 1: it succeeded while the connection was down"):
+        with pytest.raises(OutcomeUnknown, match="job 1: it succeeded, but no event told its result"):
             await good.result()
         with pytest.raises(JobFailed, match="^ValueError: bad luck$"):
             await bad.result()
-        with pytest.raises(OutcomeUnknown, match="job 3: its entry was gone"):
+        with pytest.raises(OutcomeUnknown, match="job 3: it is gone"):
             await gone.result()
         await redis.rpush(worker.to_key("waiting"), waiting.id)
         assert await waited is None

@@ -65,8 +65,8 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("delayed_debounce", -1, "delayed_debounce must be at least 0 ms, not -1"),
         ("stalled_check_interval", True, "stalled_check_interval must be an int of milliseconds or a timedelta, not True"),
         ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
-        ("redis_scan_count", 0, "redis_scan_count must be an int of at least 1, not 0"),
-        ("redis_scan_count", timedelta(1), "redis_scan_count must be an int of at least 1, not datetime.timedelta(days=1)"),
+        ("redis_scan_count", 0, "redis_scan_count must be at least 1, not 0"),
+        ("redis_scan_count", timedelta(1), "redis_scan_count must be an int, not datetime.timedelta(days=1)"),
         ("reconnect", 5, "reconnect must be a function from attempt to milliseconds, not 5"),
     ],
 )

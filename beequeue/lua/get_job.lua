@@ -1,0 +1,24 @@
+-- Reads a job, and whether it has ended.
+--
+-- KEYS[1] jobs       hash: id -> job JSON
+-- KEYS[2] succeeded  set of ids
+-- KEYS[3] failed     set of ids
+-- ARGV[1]            id
+--
+-- Returns {job JSON, 'open', 'succeeded' or 'failed'}, or nil when the job has no data.
+--
+-- Why: only a job that has not ended is bound to events, and its stored status does not tell: a job that is retried
+-- by hand keeps `failed` there.
+
+local id = ARGV[1]
+local data = redis.call('HGET', KEYS[1], id)
+if not data then
+  return nil
+end
+if redis.call('SISMEMBER', KEYS[2], id) == 1 then
+  return {data, 'succeeded'}
+end
+if redis.call('SISMEMBER', KEYS[3], id) == 1 then
+  return {data, 'failed'}
+end
+return {data, 'open'}

@@ -1,0 +1,317 @@
+"""What is done to jobs from outside of a handler: save, fetch, list, remove, retry, clean.
+
+Binds each job whose events this queue is to receive in the step that parses the reply which makes that possible: on a queue
+that is ordered nothing can come between. With two sockets it binds as bee-queue 2.0.0 does, after the call. Whether the queue
+can be used at all (open, in its own loop) is its host's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
+from beequeue.events import Event, encode_event
+from beequeue.job import Job, id_from, now_ms
+from beequeue.link import settle
+from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
+from beequeue.store import Store
+from beequeue.tracker import Tracker, summary
+
+AT_ONCE = 1_000
+"""How many jobs a bulk save has in flight, and how many entries one read asks for."""
+
+ENDED = ("succeeded", "failed")
+LISTED = ("waiting", "active", "delayed", *ENDED)
+HOLDING_IDS = (*LISTED, "stalling")
+
+Outcome = bool | BeeQueueError
+"""Of one save: whether the job was stored, or what went wrong."""
+
+
+class Host(Protocol):
+    """What a producer asks of its queue."""
+
+    settings: QueueSettings
+
+    async def usable(self) -> Store: ...
+    def job_is_due(self, when: int) -> None: ...
+    def decode_job(self, job_id: str, entry: bytes) -> Job: ...
+    def report(self, error: Exception) -> None: ...
+
+
+class Producer:
+    """One queue's jobs, seen from outside. What a method does and raises is told at the public one that calls it."""
+
+    def __init__(self, host: Host, tracker: Tracker) -> None:
+        self._host = host
+        self._tracker = tracker
+        self._ordered = host.settings.ordered
+        self._store_jobs = host.settings.store_jobs
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    async def save(self, job: Job) -> None:
+        """`Job.save`: stores the job in `jobs`, and its id in `waiting` or `delayed`."""
+        entry = _entry_to_save(job)
+        job.saving = True
+        try:
+            store = await self._host.usable()
+        except BaseException:
+            job.saving = False
+            raise
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._add(store, job, entry, lambda outcome: settle(answered, outcome))
+        if await answered:
+            self._stored(job)
+
+    async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
+        """`Queue.save_all`: the same for each job, many in one round trip."""
+        jobs = list(dict.fromkeys(jobs))
+        for job in jobs:
+            if not isinstance(job, Job):
+                raise TypeError(f"save_all takes jobs, not {job!r}")
+            if job.queue.producer is not self:
+                raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
+        errors: dict[Job, Exception] = {}
+        for start in range(0, max(len(jobs), 1), AT_ONCE):
+            await self._save_at_once(jobs[start : start + AT_ONCE], errors)
+        return errors
+
+    async def _save_at_once(self, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
+        store = await self._host.usable()
+        entries = {}
+        for job in jobs:
+            try:
+                entries[job] = _entry_to_save(job)
+            except (TypeError, BeeQueueError) as error:
+                errors[job] = error
+        outcomes: dict[Job, Outcome] = {}
+        all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def answered(job: Job, outcome: Outcome) -> None:
+            outcomes[job] = outcome
+            if len(outcomes) == len(entries):
+                settle(all_answered, None)
+
+        for job, entry in entries.items():
+            job.saving = True
+            self._add(store, job, entry, functools.partial(answered, job))
+        if entries:
+            await all_answered
+        for job, outcome in outcomes.items():
+            if isinstance(outcome, BeeQueueError):
+                errors[job] = outcome
+            elif outcome:
+                self._stored(job)
+
+    def _add(self, store: Store, job: Job, entry: bytes, answered: Callable[[Outcome], None]) -> None:
+        def on_reply(reply: Any) -> None:
+            job.saving = False
+            if isinstance(reply, BeeQueueError):
+                answered(reply)
+            elif reply is None:
+                if not job.saved:
+                    job.id = None
+                answered(False)
+            else:
+                job.id = store.job_id(reply)
+                job.saved = True
+                if self._ordered:
+                    # here, in the step that parses the reply: the job's events may stand right behind it
+                    self._bind(job)
+                answered(True)
+
+        store.add(job.id or "", entry, job.options.get("delay"), on_reply)
+
+    def _stored(self, job: Job) -> None:
+        """What can wait until the caller of `save` goes on."""
+        if not self._ordered:
+            # bee-queue 2.0.0's way: an event that came before this is lost to the job
+            self._bind(job)
+        delay = job.options.get("delay")
+        if delay is not None:
+            self._host.job_is_due(delay)
+
+    def _bind(self, job: Job) -> None:
+        if self._store_jobs:
+            self._tracker.bind(job)
+
+    # --- one job -----------------------------------------------------------------------------------------------------
+
+    async def fetch(self, job_id: str | int) -> Job | None:
+        """`Job.from_id`: reads the entry of `jobs` into a new object."""
+        return await self._get(id_from(job_id), self._read)
+
+    async def get(self, job_id: str | int) -> Job | None:
+        """`Queue.get_job`: the object that is bound to the id, or a new one, which is bound unless the job has ended."""
+        job = await self._get(id_from(job_id), self._read_and_bind if self._ordered else self._read_known)
+        if job is not None and not self._ordered:
+            self._bind_if_open(job)
+        return job
+
+    async def _get(self, job_id: str, read: Callable[[str, Any], Job | None]) -> Job | None:
+        store = await self._host.usable()
+        answered: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Any) -> None:
+            try:
+                settle(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
+            except UnreadableData as error:
+                settle(answered, error)
+
+        store.get(job_id, on_reply)
+        return await answered
+
+    def _read(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
+        """A new object from a reply to `Store.get`; it knows its end, if that has come."""
+        if reply is None:
+            return None
+        job = self._host.decode_job(job_id, reply[0])
+        job.saved = True
+        if reply[1] == b"failed":
+            traces = job.options["stacktraces"]
+            job.end(Event(job_id, "failed", JobFailed(summary(str(traces[0])) if traces else "")))
+        elif reply[1] == b"succeeded":
+            job.end(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id} succeeded, and results are not stored")))
+        return job
+
+    def _read_known(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
+        """The bound object in place of a new one."""
+        job = self._read(job_id, reply)
+        return None if job is None else self._known(job)
+
+    def _read_and_bind(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
+        job = self._read_known(job_id, reply)
+        if job is not None:
+            self._bind_if_open(job)
+        return job
+
+    def _known(self, stored: Job) -> Job:
+        """The object that is bound to a stored job; that job itself, if none is, or one that is another job."""
+        assert stored.id is not None
+        bound = self._tracker.jobs.get(stored.id)
+        return stored if bound is None or bound.options["timestamp"] != stored.options["timestamp"] else bound
+
+    def _bind_if_open(self, job: Job) -> None:
+        assert job.id is not None
+        if job.last_event is None and self._tracker.jobs.get(job.id) is not job:
+            self._bind(job)
+
+    async def remove(self, job_id: str | int) -> None:
+        """`Queue.remove_job` and `Job.remove`: takes the id out of every key."""
+        job_id = id_from(job_id)
+        store = await self._host.usable()
+        await store.remove(job_id)
+        self._tracker.forget(job_id, "it was removed")
+
+    async def retry(self, job: Job) -> tuple[int, int]:
+        """`Job.retry`: moves the id from `failed` or `succeeded` to `waiting`."""
+        if job.id is None:
+            raise BeeQueueError("a job without an id cannot be retried: save it first")
+        store = await self._host.usable()
+        answered: asyncio.Future[list[int] | None] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Any) -> None:
+            if self._ordered and type(reply) is list:
+                # whatever tells of the attempt before has been read already
+                self._bind_again(job)
+            settle(answered, reply)
+
+        if not self._ordered:
+            self._bind_again(job)
+        store.retry(job.id, on_reply)
+        reply = await answered
+        if reply is None:
+            self._tracker.forget(job.id, "it has no entry in jobs")
+            raise BeeQueueError(f"job {job.id} cannot be retried: it has no entry in jobs")
+        return reply[0], reply[1]
+
+    def _bind_again(self, job: Job) -> None:
+        assert job.id is not None
+        if self._tracker.jobs.get(job.id) is None:  # another object of the same job keeps its place
+            self._bind(job)
+
+    async def is_in_set(self, job: Job, kind: str) -> bool:
+        """`Job.is_in_set`: looks for the id in one key."""
+        if job.id is None:
+            raise BeeQueueError("a job without an id is in no set: save it first")
+        if kind not in HOLDING_IDS:
+            raise ValueError(f"is_in_set takes one of {', '.join(HOLDING_IDS)}, not {kind!r}")
+        store = await self._host.usable()
+        return await store.is_in(kind, job.id)
+
+    async def report_progress(self, job: Job, value: Any) -> int:
+        """`Job.report_progress`: one message on `events`."""
+        if value is None:
+            raise ValueError("Progress cannot be empty")
+        if job.id is None:
+            raise BeeQueueError("progress of a job that has not been saved")
+        message = encode_event(job.id, "progress", value)
+        store = await self._host.usable()
+        job.progress = value
+        return await store.publish(message)
+
+    async def end_of(self, job: Job) -> Event:
+        """`Job.result`: waits for the job's last event."""
+        store = await self._host.usable()
+        if job.last_event is None:
+            if not self._host.settings.get_events or not self._store_jobs:
+                raise BeeQueueError("result() needs a queue with get_events and store_jobs")
+            if job.id is None or self._tracker.jobs.get(job.id) is not job:
+                raise BeeQueueError("result() is for a job that this queue has saved or fetched")
+        return await self._tracker.end_of(job, store.look_up)
+
+    # --- many jobs ---------------------------------------------------------------------------------------------------
+
+    async def list_jobs(self, kind: str, start: int, end: int, size: int) -> list[Job]:
+        """`Queue.get_jobs`: ids from `kind`, then their entries from `jobs`."""
+        store = await self._host.usable()
+        if kind not in LISTED:
+            raise ValueError(f"Improper queue type {kind!r}: it must be one of {', '.join(LISTED)}")
+        start, end = whole_number("start", start), whole_number("end", end)
+        whole_number("size", size, at_least=1)
+        ids = await self._scan(store, kind, size) if kind in ENDED else await store.ids_from(kind, start, end)
+        jobs = []
+        for first in range(0, len(ids), AT_ONCE):
+            some = ids[first : first + AT_ONCE]
+            for job_id, entry in zip(some, await store.entries(some), strict=True):
+                if entry is None:  # removed since
+                    continue
+                try:
+                    jobs.append(self._known(self._host.decode_job(job_id, entry)))
+                except UnreadableData as error:
+                    self._host.report(error)
+        return jobs
+
+    async def _scan(self, store: Store, kind: str, size: int) -> list[str]:
+        count = min(size, self._host.settings.redis_scan_count)
+        found: dict[str, None] = {}  # a scan may give an id twice
+        cursor = None
+        while cursor != b"0" and len(found) < size:
+            cursor, ids = await store.scan(kind, cursor or b"0", count)
+            found.update(dict.fromkeys(ids))
+        return [*found][:size]
+
+    async def clean(self, kind: str, older_than: Duration, limit: int) -> int:
+        """`Queue.clean`: deletes ended jobs, page by page of a scan."""
+        store = await self._host.usable()
+        if kind not in ENDED:
+            raise ValueError(f"clean takes one of {', '.join(ENDED)}, not {kind!r}")
+        whole_number("limit", limit, at_least=1)
+        created_until = now_ms() - milliseconds("older_than", older_than)
+        deleted = 0
+        cursor = None
+        while cursor != b"0" and deleted < limit:
+            cursor, ids = await store.scan(kind, cursor or b"0", self._host.settings.redis_scan_count)
+            if ids:
+                deleted += await store.clean(kind, created_until, limit - deleted, ids)
+        return deleted
+
+
+def _entry_to_save(job: Job) -> bytes:
+    if job.saving:
+        raise BeeQueueError(f"{job!r} is being saved already")
+    return job.encode()

@@ -1,0 +1,89 @@
+"""The command connection as something that several queues can use: who gets its errors, and who closes it.
+
+A queue makes one of its own unless it is given one. Takes and events have connections of their own in any case, opened to the
+same address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from beequeue.connection import Address, Connection, RedisSetting
+from beequeue.errors import BeeQueueError, WrongLoop
+from beequeue.settings import Backoff, linear_backoff
+from beequeue.store import load_scripts
+
+log = logging.getLogger("beequeue")
+
+Report = Callable[[BeeQueueError], None]
+
+
+class Client:
+    """A command connection to Redis; made by `beequeue.connect`, or by a queue for itself (`Queue.client`).
+
+    Give it to queues as their `redis`. Each of them reports its errors through `error`. They leave it open when they are
+    closed, unless their `quit_command_client` is True.
+    """
+
+    def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> None:
+        self.address = address
+        self.connection = Connection(
+            address, "command", reconnect=reconnect, report=self._report, set_up=load_scripts if ensure_scripts else None
+        )
+        self._reports: list[Report] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        return f"<Client {self.address}>"
+
+    async def open(self) -> None:
+        """Returns when the connection is up; raises `ConnectionRefused` when Redis says no, `QueueClosed` when closed."""
+        self._loop = asyncio.get_running_loop()
+        await self.connection.open()
+
+    async def ping(self) -> None:
+        """Returns when Redis has answered `PING`; raises `ConnectionLost`, `CommandError`, `QueueClosed`."""
+        await self.connection.call(b"PING", repeatable=True)
+
+    async def close(self) -> None:
+        """Closes the connection; every later command raises `QueueClosed`."""
+        await self.connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def attach(self, report: Report) -> None:
+        """From now on `report` gets the connection's errors. Raises `WrongLoop` when another loop has opened it."""
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise WrongLoop(f"{self!r} belongs to the event loop that opened it and is used from another one")
+        self._reports.append(report)
+
+    def detach(self, report: Report) -> None:
+        """Ends what `attach` began."""
+        self._reports.remove(report)
+
+    def _report(self, error: BeeQueueError) -> None:
+        for report in self._reports.copy():
+            report(error)
+        if not self._reports:
+            log.error("%s", error)
+
+
+async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> Client:
+    """A command connection for many queues: `Queue("a", redis=client)`.
+
+    `redis`, `reconnect` and `ensure_scripts` are as in `Queue`. Waits for a Redis that is not up yet. Raises `ValueError` or
+    `TypeError` naming a wrong argument, `ConnectionRefused` when Redis says no.
+    """
+    client = Client(Address(redis), reconnect=reconnect, ensure_scripts=ensure_scripts)
+    await client.open()
+    return client
