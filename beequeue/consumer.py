@@ -321,7 +321,11 @@ class Consumer:
             # the handler left something in the job that JSON cannot carry: it fails for good, as it was stored
             as_stored = self._host.decode_job(run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
+        try:
             return fail(job, run.error, None, now_ms(), self._settings)
+        except TypeError:  # nested so deep that it could be read, but not be written
+            message = encode_event(run.id, "failed", _message_of(run.error)) if self._settings.send_events else b""
+            return Settlement("failed", b"" if self._settings.remove_on_failure else run.entry, message)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""

@@ -7,6 +7,8 @@ from the others. `Registry` is the rule of job events: bind an id to its job, de
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
@@ -61,12 +63,19 @@ def dump_json(value: Any) -> bytes:
     except TypeError as refused:
         if not str(refused).endswith(("surrogates not allowed", "Recursion limit reached")):
             raise
-    import json  # only for what the fast writer refuses
-
     try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_as_plain)
     except (ValueError, RecursionError) as error:
         raise TypeError(f"JSON cannot carry it: {error}") from None
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _as_plain(value: Any) -> Any:
+    """What `json` does not know, as orjson writes it."""
+    return orjson.loads(orjson.dumps(value))
 
 
 def load_json(text: bytes, what: str) -> Any:
@@ -75,12 +84,16 @@ def load_json(text: bytes, what: str) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         pass
-    import json  # only for what the fast reader refuses
-
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_int_or_float)
     except (ValueError, RecursionError) as error:
         raise UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}") from None
+
+
+def _int_or_float(digits: str) -> int | float:
+    """A number as orjson reads it: beyond 64 bits a float, as all are in Node."""
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 class Emitter:

@@ -70,7 +70,7 @@ def test_a_strategy_that_the_worker_lacks_is_final(job: Job) -> None:
 
 
 def test_success(job: Job) -> None:
-    """C.5: the entry and the message of a success"""
+    """the wire: the entry and the message of a success"""
     settlement = succeed(job, {"a": 1}, QueueSettings())
     assert settlement.status == "succeeded"
     assert settlement.entry == (
@@ -80,7 +80,7 @@ def test_success(job: Job) -> None:
 
 
 def test_success_without_a_result(job: Job) -> None:
-    """C.2: no data member"""
+    """the wire: no data member"""
     assert succeed(job, None, QueueSettings()).message == b'{"id":"7","event":"succeeded"}'
 
 
@@ -105,7 +105,7 @@ def raised(error: Exception) -> Exception:
 
 
 def test_final_failure(job: Job) -> None:
-    """C.5, P-05"""
+    """P-05"""
     settlement = fail(job, raised(ValueError("fail!")), None, 1000, QueueSettings())
     assert settlement.status == "failed"
     assert settlement.message == b'{"id":"7","event":"failed","data":"fail!"}'

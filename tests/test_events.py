@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from beequeue.errors import JobFailed, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, Registry, encode_event
+from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json
 
 
 def test_messages_as_node_writes_them() -> None:
-    """C.2"""
     assert Event.decode(b'{"id":"1","event":"succeeded","data":"baz"}') == ("1", "succeeded", "baz")
     assert Event.decode(b'{"id":"1","event":"succeeded"}') == ("1", "succeeded", None)
     assert Event.decode(b'{"id":"1","event":"progress","data":{"a":"value"}}').data == {"a": "value"}
@@ -50,7 +50,6 @@ def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:
 
 
 def test_encoding_keeps_the_order_of_members() -> None:
-    """C.2"""
     assert encode_event("1", "progress", {"b": 1, "a": "ü"}) == '{"id":"1","event":"progress","data":{"b":1,"a":"ü"}}'.encode()
     assert encode_event("1", "succeeded") == b'{"id":"1","event":"succeeded"}'
     assert encode_event("1", "succeeded", float("nan")) == b'{"id":"1","event":"succeeded","data":null}'
@@ -123,6 +122,33 @@ def test_a_listener_that_takes_itself_off_skips_nobody() -> None:
 def test_a_listener_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="the listener of 'x' must be callable, not 3"):
         Collecting().on("x", 3)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ({"ü": ["\ud83d\u2028", 5]}, '{"ü":["\\ud83d\u2028",5]}'),
+        (["\udc00", datetime(2020, 1, 1, tzinfo=UTC)], '["\\udc00","2020-01-01T00:00:00+00:00"]'),
+        (float("nan"), "null"),
+    ],
+)
+def test_json_as_node_writes_it(value: Any, written: str) -> None:
+    assert dump_json(value) == written.encode()
+
+
+def test_json_nested_deep_or_in_circles() -> None:
+    deep: Any = None
+    for _ in range(500):
+        deep = [deep]
+    assert load_json(dump_json(deep), "test") == deep
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(TypeError, match="JSON cannot carry it: Circular reference detected"):
+        dump_json(circle)
+
+
+def test_json_of_nodes_that_the_fast_reader_refuses() -> None:
+    assert load_json(b'[100000000000000000000,-9223372036854775808,"\\ud83d"]', "test") == [1e20, -(2**63), "\ud83d"]
 
 
 async def test_an_async_listener_is_handed_on() -> None:

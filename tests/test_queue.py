@@ -63,7 +63,7 @@ async def test_save_process_event(make_queue: MakeQueue, redis: Any, ordered: bo
 
 
 async def test_what_is_stored(make_queue: MakeQueue, redis: Any) -> None:
-    """C-08, S-03, C.3: the entry is what to_data() says, members in order; the id is at the head of waiting"""
+    """C-08, S-03: the entry is what to_data() says, members in order; the id is at the head of waiting"""
     queue = make_queue(is_worker=False)
     first = await queue.create_job({"ü": [1, 2.5, None, {}]}).save()
     second = queue.create_job({"b": 1, "a": []}).retries(2).backoff("fixed", 100).timeout(timedelta(seconds=5))
@@ -388,7 +388,7 @@ async def test_a_plain_function_runs_in_a_thread(make_queue: MakeQueue) -> None:
 
 
 async def test_finish_is_one_step(make_queue: MakeQueue, redis: Any) -> None:
-    """C.5: when an event arrives everything else is written, and the next job has been taken"""
+    """EV-05: when an event arrives everything else is written, and the next job has been taken"""
     worker = make_queue(get_events=False)
     gate, started = asyncio.Event(), Seen()
 

@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions
 
 
 def test_defaults() -> None:
-    """appendix A, and our own three"""
+    """bee-queue's own, and three of the port"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
