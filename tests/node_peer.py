@@ -1,0 +1,158 @@
+"""One side of a queue as a test drives it, whatever its language; and the side that is bee-queue 2.0.0 on Node.
+
+Calls, settings, setters and events have bee-queue's names on every side. Knows nothing of the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = Path(__file__).parent / "node"
+INSTALL_S = 50
+DEADLINE_S = 10
+
+Setter = tuple[Any, ...]
+"""The name of a job's setter, and its arguments."""
+
+
+class NoPeer(Exception):
+    """bee-queue cannot run here; the message says why."""
+
+
+class CallFailed(Exception):
+    """A call to a peer failed; the message is the error's."""
+
+
+class Peer:
+    """A queue that is called by name, and remembers the events that it and its jobs emitted."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, list[list[Any]]] = {}
+        """arguments by event; a job's own are `own succeeded` (id, result), a handler's start is `started` (job, epoch ms)"""
+        self._changed = asyncio.Event()
+
+    async def call(self, name: str, *args: Any) -> Any:
+        """Calls the queue; raises `CallFailed`."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Lets hanging handlers end, and closes the queue."""
+        raise NotImplementedError
+
+    async def save(self, data: Any, *setters: Setter) -> Any:
+        """Saves a job and returns its fields."""
+        return await self.call("save", data, setters)
+
+    async def event(self, name: str, count: int = 1, deadline_s: float = DEADLINE_S) -> list[list[Any]]:
+        """Returns the arguments of all events of that name once there are `count`."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while len(self.heard.get(name, [])) < count:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            heard = {event: len(calls) for event, calls in self.heard.items()}
+            raise TimeoutError(f"not {count} times {name!r} within {deadline_s} s; heard: {heard}") from None
+        return self.heard[name]
+
+    def _hear(self, name: str, args: list[Any]) -> None:
+        self.heard.setdefault(name, []).append(args)
+        self._changed.set()
+
+
+@functools.cache
+def install() -> str:
+    """Installs bee-queue when it is missing or older than the lock file; returns the path of node. Raises `NoPeer`."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        raise NoPeer("bee-queue needs node and npm")
+    installed, lock = DIRECTORY / "node_modules" / ".package-lock.json", DIRECTORY / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        command = [npm, "ci", "--prefix", str(DIRECTORY), "--no-audit", "--no-fund"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)
+        except subprocess.CalledProcessError as error:
+            raise NoPeer(f"npm ci failed: {error.stderr.strip()}") from None
+        except subprocess.TimeoutExpired:
+            raise NoPeer(f"npm ci took more than {INSTALL_S} s") from None
+    return node
+
+
+class NodePeer(Peer):
+    """A Node process with one bee-queue. It ends when its stdin does, so also when this process is killed."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        super().__init__()
+        self._process = process
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._reading = asyncio.create_task(self._read(), name="node peer")
+
+    @classmethod
+    async def start(cls) -> NodePeer:
+        """Starts Node; its queue is made by the call `queue`. Raises `NoPeer`."""
+        pipe = asyncio.subprocess.PIPE
+        command = (install(), str(DIRECTORY / "peer.js"))
+        return cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26))
+
+    async def call(self, name: str, *args: Any) -> Any:
+        """Calls `name` in peer.js, else a method of the queue; raises `CallFailed`."""
+        assert self._process.stdin is not None
+        if self._reading.done():
+            raise CallFailed("node has ended")
+        number = next(self._numbers)
+        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        self._process.stdin.write(json.dumps({"id": number, "call": name, "args": args}).encode() + b"\n")
+        async with asyncio.timeout(DEADLINE_S):
+            return await answer
+
+    async def close(self) -> None:
+        """Closes the queue and ends the process."""
+        if self._process.returncode is None:
+            try:
+                await self.call("release")
+                await self.call("close")
+            finally:
+                await self._end()
+
+    async def kill(self) -> None:
+        """Kills the process in the midst of whatever it does."""
+        self._process.kill()
+        await self._end()
+
+    async def _end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await self._process.wait()
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+            await self._reading
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            told = json.loads(line)
+            if "event" in told:
+                self._hear(told["event"], told["args"])
+                continue
+            answer = self._pending.pop(told["id"])
+            if answer.done():  # nobody waits any more
+                continue
+            if "error" in told:
+                answer.set_exception(CallFailed(told["error"]))
+            else:
+                answer.set_result(told.get("result"))
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(CallFailed("node has ended"))
