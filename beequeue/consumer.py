@@ -58,9 +58,9 @@ class Host(Protocol):
     settings: QueueSettings
     backoff_strategies: dict[str, Strategy]
 
-    def decode_job(self, job_id: str, entry: bytes) -> Job: ...
+    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
     def emit(self, event: str, *args: Any) -> bool: ...
-    def report(self, error: Exception) -> None: ...
+    def _report(self, error: Exception) -> None: ...
 
 
 # --- decisions: plain functions over values -----------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Consumer:
     def _was_read(self, reply: Any) -> None:
         self._reading -= 1
         if isinstance(reply, BeeQueueError):
-            self._host.report(reply)
+            self._host._report(reply)
             if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
                 self._closing = True
         else:
@@ -226,7 +226,7 @@ class Consumer:
         code = error.code if isinstance(error, CommandError) else ""
         if self._closing or code == "UNBLOCKED":
             return
-        self._host.report(error)
+        self._host._report(error)
         self._refused_in_a_row += 1
         first = self._settings.initial_redis_failure_retry_delay
         delay = min(first * 2 ** (self._refused_in_a_row - 1), LONGEST_REFUSAL_DELAY_MS)
@@ -248,9 +248,9 @@ class Consumer:
         if self._closing:
             return  # to be handed back
         try:
-            run.job = self._host.decode_job(taken.id, taken.entry)
+            run.job = self._host._decode_job(taken.id, taken.entry)
         except UnreadableData as unreadable:
-            self._host.report(unreadable)
+            self._host._report(unreadable)
             self._settle(run, Settlement("failed", taken.entry, b""))
             return
         self.running += 1
@@ -281,7 +281,7 @@ class Consumer:
         except Exception as fault:  # ours; without a heartbeat the stall check brings the job back
             del self._held[run]
             self._free += 1
-            self._host.report(fault)
+            self._host._report(fault)
             self._pump()
 
     async def _within(self, limit: Any, run: Run, job: Job) -> Any:
@@ -313,13 +313,13 @@ class Consumer:
         try:
             delay = retry_delay(job, self._host.backoff_strategies)
         except Exception as raised:
-            self._host.report(raised)
+            self._host._report(raised)
             delay = None
         try:
             return fail(job, run.error, delay, now_ms(), self._settings)
         except TypeError:
             # the handler left something in the job that JSON cannot carry: it fails for good, as it was stored
-            as_stored = self._host.decode_job(run.id, run.entry)
+            as_stored = self._host._decode_job(run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
         try:
             return fail(job, run.error, None, now_ms(), self._settings)
@@ -340,7 +340,7 @@ class Consumer:
             assert run.settlement is not None
             failure = OutcomeNotRecorded(f"unable to update the status of {run.settlement.status} job {run.id}")
             failure.__cause__ = reply
-            self._host.report(failure)
+            self._host._report(failure)
         else:
             settled, following = self._store.finished_from(reply)
             if settled:
@@ -352,7 +352,7 @@ class Consumer:
                 self._announce(run)
             else:
                 self.late_finishes += 1
-                self._host.report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
+                self._host._report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
         if following is not None:
             self._begin(following)
         else:
@@ -383,7 +383,7 @@ class Consumer:
                 try:
                     await self._store.heartbeat({run.id for run in self._held})
                 except BeeQueueError as error:
-                    self._host.report(error)
+                    self._host._report(error)
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
@@ -428,7 +428,7 @@ class Consumer:
         )
         failure.__cause__ = QueueClosed()
         try:
-            self._loop.call_soon_threadsafe(self._host.report, failure)
+            self._loop.call_soon_threadsafe(self._host._report, failure)
         except RuntimeError:  # the loop is closed too
             log.error("%s", failure)
 
@@ -473,7 +473,7 @@ class Consumer:
             async with asyncio.timeout(GRACE_S):
                 await self._store.hand_back(held)
         except (BeeQueueError, TimeoutError) as error:
-            self._host.report(error)
+            self._host._report(error)
 
 
 def _is_async(handler: Handler) -> bool:

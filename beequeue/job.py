@@ -70,9 +70,9 @@ class Owner(Protocol):
     backoff_strategies: dict[str, Strategy]
 
     @property
-    def producer(self) -> Commands: ...
-    def listener_failed(self, event: str, error: Exception) -> None: ...
-    def listener_awaits(self, event: str, result: Awaitable[Any]) -> None: ...
+    def _producer(self) -> Commands: ...
+    def _listener_failed(self, event: str, error: Exception) -> None: ...
+    def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None: ...
 
 
 class Job(Emitter):
@@ -188,7 +188,7 @@ class Job(Emitter):
         Raises `TypeError` when JSON cannot carry the job (nothing was sent), `BeeQueueError` when it is being saved already,
         `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        await self.queue.producer.save(self)
+        await self.queue._producer.save(self)
         return self
 
     async def report_progress(self, value: Any) -> int:
@@ -197,7 +197,7 @@ class Job(Emitter):
         It is stored with the job when the job is settled. Raises `ValueError` for None, `BeeQueueError` for a job without
         an id, `TypeError` when JSON cannot carry `value`, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.queue.producer.report_progress(self, value)
+        return await self.queue._producer.report_progress(self, value)
 
     async def remove(self) -> Job:
         """Takes the job out of every key (script `remove_job`); returns it. Does nothing when it is gone already.
@@ -207,7 +207,7 @@ class Job(Emitter):
         """
         if self.id is None:
             raise BeeQueueError("a job without an id cannot be removed: save it first")
-        await self.queue.producer.remove(self.id)
+        await self.queue._producer.remove(self.id)
         return self
 
     async def retry(self) -> tuple[int, int]:
@@ -217,7 +217,7 @@ class Job(Emitter):
         alone. The remaining retries stay as they are. Raises `BeeQueueError` for a job without an id or without an entry in
         `jobs`, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.queue.producer.retry(self)
+        return await self.queue._producer.retry(self)
 
     async def is_in_set(self, name: str) -> bool:
         """Whether the job's id is in `waiting`, `active`, `succeeded`, `failed`, `delayed` or `stalling`.
@@ -225,7 +225,7 @@ class Job(Emitter):
         The two lists are searched from end to end (`LPOS`, Redis 6.0.6). Raises `ValueError` for another name, `BeeQueueError`
         for a job without an id, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.queue.producer.is_in_set(self, name)
+        return await self.queue._producer.is_in_set(self, name)
 
     @staticmethod
     async def from_id(queue: Owner, job_id: str | int) -> Job | None:
@@ -233,7 +233,7 @@ class Job(Emitter):
 
         Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await queue.producer.fetch(job_id)
+        return await queue._producer.fetch(job_id)
 
     async def result(self, timeout: Duration | None = None) -> Any:
         """Waits for the end of this saved job and returns its handler's result.
@@ -246,7 +246,7 @@ class Job(Emitter):
         """
         limit = None if timeout is None else milliseconds("timeout", timeout) / 1000
         async with asyncio.timeout(limit):
-            end = await self.queue.producer.end_of(self)
+            end = await self.queue._producer.end_of(self)
         if isinstance(end.data, Exception):
             raise end.data
         return end.data
@@ -279,10 +279,10 @@ class Job(Emitter):
             self.ended.set_result(event)
 
     def _listener_failed(self, event: str, error: Exception) -> None:
-        self.queue.listener_failed(event, error)
+        self.queue._listener_failed(event, error)
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
-        self.queue.listener_awaits(event, result)
+        self.queue._listener_awaits(event, result)
 
     # --- the stored form ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The two clocks: raising delayed jobs when they are due, and recovering the jobs of workers that went silent.
 
 Both only decide when to ask; what is done is a script of the store. Neither stops for an error: it is reported, and the
-clock goes on.
+clock goes on; unless it is that the connection was closed, as can happen to one that is shared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError
+from beequeue.errors import BeeQueueError, QueueClosed
 from beequeue.job import now_ms
 from beequeue.store import Store
 
@@ -23,7 +23,7 @@ class Host(Protocol):
     """What the clocks ask of their queue."""
 
     def emit(self, event: str, *args: Any) -> bool: ...
-    def report(self, error: Exception) -> None: ...
+    def _report(self, error: Exception) -> None: ...
 
 
 class EagerTimer:
@@ -119,7 +119,9 @@ class DelayedActivator:
             try:
                 raised, look_again = await self._store.raise_delayed(now_ms(), self._debounce_ms)
             except BeeQueueError as error:
-                self._host.report(error)
+                self._host._report(error)
+                if isinstance(error, QueueClosed):
+                    return
                 self._timer.schedule(now_ms() + RETRY_S * 1000)
                 continue
             if raised:
@@ -166,4 +168,6 @@ class StallChecker:
             try:
                 await self.check()
             except BeeQueueError as error:
-                self._host.report(error)
+                self._host._report(error)
+                if isinstance(error, QueueClosed):
+                    return

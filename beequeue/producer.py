@@ -36,10 +36,10 @@ class Host(Protocol):
 
     settings: QueueSettings
 
-    async def usable(self) -> Store: ...
-    def job_is_due(self, when: int) -> None: ...
-    def decode_job(self, job_id: str, entry: bytes) -> Job: ...
-    def report(self, error: Exception) -> None: ...
+    async def _usable(self) -> Store: ...
+    def _job_is_due(self, when: int) -> None: ...
+    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
+    def _report(self, error: Exception) -> None: ...
 
 
 class Producer:
@@ -58,7 +58,7 @@ class Producer:
         entry = _entry_to_save(job)
         job.saving = True
         try:
-            store = await self._host.usable()
+            store = await self._host._usable()
         except BaseException:
             job.saving = False
             raise
@@ -73,7 +73,7 @@ class Producer:
         for job in jobs:
             if not isinstance(job, Job):
                 raise TypeError(f"save_all takes jobs, not {job!r}")
-            if job.queue.producer is not self:
+            if job.queue._producer is not self:
                 raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
         errors: dict[Job, Exception] = {}
         for start in range(0, max(len(jobs), 1), AT_ONCE):
@@ -81,7 +81,7 @@ class Producer:
         return errors
 
     async def _save_at_once(self, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
-        store = await self._host.usable()
+        store = await self._host._usable()
         entries = {}
         for job in jobs:
             try:
@@ -133,7 +133,7 @@ class Producer:
             self._bind(job)
         delay = job.options.get("delay")
         if delay is not None:
-            self._host.job_is_due(delay)
+            self._host._job_is_due(delay)
 
     def _bind(self, job: Job) -> None:
         if self._store_jobs:
@@ -153,7 +153,7 @@ class Producer:
         return job
 
     async def _get(self, job_id: str, read: Callable[[str, Any], Job | None]) -> Job | None:
-        store = await self._host.usable()
+        store = await self._host._usable()
         answered: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Any) -> None:
@@ -169,7 +169,7 @@ class Producer:
         """A new object from a reply to `Store.get`; it knows its end, if that has come."""
         if reply is None:
             return None
-        job = self._host.decode_job(job_id, reply[0])
+        job = self._host._decode_job(job_id, reply[0])
         job.saved = True
         if reply[1] == b"failed":
             traces = job.options["stacktraces"]
@@ -203,7 +203,7 @@ class Producer:
     async def remove(self, job_id: str | int) -> None:
         """`Queue.remove_job` and `Job.remove`: takes the id out of every key."""
         job_id = id_from(job_id)
-        store = await self._host.usable()
+        store = await self._host._usable()
         await store.remove(job_id)
         self._tracker.forget(job_id, "it was removed")
 
@@ -211,7 +211,7 @@ class Producer:
         """`Job.retry`: moves the id from `failed` or `succeeded` to `waiting`."""
         if job.id is None:
             raise BeeQueueError("a job without an id cannot be retried: save it first")
-        store = await self._host.usable()
+        store = await self._host._usable()
         answered: asyncio.Future[list[int] | None] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Any) -> None:
@@ -240,7 +240,7 @@ class Producer:
             raise BeeQueueError("a job without an id is in no set: save it first")
         if kind not in HOLDING_IDS:
             raise ValueError(f"is_in_set takes one of {', '.join(HOLDING_IDS)}, not {kind!r}")
-        store = await self._host.usable()
+        store = await self._host._usable()
         return await store.is_in(kind, job.id)
 
     async def report_progress(self, job: Job, value: Any) -> int:
@@ -250,13 +250,13 @@ class Producer:
         if job.id is None:
             raise BeeQueueError("progress of a job that has not been saved")
         message = encode_event(job.id, "progress", value)
-        store = await self._host.usable()
+        store = await self._host._usable()
         job.progress = value
         return await store.publish(message)
 
     async def end_of(self, job: Job) -> Event:
         """`Job.result`: waits for the job's last event."""
-        store = await self._host.usable()
+        store = await self._host._usable()
         if job.last_event is None:
             if not self._host.settings.get_events or not self._store_jobs:
                 raise BeeQueueError("result() needs a queue with get_events and store_jobs")
@@ -268,7 +268,7 @@ class Producer:
 
     async def list_jobs(self, kind: str, start: int, end: int, size: int) -> list[Job]:
         """`Queue.get_jobs`: ids from `kind`, then their entries from `jobs`."""
-        store = await self._host.usable()
+        store = await self._host._usable()
         if kind not in LISTED:
             raise ValueError(f"Improper queue type {kind!r}: it must be one of {', '.join(LISTED)}")
         start, end = whole_number("start", start), whole_number("end", end)
@@ -281,9 +281,9 @@ class Producer:
                 if entry is None:  # removed since
                     continue
                 try:
-                    jobs.append(self._known(self._host.decode_job(job_id, entry)))
+                    jobs.append(self._known(self._host._decode_job(job_id, entry)))
                 except UnreadableData as error:
-                    self._host.report(error)
+                    self._host._report(error)
         return jobs
 
     async def _scan(self, store: Store, kind: str, size: int) -> list[str]:
@@ -297,7 +297,7 @@ class Producer:
 
     async def clean(self, kind: str, older_than: Duration, limit: int) -> int:
         """`Queue.clean`: deletes ended jobs, page by page of a scan."""
-        store = await self._host.usable()
+        store = await self._host._usable()
         if kind not in ENDED:
             raise ValueError(f"clean takes one of {', '.join(ENDED)}, not {kind!r}")
         whole_number("limit", limit, at_least=1)

@@ -63,7 +63,7 @@ class Queue(Emitter):
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
         self.paused = False
         self._tracker = Tracker(self, ordered=self.settings.ordered)
-        self.producer = Producer(self, self._tracker)
+        self._producer = Producer(self, self._tracker)
         self._connect_parts(redis)
         self._client_id: int | None = None
         self._consumer: Consumer | None = None
@@ -95,7 +95,7 @@ class Queue(Emitter):
             self.client = redis
         else:
             self.client = Client(Address(redis), reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
-        connection = functools.partial(Connection, self.client.address, reconnect=settings.reconnect, report=self.report)
+        connection = functools.partial(Connection, self.client.address, reconnect=settings.reconnect, report=self._report)
         self._takes = connection("take", set_up=self._set_up_takes) if settings.is_worker else None
         self._subscription = None
         if settings.get_events or settings.activate_delayed_jobs:
@@ -178,7 +178,7 @@ class Queue(Emitter):
         self._check_usable()
         if self._opening is None:
             self._open()
-        await self.usable()
+        await self._usable()
         return True
 
     async def ready(self) -> Self:
@@ -195,7 +195,7 @@ class Queue(Emitter):
     def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
         settings = self.settings
-        self.client.attach(self.report)
+        self.client.attach(self._report)
         if settings.activate_delayed_jobs:
             self._activator = DelayedActivator(
                 self._store,
@@ -232,7 +232,7 @@ class Queue(Emitter):
         if self.settings.ordered:
             await self._tracker.settle_unseen(lambda job_ids: self._store.look_up(job_ids, link))
 
-    async def usable(self) -> Store:
+    async def _usable(self) -> Store:
         """Every public call's first step: connected, open, and in the right loop."""
         self._check_usable()
         if self._ready:
@@ -265,7 +265,7 @@ class Queue(Emitter):
         One whose own id is in use is not among them: its `id` is None. Raises, before anything is sent, `TypeError` for what is
         no job, `ValueError` for a job of another queue, `QueueClosed`.
         """
-        return await self.producer.save_all(jobs)
+        return await self._producer.save_all(jobs)
 
     async def get_job(self, job_id: str | int) -> Job | None:
         """The job with this id, read from `jobs` (script `get_job`), or None.
@@ -274,7 +274,7 @@ class Queue(Emitter):
         events from now on, unless it has ended already (`result()` then tells how). An object that is held is not refreshed:
         `Job.from_id` shows what is stored. Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.producer.get(job_id)
+        return await self._producer.get(job_id)
 
     async def get_jobs(self, kind: str, start: int = 0, end: int = 100, size: int = 100) -> list[Job]:
         """Jobs in the state `kind`: `waiting`, `active`, `delayed`, `succeeded` or `failed`, read from that key and `jobs`.
@@ -286,11 +286,11 @@ class Queue(Emitter):
 
         Raises `ValueError` or `TypeError` naming a wrong argument, `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.producer.list_jobs(kind, start, end, size)
+        return await self._producer.list_jobs(kind, start, end, size)
 
     async def remove_job(self, job_id: str | int) -> Self:
         """Takes the job out of every key, like `Job.remove`; returns the queue. Nothing happens when there is none."""
-        await self.producer.remove(job_id)
+        await self._producer.remove(job_id)
         return self
 
     async def clean(self, kind: str, older_than: Duration = 0, limit: int = 1_000) -> int:
@@ -301,14 +301,14 @@ class Queue(Emitter):
         `remove_on_failure`, ended jobs stay for ever. Raises `ValueError` or `TypeError` naming a wrong argument,
         `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        return await self.producer.clean(kind, older_than, limit)
+        return await self._producer.clean(kind, older_than, limit)
 
     async def check_health(self) -> Health:
         """Counts the jobs of each state, all at one moment (script `check_health`), and reads the last automatic id.
 
         Raises `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
-        store = await self.usable()
+        store = await self._usable()
         return await store.check_health()
 
     async def destroy(self) -> int:
@@ -317,10 +317,10 @@ class Queue(Emitter):
         Stops nothing: workers go on, and what this process holds in `jobs` stays. Raises `ConnectionLost`, `CommandError`,
         `QueueClosed`.
         """
-        store = await self.usable()
+        store = await self._usable()
         return await store.destroy()
 
-    def job_is_due(self, when: int) -> None:
+    def _job_is_due(self, when: int) -> None:
         """A delayed job has been saved here, for `when` (epoch ms): looks then, if this queue raises delayed jobs."""
         if self._activator is not None:
             self._activator.look_at(when)
@@ -337,7 +337,7 @@ class Queue(Emitter):
             except ValueError:
                 self._activator.look_at(None)
 
-    def report(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         """Emits `error`; without a listener it is logged."""
         if not self.emit("error", error):
             log.error("queue %s: %s: %s", self.name, type(error).__name__, error)
@@ -348,7 +348,7 @@ class Queue(Emitter):
             return
         failure = ListenerFailed(f"a listener of {event!r} raised {type(error).__name__}: {error}")
         failure.__cause__ = error
-        self.report(failure)
+        self._report(failure)
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
         async def listen() -> None:
@@ -358,9 +358,6 @@ class Queue(Emitter):
                 self._listener_failed(event, error)
 
         self._spawn(listen(), f"listener of {event}")
-
-    listener_failed = _listener_failed
-    listener_awaits = _listener_awaits
 
     # --- processing ------------------------------------------------------------------------------------------------------
 
@@ -389,16 +386,16 @@ class Queue(Emitter):
     async def run(self, handler: Handler, concurrency: int = 1) -> None:
         """Like `process`, and returns when the queue has been closed."""
         self.process(handler, concurrency)
-        await self.usable()
+        await self._usable()
         await self._ended.wait()
 
     async def _start_processing(self, handler: Handler, concurrency: int) -> None:
-        await self.usable()
+        await self._usable()
         try:
             await self._stall_checker.check()
         except BeeQueueError as error:
             if not self.paused:
-                self.report(error)
+                self._report(error)
         if self.paused:
             return
         interval = self.settings.stalled_check_interval
@@ -408,7 +405,7 @@ class Queue(Emitter):
         self._consumer = Consumer(self._store, self, handler, concurrency)
         self._consumer.start()
 
-    def decode_job(self, job_id: str, entry: bytes) -> Job:
+    def _decode_job(self, job_id: str, entry: bytes) -> Job:
         """A job from its entry in `jobs`; raises `UnreadableData`."""
         return Job.decode(self, job_id, entry)
 
@@ -420,7 +417,7 @@ class Queue(Emitter):
         find a job. Raises what Redis answered to the first one; later failures are reported through `error`.
         """
         interval_ms = 0 if interval is None else milliseconds("interval", interval)
-        await self.usable()
+        await self._usable()
         if interval_ms:
             self._stall_checker.repeat(interval_ms)
         return await self._stall_checker.check()
@@ -469,7 +466,7 @@ class Queue(Emitter):
         if not self._shares if quits is None else quits:
             closing.append(self.client.close())
         failures = [failure for failure in await asyncio.gather(*closing, return_exceptions=True) if failure is not None]
-        self.client.detach(self.report)
+        self.client.detach(self._report)
         await self._tracker.close()
         self._ended.set()
         unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
@@ -493,7 +490,7 @@ class Queue(Emitter):
             return
         refused = self._opening.exception() if self._opening_is_awaited and self._opening and self._opening.done() else None
         if isinstance(error, Exception) and not isinstance(error, QueueClosed) and error is not refused:
-            self.report(error)
+            self._report(error)
 
 
 async def first_error_wins(work: Awaitable[None], clean_up: Callable[[], Awaitable[None]]) -> None:

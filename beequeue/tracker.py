@@ -30,7 +30,7 @@ class Host(Protocol):
     """What the tracker asks of its queue."""
 
     def emit(self, event: str, *args: Any) -> bool: ...
-    def report(self, error: Exception) -> None: ...
+    def _report(self, error: Exception) -> None: ...
 
 
 class Tracker:
@@ -59,7 +59,7 @@ class Tracker:
         try:
             event = Event.decode(payload)
         except UnreadableData as error:
-            self._host.report(error)
+            self._host._report(error)
         else:
             self._read.append((event, self.jobs.get(event.id)))
 
@@ -143,7 +143,7 @@ class Tracker:
             try:
                 ended = await self._ended_unseen(list(self._awaited), look_up)
             except BeeQueueError as error:
-                self._host.report(error)
+                self._host._report(error)
                 continue
             for job, found in ended:
                 # on two sockets the answer may have overtaken the event: that has until the next look

@@ -16,13 +16,13 @@ from beequeue.job import BUILT_IN_STRATEGIES, Strategy
 class NoQueue:
     """A job's owner that can do nothing."""
 
-    producer: Any = None
+    _producer: Any = None
 
     def __init__(self) -> None:
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
 
-    def listener_failed(self, event: str, error: Exception) -> None: ...
-    def listener_awaits(self, event: str, result: Any) -> None: ...
+    def _listener_failed(self, event: str, error: Exception) -> None: ...
+    def _listener_awaits(self, event: str, result: Any) -> None: ...
 
 
 @pytest.fixture
