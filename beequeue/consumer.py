@@ -16,13 +16,12 @@ import asyncio
 import functools
 import inspect
 import logging
-import math
 import sys
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from beequeue.decisions import fail, message_of, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
     CommandError,
@@ -61,68 +60,6 @@ class Host(Protocol):
     def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
     def emit(self, event: str, *args: Any) -> bool: ...
     def _report(self, error: Exception) -> None: ...
-
-
-# --- decisions: plain functions over values -----------------------------------------------------------------------
-
-
-def retry_delay(job: Job, strategies: Mapping[str, Strategy]) -> int | None:
-    """ms before the failed `job` runs again (0: at once), or None when it has failed for good.
-
-    Calls the job's strategy, which may change the job's backoff; raises what the strategy raises.
-    """
-    retries = job.options.get("retries", 0)
-    if not isinstance(retries, (int, float)) or retries <= 0:
-        return None
-    backoff = job.options.get("backoff")
-    name = backoff.get("strategy") if isinstance(backoff, dict) else "immediate"
-    strategy = strategies.get(str(name))
-    if strategy is None:
-        return None
-    delay = strategy(job)
-    if not isinstance(delay, (int, float)) or math.isnan(delay) or delay < 0:
-        return None
-    return math.ceil(delay)
-
-
-def stack_trace(error: BaseException) -> str:
-    """The traceback as text, without the frames of this module."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))
-
-
-def _message_of(error: BaseException) -> str:
-    """What a producer is told; never empty."""
-    try:
-        return str(error) or type(error).__name__
-    except Exception:  # a class of the handler's own, whose text cannot be had
-        return type(error).__name__
-
-
-def succeed(job: Job, result: Any, settings: QueueSettings) -> Settlement:
-    """The settlement of a job whose handler returned `result`; raises `TypeError` when JSON cannot carry it."""
-    assert job.id is not None
-    message = encode_event(job.id, "succeeded", result) if settings.send_events else b""
-    job.status = "succeeded"
-    return Settlement("succeeded", b"" if settings.remove_on_success else job.encode(), message)
-
-
-def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: QueueSettings) -> Settlement:
-    """The settlement of a job whose handler raised `error`: tried again after `delay` ms, or failed when that is None."""
-    assert job.id is not None
-    status = "failed" if delay is None else "retrying"
-    job.status = status
-    job.options["stacktraces"].insert(0, stack_trace(error))
-    if delay is not None:
-        job.options["retries"] -= 1
-    message = encode_event(job.id, status, _message_of(error)) if settings.send_events else b""
-    entry = b"" if delay is None and settings.remove_on_failure else job.encode()
-    return Settlement(status, entry, message, now + delay if delay else None)
-
-
-# --- the worker ------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -317,14 +254,14 @@ class Consumer:
             delay = None
         try:
             return fail(job, run.error, delay, now_ms(), self._settings)
-        except TypeError:
-            # the handler left something in the job that JSON cannot carry: it fails for good, as it was stored
+        except Exception:
+            # the handler left something in the job that JSON cannot carry, or spoilt it: it fails for good, as it was stored
             as_stored = self._host._decode_job(run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
         try:
             return fail(job, run.error, None, now_ms(), self._settings)
         except TypeError:  # nested so deep that it could be read, but not be written
-            message = encode_event(run.id, "failed", _message_of(run.error)) if self._settings.send_events else b""
+            message = encode_event(run.id, "failed", message_of(run.error)) if self._settings.send_events else b""
             return Settlement("failed", b"" if self._settings.remove_on_failure else run.entry, message)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:

@@ -107,7 +107,8 @@ class Job(Emitter):
         self.data: Any = {} if data is None else data
         self.options: dict[str, Any] = {} if options is None else options
         self.options.setdefault("timestamp", now_ms())
-        self.options.setdefault("stacktraces", [])
+        if not isinstance(self.options.get("stacktraces"), list):
+            self.options["stacktraces"] = []
         self.status = "created"
         self.uncertain = False
         self.progress: Any = 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import Job, JobTimeout, QueueSettings
-from beequeue.consumer import fail, retry_delay, stack_trace, succeed
+from beequeue.decisions import fail, retry_delay, stack_trace, succeed
 from beequeue.job import BUILT_IN_STRATEGIES, Strategy
 
 

@@ -14,6 +14,7 @@ ORDER = [
     "queue",
     "producer",
     "consumer",
+    "decisions",
     "maintenance",
     "tracker",
     "sharing",
