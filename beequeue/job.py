@@ -7,6 +7,7 @@ that order; the id is the hash field. Whatever talks to Redis is the queue's: a 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -166,8 +167,8 @@ class Job(Emitter):
             when = when.timestamp() * 1000
         if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 2**53:
             raise ValueError(f"invalid delay timestamp: {when!r} is neither epoch milliseconds nor an aware datetime")
-        if when > now_ms():
-            self.options["delay"] = int(when)
+        if int(when) > now_ms():
+            self.options["delay"] = math.ceil(when)
         else:
             self.options.pop("delay", None)
         return self

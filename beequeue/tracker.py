@@ -61,7 +61,8 @@ class Tracker:
         except UnreadableData as error:
             self._host._report(error)
         else:
-            self._read.append((event, self.jobs.get(event.id)))
+            # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
+            self._read.append((event, self.jobs.get(event.id) if self._ordered else None))
 
     def hand_on(self) -> None:
         """Delivers what was read in one later step: after the code that waited for a save's reply in the same read."""
@@ -72,6 +73,8 @@ class Tracker:
         read, self._read = self._read, []
         for event, job in read:
             self._host.emit("job " + event.name, event.id, event.data)
+            if not self._ordered:
+                job = self.jobs.get(event.id)
             if job is not None:
                 self.jobs.deliver(event, job)
 
@@ -84,7 +87,7 @@ class Tracker:
 
     def _is_ending(self, job: Job) -> bool:
         """Whether its last event has been read and not yet delivered."""
-        return any(receiver is job and event.name in ENDS for event, receiver in self._read)
+        return any(event.id == job.id and event.name in ENDS for event, _ in self._read)
 
     # --- what no event told ------------------------------------------------------------------------------------------
 

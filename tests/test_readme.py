@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from beequeue import Job, Queue
 from config import Config
+from tests.conftest import MakeQueue
+from tests.test_example import public
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_printed(url: str) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 12
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example.replace("redis://127.0.0.1:6379", url)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def as_program(example: str, url: str, name: str) -> list[str]:
+    """What runs an example, on our server and a queue of its own."""
+    assert "redis://127.0.0.1:6379" in example
+    assert 'Queue("add"' in example
+    example = example.replace("redis://127.0.0.1:6379", url).replace('Queue("add"', f'Queue("{name}"')
+    return [sys.executable, "-W", "error", "-c", example]
+
+
+async def test_the_example_runs_as_printed(url: str, name: str, make_queue: MakeQueue) -> None:
+    assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) <= 12
+    make_queue(auto_connect=False)  # whose keys are deleted at the end
+    command = as_program(EXAMPLES[0], url, name)
+    ended = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert (ended.stdout, ended.stderr) == ("5\n", "")
+
+
+async def test_the_example_without_a_loop_runs_as_printed(url: str, name: str, make_queue: MakeQueue) -> None:
+    make_queue().process(lambda job: job.data["x"] + job.data["y"])
+    command = as_program(EXAMPLES[1], url, name)
+    ended = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.stdout, ended.stderr) == ("5\n", "")
+    assert len(EXAMPLES) == 2
+
+
+def table(heading: str, first: str) -> list[list[str]]:
+    """The rows of the table below a heading whose first column is called so."""
+    section = README.split(heading, 1)[1]
+    rows = section[section.index(f"| {first} |") :].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_the_table_of_names_has_them_all() -> None:
+    ours = " ".join(row[1] + " " + row[2] for row in table("### bee-queue's names", "bee-queue"))
+    for owner in (Queue, Job):
+        for name in public(owner):
+            assert re.search(rf"\b{name}\b", ours), f"{owner.__name__}.{name} is not in README"
+    for name in re.findall(
+        r"(?:^|`)(?:await )?(?:queue\.)?(\w+)\(",
+        " ".join(row[1] for row in table("### bee-queue's names", "bee-queue") if "queue." in row[1]),
+    ):
+        assert hasattr(Queue, name), name
+    for name in re.findall(r"\bjob\.(\w+)", ours):
+        assert hasattr(Job, name) or name in Job.__slots__, name
+
+
+def test_the_table_of_events_has_them_all() -> None:
+    emitted = set()
+    for source in (ROOT / "beequeue").glob("*.py"):
+        emitted |= set(re.findall(r'emit\((?:self\.emit, )?"([a-z :]+)"', source.read_text()))
+    listed = {event for row in table("### bee-queue's names", "event") for event in re.findall(r"`([^`]+)`", row[0])}
+    assert emitted - {"job "} <= listed
 
 
 def test_the_files_that_it_lists_exist() -> None:
