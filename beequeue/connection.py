@@ -97,11 +97,20 @@ class Address:
             driver = self._class(**self._arguments, protocol=protocol, retry=Retry(NoBackoff(), 0), driver_info=None)
         except (TypeError, redis.exceptions.RedisError) as error:
             raise ConnectionRefused(f"redis: {error}") from None
+        connecting = asyncio.create_task(driver.connect(), name="beequeue connecting")
         try:
-            await driver.connect()
+            await asyncio.shield(connecting)
         except BaseException as error:
+            if not connecting.done():
+                # cancelled: the driver may swallow that, or wait for Redis behind it, but not once its socket is gone
+                if driver._writer is not None:
+                    driver._writer.transport.abort()
+                connecting.cancel()
+                await asyncio.wait((connecting,))
+                _ = connecting.cancelled() or connecting.exception()
             if driver._writer is not None:
-                _disown(driver).transport.abort()
+                writer = _disown(driver)  # kept until it is closed, or it warns
+                writer.transport.abort()
             if isinstance(error, (redis.exceptions.RedisError, OSError)):
                 raise _translated(error, self, protocol) from None
             raise

@@ -25,6 +25,7 @@ from beequeue.decisions import fail, message_of, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
     CommandError,
+    ConnectionLost,
     JobTimeout,
     LateFinish,
     OutcomeNotRecorded,
@@ -35,7 +36,7 @@ from beequeue.events import encode_event
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Command
 from beequeue.settings import QueueSettings
-from beequeue.store import TAKE_WAIT_S, Settlement, Store, Taken
+from beequeue.store import Settlement, Store, Taken
 
 log = logging.getLogger("beequeue")
 
@@ -237,7 +238,7 @@ class Consumer:
         if self._threads is None:
             outcome: Awaitable[Any] = self._handler(job)
             return outcome
-        run.call = self._threads.submit(self._handler, job)
+        run.call = self._threads.submit(_in_thread, self._handler, job)
         return asyncio.wrap_future(run.call)
 
     def _decide(self, run: Run, job: Job) -> Settlement:
@@ -262,7 +263,7 @@ class Consumer:
             return fail(job, run.error, None, now_ms(), self._settings)
         except TypeError:  # nested so deep that it could be read, but not be written
             message = encode_event(run.id, "failed", message_of(run.error)) if self._settings.send_events else b""
-            return Settlement("failed", b"" if self._settings.remove_on_failure else run.entry, message)
+            return Settlement("failed", None if self._settings.remove_on_failure else run.entry, message)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""
@@ -335,14 +336,16 @@ class Consumer:
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
         deadline = self._loop.time() + timeout_s
-        taken_in = await self._end_intake(client_id, deadline)
-        in_time = await self._until(lambda: not self._under_way(), deadline) and taken_in
+        answers = await self._end_intake(client_id, deadline)
+        in_time = await self._until(lambda: not self._under_way(), deadline) and answers
         if not in_time:
             for run in self._under_way():
                 if run.finish is None and run.task is not None:
                     self._abandon(run)
-            await self._until(lambda: not self._under_way(), self._loop.time() + GRACE_S)
-        await self._hand_back()
+            left = self._under_way if answers else self._handlers
+            await self._until(lambda: not left(), self._loop.time() + GRACE_S)
+        if answers:
+            await self._hand_back()
         if self._heart is not None:
             self._heart.cancel()
             await asyncio.wait((self._heart,))
@@ -361,7 +364,7 @@ class Consumer:
     def _ended_too_late(self, job_id: str, call: Future[Any]) -> None:
         """In the thread of a handler that has outlived its worker."""
         failure = OutcomeNotRecorded(
-            f"unable to update the status of {'failed' if call.exception() else 'succeeded'} job {job_id}"
+            f"unable to update the status of {'succeeded' if call.exception() is None else 'failed'} job {job_id}"
         )
         failure.__cause__ = QueueClosed()
         try:
@@ -372,6 +375,10 @@ class Consumer:
     def _under_way(self) -> list[Run]:
         """The runs whose handler runs, or whose settlement has not been answered."""
         return [run for run in self._held if run.finish is not None or (run.task is not None and not run.task.done())]
+
+    def _handlers(self) -> list[Run]:
+        """The runs whose handler runs."""
+        return [run for run in self._held if run.task is not None and not run.task.done()]
 
     async def _until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Waits until `condition` holds, looking whenever something changed; False when the deadline came first."""
@@ -385,19 +392,25 @@ class Consumer:
         return True
 
     async def _end_intake(self, client_id: int | None, deadline: float) -> bool:
-        """Returns when nothing is being taken any more; False when Redis was away until the deadline."""
-        # where UNBLOCK is not permitted, the take runs its course
-        latest = max(deadline, self._loop.time() + TAKE_WAIT_S + GRACE_S)
+        """Returns when nothing is being taken any more; False when Redis does not answer, past the deadline.
+
+        Where CLIENT UNBLOCK is not permitted a take runs its course, as long as Redis answers.
+        """
+        answered_at = self._loop.time()
+
+        def on_reply(reply: Any) -> None:
+            nonlocal answered_at
+            if not isinstance(reply, ConnectionLost):
+                answered_at = self._loop.time()
+
         while self._take is not None or self._reading:
-            if self._loop.time() > (latest if self._store.is_reachable else deadline):
+            if self._take is not None and self._store.withdraw_take(self._take):
+                self._take = None
+                continue
+            if self._loop.time() > max(deadline, answered_at + GRACE_S):
                 return False
-            if self._take is not None:
-                if self._store.withdraw_take(self._take):
-                    self._take = None
-                    continue
-                # again and again: one that comes before the take does nothing
-                if client_id is not None:
-                    self._store.unblock(client_id)
+            # again and again: one that comes before the take does nothing
+            self._store.unblock(client_id if self._take is not None else None, on_reply)
             await self._until(lambda: self._take is None and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
         return True
 
@@ -411,6 +424,13 @@ class Consumer:
                 await self._store.hand_back(held)
         except (BeeQueueError, TimeoutError) as error:
             self._host._report(error)
+
+
+def _in_thread(handler: Handler, job: Job) -> Any:
+    try:
+        return handler(job)
+    except StopIteration as error:  # a future cannot carry it; said as Python does for coroutines
+        raise RuntimeError("handler raised StopIteration") from error
 
 
 def _is_async(handler: Handler) -> bool:

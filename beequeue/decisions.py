@@ -60,7 +60,7 @@ def succeed(job: Job, result: Any, settings: QueueSettings) -> Settlement:
     assert job.id is not None
     message = encode_event(job.id, "succeeded", result) if settings.send_events else b""
     job.status = "succeeded"
-    return Settlement("succeeded", b"" if settings.remove_on_success else job.encode(), message)
+    return Settlement("succeeded", None if settings.remove_on_success else job.encode(), message)
 
 
 def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: QueueSettings) -> Settlement:
@@ -72,5 +72,5 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
     if delay is not None:
         job.options["retries"] -= 1
     message = encode_event(job.id, status, message_of(error)) if settings.send_events else b""
-    entry = b"" if delay is None and settings.remove_on_failure else job.encode()
+    entry = None if delay is None and settings.remove_on_failure else job.encode()
     return Settlement(status, entry, message, now + delay if delay else None)

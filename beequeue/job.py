@@ -86,6 +86,7 @@ class Job(Emitter):
     """
 
     __slots__ = (
+        "bound",
         "data",
         "ended",
         "id",
@@ -93,7 +94,7 @@ class Job(Emitter):
         "options",
         "progress",
         "queue",
-        "saved",
+        "saved_as",
         "saving",
         "status",
         "uncertain",
@@ -117,8 +118,10 @@ class Job(Emitter):
         """The event that ended it, as far as this process has heard."""
         self.ended: asyncio.Future[Event] | None = None
         """Completes with `last_event`, while somebody waits for it."""
+        self.bound = 0
+        """How often it was bound to its id, to receive events."""
         self.saving = False
-        self.saved = False
+        self.saved_as: str | None = None
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.status}>"
@@ -147,7 +150,7 @@ class Job(Emitter):
 
         `delay` is in ms, or a `timedelta`; every strategy but `immediate` needs one above 0.
         """
-        if strategy not in self.queue.backoff_strategies:
+        if not isinstance(strategy, str) or strategy not in self.queue.backoff_strategies:
             raise ValueError("unknown strategy")
         if strategy == "immediate" and delay is None:
             self.options["backoff"] = {"strategy": strategy}
@@ -263,16 +266,9 @@ class Job(Emitter):
         elif name == "retrying":
             left = self.options.get("retries")
             self.options["retries"] = max(0, left - 1) if isinstance(left, int) else 0
-        elif name in ENDS:
+        elif name in ENDS or isinstance(event.data, OutcomeUnknown):
             self.end(event)
         self.emit(name, event.data)
-
-    def lose(self, reason: str) -> None:
-        """Settles a job whose end nobody saw as `OutcomeUnknown`."""
-        assert self.id is not None
-        error = OutcomeUnknown(f"job {self.id}: {reason}")
-        self.end(Event(self.id, "unknown", error))
-        self.emit("unknown", error)
 
     def end(self, event: Event) -> None:
         """Remembers the last event, for `result()`."""
@@ -281,10 +277,10 @@ class Job(Emitter):
             self.ended.set_result(event)
 
     def _listener_failed(self, event: str, error: Exception) -> None:
-        self.queue._listener_failed(event, error)
+        self.queue._listener_failed(f"{event} of job {self.id}", error)
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
-        self.queue._listener_awaits(event, result)
+        self.queue._listener_awaits(f"{event} of job {self.id}", result)
 
     # --- the stored form ---------------------------------------------------------------------------------------------
 

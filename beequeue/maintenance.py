@@ -137,6 +137,7 @@ class StallChecker:
         self._host = host
         self._stall_interval_ms = stall_interval_ms
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def check(self) -> int:
         """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
@@ -145,8 +146,19 @@ class StallChecker:
             self._host.emit("stalled", job_id)
         return len(stalled)
 
+    async def check_and_repeat(self, interval_ms: int) -> int:
+        """Checks, and again `interval_ms` after each check, instead of at the interval set before; raises like `check`."""
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            return await self.check()
+        finally:
+            self.repeat(interval_ms)
+
     def repeat(self, interval_ms: int) -> None:
-        """Checks again `interval_ms` after each check, instead of at the interval set before."""
+        """Checks again and again from now on, `interval_ms` after each check."""
+        if self._closed:
+            return
         if self._task is not None:
             self._task.cancel()
         self._task = asyncio.create_task(self._check_repeatedly(interval_ms), name="beequeue stall check")
@@ -157,7 +169,8 @@ class StallChecker:
         return self._task is not None
 
     async def close(self) -> None:
-        """Ends the repetition."""
+        """Ends the repetition; none can begin any more."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
@@ -37,7 +37,7 @@ class Host(Protocol):
     settings: QueueSettings
 
     async def _usable(self) -> Store: ...
-    def _job_is_due(self, when: int) -> None: ...
+    def _job_is_due(self, when: float) -> None: ...
     def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
     def _report(self, error: Exception) -> None: ...
 
@@ -55,7 +55,7 @@ class Producer:
 
     async def save(self, job: Job) -> None:
         """`Job.save`: stores the job in `jobs`, and its id in `waiting` or `delayed`."""
-        entry = _entry_to_save(job)
+        form = _form_to_save(job)
         job.saving = True
         try:
             store = await self._host._usable()
@@ -63,77 +63,77 @@ class Producer:
             job.saving = False
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._add(store, job, entry, lambda outcome: settle(answered, outcome))
+        self._add(store, job, form, lambda outcome: settle(answered, outcome))
         if await answered:
-            self._stored(job)
+            self._stored(job, form)
 
     async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
         """`Queue.save_all`: the same for each job, many in one round trip."""
-        jobs = list(dict.fromkeys(jobs))
+        jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, Job):
                 raise TypeError(f"save_all takes jobs, not {job!r}")
             if job.queue._producer is not self:
                 raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
+        jobs = list(dict.fromkeys(jobs))
         errors: dict[Job, Exception] = {}
-        for start in range(0, max(len(jobs), 1), AT_ONCE):
-            await self._save_at_once(jobs[start : start + AT_ONCE], errors)
+        store = await self._host._usable()
+        for start in range(0, len(jobs), AT_ONCE):
+            await self._save_at_once(store, jobs[start : start + AT_ONCE], errors)
         return errors
 
-    async def _save_at_once(self, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
-        store = await self._host._usable()
-        entries = {}
+    async def _save_at_once(self, store: Store, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
+        forms = {}
         for job in jobs:
             try:
-                entries[job] = _entry_to_save(job)
-            except (TypeError, BeeQueueError) as error:
+                forms[job] = _form_to_save(job)
+            except (TypeError, ValueError, BeeQueueError) as error:
                 errors[job] = error
         outcomes: dict[Job, Outcome] = {}
         all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def answered(job: Job, outcome: Outcome) -> None:
             outcomes[job] = outcome
-            if len(outcomes) == len(entries):
+            if len(outcomes) == len(forms):
                 settle(all_answered, None)
 
-        for job, entry in entries.items():
+        for job, form in forms.items():
             job.saving = True
-            self._add(store, job, entry, functools.partial(answered, job))
-        if entries:
+            self._add(store, job, form, functools.partial(answered, job))
+        if forms:
             await all_answered
-        for job, outcome in outcomes.items():
+        for job, form in forms.items():
+            outcome = outcomes[job]
             if isinstance(outcome, BeeQueueError):
                 errors[job] = outcome
             elif outcome:
-                self._stored(job)
+                self._stored(job, form)
 
-    def _add(self, store: Store, job: Job, entry: bytes, answered: Callable[[Outcome], None]) -> None:
+    def _add(self, store: Store, job: Job, form: _Form, answered: Callable[[Outcome], None]) -> None:
         def on_reply(reply: Any) -> None:
             job.saving = False
             if isinstance(reply, BeeQueueError):
                 answered(reply)
             elif reply is None:
-                if not job.saved:
-                    job.id = None
+                # in use: by the job itself, if it was saved under this id before
+                job.id = form.id if form.id == job.saved_as else None
                 answered(False)
             else:
-                job.id = store.job_id(reply)
-                job.saved = True
+                job.id = job.saved_as = store.job_id(reply)
                 if self._ordered:
                     # here, in the step that parses the reply: the job's events may stand right behind it
                     self._bind(job)
                 answered(True)
 
-        store.add(job.id or "", entry, job.options.get("delay"), on_reply)
+        store.add(form.id, form.entry, form.delay, on_reply)
 
-    def _stored(self, job: Job) -> None:
+    def _stored(self, job: Job, form: _Form) -> None:
         """What can wait until the caller of `save` goes on."""
         if not self._ordered:
             # bee-queue 2.0.0's way: an event that came before this is lost to the job
             self._bind(job)
-        delay = job.options.get("delay")
-        if delay is not None:
-            self._host._job_is_due(delay)
+        if form.delay is not None:
+            self._host._job_is_due(form.delay)
 
     def _bind(self, job: Job) -> None:
         if self._store_jobs:
@@ -170,7 +170,7 @@ class Producer:
         if reply is None:
             return None
         job = self._host._decode_job(job_id, reply[0])
-        job.saved = True
+        job.saved_as = job_id
         if reply[1] == b"failed":
             traces = job.options["stacktraces"]
             job.end(Event(job_id, "failed", JobFailed(summary(str(traces[0])) if traces else "")))
@@ -181,7 +181,7 @@ class Producer:
     def _read_known(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         """The bound object in place of a new one."""
         job = self._read(job_id, reply)
-        return None if job is None else self._known(job)
+        return None if job is None or reply is None else self._known(job, reply[0])
 
     def _read_and_bind(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         job = self._read_known(job_id, reply)
@@ -189,11 +189,15 @@ class Producer:
             self._bind_if_open(job)
         return job
 
-    def _known(self, stored: Job) -> Job:
+    def _known(self, stored: Job, entry: bytes) -> Job:
         """The object that is bound to a stored job; that job itself, if none is, or one that is another job."""
         assert stored.id is not None
         bound = self._tracker.jobs.get(stored.id)
-        return stored if bound is None or bound.options["timestamp"] != stored.options["timestamp"] else bound
+        if bound is None:
+            return stored
+        # one that is stored without a timestamp has been given that of its reading
+        same = bound.options["timestamp"] == stored.options["timestamp"] or b'"timestamp":' not in entry
+        return bound if same else stored
 
     def _bind_if_open(self, job: Job) -> None:
         assert job.id is not None
@@ -204,35 +208,52 @@ class Producer:
         """`Queue.remove_job` and `Job.remove`: takes the id out of every key."""
         job_id = id_from(job_id)
         store = await self._host._usable()
-        await store.remove(job_id)
-        self._tracker.forget(job_id, "it was removed")
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Any) -> None:
+            if not isinstance(reply, BeeQueueError):
+                # here: the reply to a save under the same id may stand right behind it
+                self._tracker.forget(job_id, "it was removed")
+            settle(answered, reply)
+
+        store.remove(job_id, on_reply)
+        await answered
 
     async def retry(self, job: Job) -> tuple[int, int]:
         """`Job.retry`: moves the id from `failed` or `succeeded` to `waiting`."""
         if job.id is None:
             raise BeeQueueError("a job without an id cannot be retried: save it first")
+        job_id, end = job.id, job.last_event
         store = await self._host._usable()
         answered: asyncio.Future[list[int] | None] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Any) -> None:
-            if self._ordered and type(reply) is list:
-                # whatever tells of the attempt before has been read already
+            if reply is None and not bound:
+                self._tracker.forget(job_id, "it has no entry in jobs")
+            elif self._ordered and type(reply) is list:
+                # whatever tells of the run before has been read already
                 self._bind_again(job)
             settle(answered, reply)
 
-        if not self._ordered:
-            self._bind_again(job)
-        store.retry(job.id, on_reply)
-        reply = await answered
-        if reply is None:
-            self._tracker.forget(job.id, "it has no entry in jobs")
-            raise BeeQueueError(f"job {job.id} cannot be retried: it has no entry in jobs")
+        bound = not self._ordered and self._bind_again(job)
+        store.retry(job_id, on_reply)
+        try:
+            reply = await answered
+            if reply is None:
+                raise BeeQueueError(f"job {job_id} cannot be retried: it has no entry in jobs")
+        except BeeQueueError:
+            if bound:
+                self._tracker.unbind(job, job_id, end)
+            raise
         return reply[0], reply[1]
 
-    def _bind_again(self, job: Job) -> None:
+    def _bind_again(self, job: Job) -> bool:
+        """Binds a job that is retried; another object of the same job keeps its place until it has ended."""
         assert job.id is not None
-        if self._tracker.jobs.get(job.id) is None:  # another object of the same job keeps its place
-            self._bind(job)
+        if not self._store_jobs or (job.id in self._tracker.jobs and not self._tracker.is_ending(job.id)):
+            return False
+        self._tracker.bind(job)
+        return True
 
     async def is_in_set(self, job: Job, kind: str) -> bool:
         """`Job.is_in_set`: looks for the id in one key."""
@@ -281,7 +302,7 @@ class Producer:
                 if entry is None:  # removed since
                     continue
                 try:
-                    jobs.append(self._known(self._host._decode_job(job_id, entry)))
+                    jobs.append(self._known(self._host._decode_job(job_id, entry), entry))
                 except UnreadableData as error:
                     self._host._report(error)
         return jobs
@@ -311,7 +332,20 @@ class Producer:
         return deleted
 
 
-def _entry_to_save(job: Job) -> bytes:
+class _Form(NamedTuple):
+    """A job as it was when it was to be saved."""
+
+    id: str
+    """Empty: the next automatic one."""
+    entry: bytes
+    delay: float | None
+
+
+def _form_to_save(job: Job) -> _Form:
+    """Raises `TypeError` or `ValueError` for what somebody put into the job past its setters."""
     if job.saving:
         raise BeeQueueError(f"{job!r} is being saved already")
-    return job.encode()
+    delay = job.options.get("delay")
+    if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 2**53):
+        raise ValueError(f"the option delay must be epoch milliseconds, not {delay!r}")
+    return _Form("" if job.id is None else id_from(job.id), job.encode(), delay)

@@ -7,6 +7,7 @@ whatever names one job goes on the events' connection (RESP3), whose order remov
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -162,7 +163,12 @@ class Queue(Emitter):
     # --- opening ---------------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            with contextlib.suppress(BeeQueueError):
+                await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -193,9 +199,9 @@ class Queue(Emitter):
         return self
 
     def _open(self) -> None:
+        self.client.attach(self._report)
         self._loop = asyncio.get_running_loop()
         settings = self.settings
-        self.client.attach(self._report)
         if settings.activate_delayed_jobs:
             self._activator = DelayedActivator(
                 self._store,
@@ -235,16 +241,18 @@ class Queue(Emitter):
     async def _usable(self) -> Store:
         """Every public call's first step: connected, open, and in the right loop."""
         self._check_usable()
-        if self._ready:
-            return self._store
+        if not self._ready:
+            self._opening_is_awaited = True
+            await asyncio.shield(self._begin_opening())
+        return self._store
+
+    def _begin_opening(self) -> asyncio.Task[None]:
         if self._opening is None:
             if not self.settings.auto_connect:
                 raise NotConnected("the queue is not connected: await connect() first")
             self._open()
-        assert self._opening is not None
-        self._opening_is_awaited = True
-        await asyncio.shield(self._opening)
-        return self._store
+            assert self._opening is not None
+        return self._opening
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -320,7 +328,7 @@ class Queue(Emitter):
         store = await self._usable()
         return await store.destroy()
 
-    def _job_is_due(self, when: int) -> None:
+    def _job_is_due(self, when: float) -> None:
         """A delayed job has been saved here, for `when` (epoch ms): looks then, if this queue raises delayed jobs."""
         if self._activator is not None:
             self._activator.look_at(when)
@@ -390,7 +398,7 @@ class Queue(Emitter):
         await self._ended.wait()
 
     async def _start_processing(self, handler: Handler, concurrency: int) -> None:
-        await self._usable()
+        await asyncio.shield(self._begin_opening())
         try:
             await self._stall_checker.check()
         except BeeQueueError as error:
@@ -419,7 +427,7 @@ class Queue(Emitter):
         interval_ms = 0 if interval is None else milliseconds("interval", interval)
         await self._usable()
         if interval_ms:
-            self._stall_checker.repeat(interval_ms)
+            return await self._stall_checker.check_and_repeat(interval_ms)
         return await self._stall_checker.check()
 
     # --- closing ---------------------------------------------------------------------------------------------------------
@@ -461,13 +469,14 @@ class Queue(Emitter):
 
     async def _close_connections(self) -> None:
         self._closed = True
+        await self._tracker.stop_looking()
         quits = self.settings.quit_command_client
         closing = [connection.close() for connection in (self._takes, self._subscription) if connection is not None]
         if not self._shares if quits is None else quits:
             closing.append(self.client.close())
         failures = [failure for failure in await asyncio.gather(*closing, return_exceptions=True) if failure is not None]
         self.client.detach(self._report)
-        await self._tracker.close()
+        self._tracker.close()
         self._ended.set()
         unfinished = self._tasks - self._closers  # a listener that waits for this very close goes on behind it
         for task in unfinished:
@@ -488,8 +497,10 @@ class Queue(Emitter):
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        refused = self._opening.exception() if self._opening_is_awaited and self._opening and self._opening.done() else None
-        if isinstance(error, Exception) and not isinstance(error, QueueClosed) and error is not refused:
+        opening = self._opening
+        refusal = opening.exception() if opening is not None and opening.done() and not opening.cancelled() else None
+        is_told = error is refusal and (self._opening_is_awaited or task is not opening)
+        if isinstance(error, Exception) and not isinstance(error, QueueClosed) and not is_told:
             self._report(error)
 
 

@@ -43,6 +43,8 @@ def whole_number(name: str, value: int, *, at_least: int | None = None) -> int:
         raise TypeError(f"{name} must be an int, not {value!r}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, not {value}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, not {value}")
     return value
 
 

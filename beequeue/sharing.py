@@ -85,5 +85,9 @@ async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_bac
     `TypeError` naming a wrong argument, `ConnectionRefused` when Redis says no.
     """
     client = Client(Address(redis), reconnect=reconnect, ensure_scripts=ensure_scripts)
-    await client.open()
+    try:
+        await client.open()
+    except BaseException:
+        await client.close()
+        raise
     return client

@@ -69,8 +69,8 @@ class Settlement(NamedTuple):
 
     status: str
     """`succeeded`, `failed` or `retrying`."""
-    entry: bytes
-    """The job JSON to store; empty: delete it."""
+    entry: bytes | None
+    """The job JSON to store; None: delete it."""
     message: bytes
     """The message for the events channel; empty: none."""
     retry_at: int | None = None
@@ -149,15 +149,13 @@ class Store:
         """The full name of a key or channel."""
         return self._prefix + suffix
 
-    @property
-    def is_reachable(self) -> bool:
-        """Whether the command connection is up now."""
-        return self._commands.link is not None
-
     # --- producers ---------------------------------------------------------------------------------------------------
 
-    def add(self, job_id: str, entry: bytes, delay: int | None, on_reply: Reply) -> None:
-        """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None."""
+    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> None:
+        """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
+
+        An empty `job_id` asks for the next automatic one.
+        """
         if delay is None:
             command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
         else:
@@ -188,10 +186,10 @@ class Store:
         args = (*self._get_job, _bytes(job_id))
         self._jobs.send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
 
-    async def remove(self, job_id: str) -> None:
+    def remove(self, job_id: str, on_reply: Reply) -> None:
         """Takes a job out of every key."""
         args = (*self._remove_job, _bytes(job_id))
-        await self._jobs.call(*args, repeatable=True, script=SCRIPTS["remove_job"].text)
+        self._jobs.send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
 
     def retry(self, job_id: str, on_reply: Reply) -> None:
         """Moves a job from `failed` or `succeeded` to `waiting`; the reply is [was failed, waiting], or None: no entry."""
@@ -255,9 +253,10 @@ class Store:
         assert self._takes is not None
         return self._takes.withdraw(command)
 
-    def unblock(self, client_id: int) -> None:
-        """Ends a blocking take early (`CLIENT UNBLOCK`); a refusal is ignored, since the take is finite anyway."""
-        self._commands.send(Command((b"CLIENT", b"UNBLOCK", client_id), _ignore))
+    def unblock(self, client_id: int | None, on_reply: Reply) -> None:
+        """Ends a blocking take early (`CLIENT UNBLOCK`), or, without a client id, only asks whether Redis answers (`PING`)."""
+        args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
+        self._commands.send(Command(args, on_reply))
 
     def take(self, job_id: str | bytes, more: int, on_reply: Reply) -> None:
         """Reads a job that is in `active`, and takes at most `more` besides; the reply is for `taken_from`."""
@@ -281,12 +280,12 @@ class Store:
         """Settles a job, publishes its event and takes the next one; the reply is for `finished_from`."""
         status, entry, message, retry_at = settlement
         if status != "retrying":
-            how, when = "set", ""
+            how, when = "delete" if entry is None else "set", ""
         elif retry_at is None:
             how, when = "retry now", ""
         else:
             how, when = "retry later", str(retry_at)
-        settle = (*self._finish[status], _bytes(job_id), how, entry, message, when)
+        settle = (*self._finish[status], _bytes(job_id), how, entry or b"", message, when)
         repeat = (*settle, b"0")
         args = (*settle, b"1") if take_next else repeat
         command = Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text)
@@ -344,7 +343,3 @@ async def load_scripts(link: Link) -> None:
     """Makes the server know every script (`SCRIPT LOAD`)."""
     for script in SCRIPTS.values():
         await link.call(b"SCRIPT", b"LOAD", script.text)
-
-
-def _ignore(reply: Any) -> None:
-    pass

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError, JobFailed, QueueClosed, UnreadableData
+from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClosed, UnreadableData
 from beequeue.events import ENDS, Event, Registry
 from beequeue.job import Job
 from beequeue.store import Found
@@ -41,7 +41,7 @@ class Tracker:
         self.unknown_outcomes = 0
         self._host = host
         self._ordered = ordered
-        self._read: list[tuple[Event, Job | None]] = []
+        self._read: list[tuple[Event, Job | None, int]] = []
         self._awaited: dict[Job, int] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -49,10 +49,12 @@ class Tracker:
 
     def bind(self, job: Job) -> None:
         """From now on `job` receives the events of its id."""
+        assert job.id is not None
         older = self.jobs.bind(job)
+        job.bound += 1
         job.last_event = None
-        if older is not None:
-            self._lose(older, "its id has been given to another job")
+        if older is not None and not self.is_ending(job.id):
+            self._lose(older, job.id, "its id has been given to another job")
 
     def read(self, payload: bytes) -> None:
         """A message of the channel `events`, in the step that parses it; what is unreadable is reported."""
@@ -60,9 +62,10 @@ class Tracker:
             event = Event.decode(payload)
         except UnreadableData as error:
             self._host._report(error)
-        else:
-            # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
-            self._read.append((event, self.jobs.get(event.id) if self._ordered else None))
+            return
+        # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
+        job = self.jobs.get(event.id) if self._ordered else None
+        self._read.append((event, job, 0 if job is None else job.bound))
 
     def hand_on(self) -> None:
         """Delivers what was read in one later step: after the code that waited for a save's reply in the same read."""
@@ -71,23 +74,35 @@ class Tracker:
 
     def _deliver(self) -> None:
         read, self._read = self._read, []
-        for event, job in read:
+        for event, job, bound in read:
             self._host.emit("job " + event.name, event.id, event.data)
             if not self._ordered:
                 job = self.jobs.get(event.id)
-            if job is not None:
+                bound = 0 if job is None else job.bound
+            if job is None:
+                continue
+            if job.bound == bound:
                 self.jobs.deliver(event, job)
+            else:  # it has been bound anew since, for a retry: an end that belongs to the run before
+                job.emit(event.name, event.data)
 
     def forget(self, job_id: str, reason: str) -> None:
         """Settles the job that is bound to an id as `OutcomeUnknown`, unless its end has been read already."""
         job = self.jobs.get(job_id)
-        if job is not None and not self._is_ending(job):
+        if job is not None and not self.is_ending(job_id):
             del self.jobs[job_id]
-            self._lose(job, reason)
+            # told in a later step, as events are: this one may be parsing a reply
+            asyncio.get_running_loop().call_soon(self._lose, job, job_id, reason)
 
-    def _is_ending(self, job: Job) -> bool:
-        """Whether its last event has been read and not yet delivered."""
-        return any(event.id == job.id and event.name in ENDS for event, _ in self._read)
+    def unbind(self, job: Job, job_id: str, end: Event | None) -> None:
+        """Takes back a binding that was made too early; `end` is the job's last event before it."""
+        if self.jobs.get(job_id) is job:
+            del self.jobs[job_id]
+        job.last_event = end
+
+    def is_ending(self, job_id: str) -> bool:
+        """Whether the last event of a job has been read and not yet delivered."""
+        return any(event.id == job_id and event.name in ENDS for event, _, _ in self._read)
 
     # --- what no event told ------------------------------------------------------------------------------------------
 
@@ -96,29 +111,28 @@ class Tracker:
 
         `look_up` must ask on the link that is subscribed anew already.
         """
-        for job, found in await self._ended_unseen(list(self.jobs.values()), look_up):
-            self._settle(job, found)
+        for job, job_id, found in await self._ended_unseen([(job, job_id) for job_id, job in self.jobs.items()], look_up):
+            self._settle(job, job_id, found)
 
-    async def _ended_unseen(self, jobs: Sequence[Job], look_up: LookUp) -> list[tuple[Job, Found]]:
+    async def _ended_unseen(self, jobs: Sequence[tuple[Job, str]], look_up: LookUp) -> list[tuple[Job, str, Found]]:
         """Those of `jobs` that have ended, as far as Redis knows, while no event has told so."""
         ended = []
         for start in range(0, len(jobs), LOOK_UP_AT_ONCE):
             chunk = jobs[start : start + LOOK_UP_AT_ONCE]
-            for job, found in zip(chunk, await look_up([job.id or "" for job in chunk]), strict=True):
+            for (job, job_id), found in zip(chunk, await look_up([job_id for _, job_id in chunk]), strict=True):
                 if found.state != "open" or not _is_entry_of(job, found):
-                    ended.append((job, found))
-        return [(job, found) for job, found in ended if job.last_event is None and not self._is_ending(job)]
+                    ended.append((job, job_id, found))
+        return [each for each in ended if each[0].last_event is None and not self.is_ending(each[1])]
 
-    def _settle(self, job: Job, found: Found) -> None:
-        assert job.id is not None
-        if self.jobs.get(job.id) is job:
-            del self.jobs[job.id]
+    def _settle(self, job: Job, job_id: str, found: Found) -> None:
+        if self.jobs.get(job_id) is job:
+            del self.jobs[job_id]
         if found.state == "failed" and _is_entry_of(job, found):
-            job.receive(Event(job.id, "failed", JobFailed(summary(found.trace))))
+            job.receive(Event(job_id, "failed", JobFailed(summary(found.trace))))
         elif found.state == "succeeded" and _is_entry_of(job, found):
-            self._lose(job, "it succeeded, but no event told its result, and results are not stored")
+            self._lose(job, job_id, "it succeeded, but no event told its result, and results are not stored")
         else:
-            self._lose(job, "it is gone, and no event told of its end")
+            self._lose(job, job_id, "it is gone, and no event told of its end")
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -144,36 +158,39 @@ class Tracker:
         while self._awaited:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                ended = await self._ended_unseen(list(self._awaited), look_up)
+                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], look_up)
             except BeeQueueError as error:
                 self._host._report(error)
                 continue
-            for job, found in ended:
+            for job, job_id, found in ended:
                 # on two sockets the answer may have overtaken the event: that has until the next look
                 if self._ordered or job in suspects:
-                    self._settle(job, found)
-            suspects = {job for job, _ in ended}
+                    self._settle(job, job_id, found)
+            suspects = {job for job, _, _ in ended}
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    async def close(self) -> None:
-        """Ends every wait for a result with `QueueClosed`."""
+    async def stop_looking(self) -> None:
+        """From now on only events settle a job."""
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait((self._looking,))
+
+    def close(self) -> None:
+        """Ends every wait for a result with `QueueClosed`."""
         for job in {*self.jobs.values(), *self._awaited}:
             if job.last_event is None:
-                assert job.id is not None
-                job.end(Event(job.id, "closed", QueueClosed()))
+                job.end(Event(job.id or "", "closed", QueueClosed()))
 
-    def _lose(self, job: Job, reason: str) -> None:
+    def _lose(self, job: Job, job_id: str, reason: str) -> None:
         self.unknown_outcomes += 1
-        job.lose(reason)
+        job.receive(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id}: {reason}")))
 
 
 def _is_entry_of(job: Job, found: Found) -> bool:
     """Whether what was found is this job, and not another one that has been given its id since."""
-    return found.timestamp == str(job.options["timestamp"])
+    timestamp = job.options["timestamp"]
+    return not found.timestamp or not isinstance(timestamp, (int, float)) or found.timestamp == f"{timestamp:.0f}"
 
 
 def summary(trace: str) -> str:

@@ -87,7 +87,7 @@ def test_success_without_a_result(job: Job) -> None:
 def test_success_removed_and_silent(job: Job) -> None:
     """RO-01, PS-02"""
     settlement = succeed(job, 1, QueueSettings(remove_on_success=True, send_events=False))
-    assert settlement.entry == b""
+    assert settlement.entry is None
     assert settlement.message == b""
 
 
@@ -136,7 +136,7 @@ def test_an_error_without_text_is_named(job: Job) -> None:
 
 def test_removed_on_failure(job: Job) -> None:
     """RO-02"""
-    assert fail(job, ValueError("x"), None, 0, QueueSettings(remove_on_failure=True)).entry == b""
+    assert fail(job, ValueError("x"), None, 0, QueueSettings(remove_on_failure=True)).entry is None
 
 
 def test_a_trace_names_where_it_was_raised() -> None:

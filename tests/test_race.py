@@ -128,6 +128,6 @@ async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: M
         await redis.rpush(worker.to_key("waiting"), waiting.id)
         assert await waited is None
         assert producer.unknown_outcomes == 2
-        assert producer.reconnects == 2
+        await until(lambda: producer.reconnects == 2)
         assert len(make_queue.claim(ConnectionLost)) == 2
         await producer.close()

@@ -9,7 +9,8 @@
 -- Returns how many were deleted.
 --
 -- Why: looking and deleting are one step, or a job that is retried in between would lose its data. An id without
--- data, or with data that tells no time, has no claim to stay. Entries are read here and never written back.
+-- data, or with data that tells no time, has no claim to stay. Where cjson cannot read an entry (half of a surrogate
+-- pair), its text is searched. Entries are read here and never written back.
 
 local deleted = 0
 for index = 3, #ARGV do
@@ -18,8 +19,11 @@ for index = 3, #ARGV do
   local data = redis.call('HGET', KEYS[2], id)
   local readable, job = pcall(cjson.decode, data or '')
   local options = readable and type(job) == 'table' and job.options
-  local created = type(options) == 'table' and tonumber(options.timestamp) or 0
-  if created <= tonumber(ARGV[1]) and redis.call('SREM', KEYS[1], id) == 1 then
+  local created = type(options) == 'table' and tonumber(options.timestamp)
+  if not readable then
+    created = tonumber(string.match(data or '', '.*"options":{"timestamp":(%d+)'))
+  end
+  if (created or 0) <= tonumber(ARGV[1]) and redis.call('SREM', KEYS[1], id) == 1 then
     redis.call('HDEL', KEYS[2], id)
     deleted = deleted + 1
   end

@@ -8,8 +8,8 @@
 -- KEYS[6] events          channel of job events
 -- KEYS[7] earlierDelayed  channel: "look again at this time"
 -- ARGV[1]                 id
--- ARGV[2]                 'set', 'retry now' or 'retry later'
--- ARGV[3]                 job JSON to store, or '' to delete the job's data
+-- ARGV[2]                 'delete', 'set', 'retry now' or 'retry later'
+-- ARGV[3]                 job JSON to store, unless it is deleted
 -- ARGV[4]                 event message, or '' for none
 -- ARGV[5]                 with 'retry later': activation time, epoch ms
 -- ARGV[6]                 '1' to take the next job
@@ -25,7 +25,7 @@ local id = ARGV[1]
 local settled = 0
 if redis.call('LREM', KEYS[1], 0, id) > 0 then
   redis.call('SREM', KEYS[2], id)
-  if ARGV[3] == '' then
+  if ARGV[2] == 'delete' then
     settled = redis.call('HDEL', KEYS[3], id)
   elseif redis.call('HEXISTS', KEYS[3], id) == 1 then
     settled = 1

@@ -9,7 +9,8 @@
 -- its newest stack trace. The last two are '' where there is none.
 --
 -- Why: pub/sub has no replay. The timestamp tells a job from another one that has been given the same id
--- since, as happens when Redis comes back empty. Entries are read here and never written back.
+-- since, as happens when Redis comes back empty. Where cjson cannot read an entry (half of a surrogate pair), its text
+-- is searched. Entries are read here and never written back.
 
 local reply = {}
 for _, id in ipairs(ARGV) do
@@ -27,6 +28,8 @@ for _, id in ipairs(ARGV) do
       end
       local traces = options.stacktraces
       if type(traces) == 'table' and type(traces[1]) == 'string' then trace = traces[1] end
+    elseif not readable then
+      timestamp = string.match(data, '.*"options":{"timestamp":(%d+)') or ''
     end
   end
   reply[#reply + 1] = state
