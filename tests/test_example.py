@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, assert_type
@@ -39,6 +40,8 @@ from beequeue import (
     linear_backoff,
 )
 from tests.conftest import Seen
+
+ROOT = Path(__file__).parent.parent
 
 
 async def test_a_queues_life(url: str, name: str) -> None:
@@ -121,7 +124,9 @@ async def test_a_worker_in_threads(url: str, name: str) -> None:
 async def test_without_a_loop(url: str, name: str) -> None:
     async with Queue(name, url) as worker:
         worker.process(lambda job: job.data)
-        await asyncio.to_thread(in_a_script, url, name)
+        script = f"from tests.test_example import in_a_script; in_a_script({url!r}, {name!r})"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", script, cwd=ROOT)
+        assert await process.wait() == 0
         await worker.destroy()
 
 
@@ -152,7 +157,7 @@ def public(owner: type) -> set[str]:
     return {name for name in own if not name.startswith("_")} - INTERNAL
 
 
-INTERNAL = {"receive", "lose", "end", "encode", "decode", "ended", "saved", "saving", "last_event", "emit"}
+INTERNAL = {"receive", "end", "encode", "decode", "ended", "bound", "saved_as", "saving", "last_event", "emit"}
 INTERNAL |= {"open", "attach", "detach", "connection", "address"}
 
 

@@ -10,6 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "beequeue"
 ORDER = [
+    "__main__",
+    "sync",
     "__init__",
     "queue",
     "producer",
