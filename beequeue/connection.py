@@ -98,11 +98,13 @@ class Address:
         except (TypeError, redis.exceptions.RedisError) as error:
             raise ConnectionRefused(f"redis: {error}") from None
         connecting = asyncio.create_task(driver.connect(), name="beequeue connecting")
+        limit = self._arguments["socket_connect_timeout"]
         try:
-            await asyncio.shield(connecting)
+            async with asyncio.timeout(limit):  # the driver's own does not cover the handshake
+                await asyncio.shield(connecting)
         except BaseException as error:
             if not connecting.done():
-                # cancelled: the driver may swallow that, or wait for Redis behind it, but not once its socket is gone
+                # the driver may swallow a cancellation, or wait for Redis behind it, but not once its socket is gone
                 if driver._writer is not None:
                     driver._writer.transport.abort()
                 connecting.cancel()
@@ -111,6 +113,8 @@ class Address:
             if driver._writer is not None:
                 writer = _disown(driver)  # kept until it is closed, or it warns
                 writer.transport.abort()
+            if isinstance(error, TimeoutError):
+                raise ConnectionLost(f"{self}: no answer within {limit:g} s", maybe_applied=False) from None
             if isinstance(error, (redis.exceptions.RedisError, OSError)):
                 raise _translated(error, self, protocol) from None
             raise

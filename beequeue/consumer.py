@@ -108,6 +108,7 @@ class Consumer:
         self._heart: asyncio.Task[None] | None = None
         self._starting = False
         self._closing = False
+        self._cut_off = False
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -151,7 +152,7 @@ class Consumer:
         if isinstance(reply, BeeQueueError):
             self._host._report(reply)
             if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
-                self._closing = True
+                self._closing = self._cut_off = True
         else:
             for taken in self._store.taken_from(reply):
                 self._free -= 1
@@ -243,6 +244,7 @@ class Consumer:
 
     def _decide(self, run: Run, job: Job) -> Settlement:
         """The settlement for the run's outcome; a result that JSON cannot carry becomes the run's error."""
+        job.id = run.id  # whatever the handler made of it
         if run.error is None:
             try:
                 return succeed(job, run.result, self._settings)
@@ -250,8 +252,9 @@ class Consumer:
                 run.error = unserialisable
         try:
             delay = retry_delay(job, self._host.backoff_strategies)
-        except Exception as raised:
-            self._host._report(raised)
+        except BaseException as raised:
+            name = type(raised).__name__
+            self._host._report(raised if isinstance(raised, Exception) else BeeQueueError(f"a backoff strategy raised {name}"))
             delay = None
         try:
             return fail(job, run.error, delay, now_ms(), self._settings)
@@ -337,7 +340,7 @@ class Consumer:
             self._refusal_timer.cancel()
         deadline = self._loop.time() + timeout_s
         answers = await self._end_intake(client_id, deadline)
-        in_time = await self._until(lambda: not self._under_way(), deadline) and answers
+        in_time = await self._until(lambda: not self._under_way(), deadline) and (answers or self._cut_off)
         if not in_time:
             for run in self._under_way():
                 if run.finish is None and run.task is not None:
@@ -392,7 +395,7 @@ class Consumer:
         return True
 
     async def _end_intake(self, client_id: int | None, deadline: float) -> bool:
-        """Returns when nothing is being taken any more; False when Redis does not answer, past the deadline.
+        """Returns when nothing is being taken any more; False when Redis does not answer by the deadline, or cannot be asked.
 
         Where CLIENT UNBLOCK is not permitted a take runs its course, as long as Redis answers.
         """
@@ -400,10 +403,12 @@ class Consumer:
 
         def on_reply(reply: Any) -> None:
             nonlocal answered_at
-            if not isinstance(reply, ConnectionLost):
+            if isinstance(reply, QueueClosed):
+                self._cut_off = True
+            elif not isinstance(reply, ConnectionLost):
                 answered_at = self._loop.time()
 
-        while self._take is not None or self._reading:
+        while (self._take is not None or self._reading) and not self._cut_off:
             if self._take is not None and self._store.withdraw_take(self._take):
                 self._take = None
                 continue
@@ -412,7 +417,7 @@ class Consumer:
             # again and again: one that comes before the take does nothing
             self._store.unblock(client_id if self._take is not None else None, on_reply)
             await self._until(lambda: self._take is None and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
-        return True
+        return not self._cut_off
 
     async def _hand_back(self) -> None:
         """Returns what is held and neither being settled nor in a thread that goes on."""
@@ -423,7 +428,8 @@ class Consumer:
             async with asyncio.timeout(GRACE_S):
                 await self._store.hand_back(held)
         except (BeeQueueError, TimeoutError) as error:
-            self._host._report(error)
+            why = str(error) or "Redis does not answer"
+            self._host._report(BeeQueueError(f"jobs {', '.join(held)} are left to the stall check: {why}"))
 
 
 def _in_thread(handler: Handler, job: Job) -> Any:

@@ -387,6 +387,7 @@ class Queue(Emitter):
             raise TypeError(f"handler must be callable, not {handler!r}")
         whole_number("concurrency", concurrency, at_least=1)
         self._check_usable()
+        self._begin_opening()
         self._processing = True
         self._spawn(self._start_processing(handler, concurrency), "start of processing")
         return self
@@ -438,7 +439,8 @@ class Queue(Emitter):
         1. From now on `is_running()` is False; the clocks stop. 2. A worker takes no more jobs, and handlers have until
         `timeout` (ms or `timedelta`) to end; saving still works. 3. What is still held goes back to `waiting`. 4. The
         connections are closed; every later call raises `QueueClosed`. 5. Raises `OperationTimedOut` when handlers had to be
-        cancelled; `ConnectionRefused` when the queue had never been able to open. From a handler of its own it raises at once.
+        cancelled, or Redis did not answer; `ConnectionRefused` when it had never let the queue in. From a handler of its own it
+        raises at once.
         """
         timeout_ms = milliseconds("timeout", timeout) or 5_000
         if self._consumer is not None and self._consumer.owns_current_task():

@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "beequeue"
 ORDER = [
     "__main__",
     "sync",
+    "__main__",
+    "sync",
     "__init__",
     "queue",
     "producer",
