@@ -6,10 +6,10 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local test lint clean
+.PHONY: help up local test lint behaviours clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 up: ## the main job in containers: one Redis, one client, WORKERS (6) workers
 	$(COMPOSE) up --build --scale worker=$(WORKERS)
@@ -24,6 +24,9 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
+	$(VENV)/bin/python -m tests.behaviours
 
 clean: ## remove .venv and what the tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
