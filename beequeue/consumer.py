@@ -98,7 +98,7 @@ class Consumer:
         self._settings = host.settings
         self._concurrency = concurrency
         self._handler = handler
-        self._threads = None if _is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
+        self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
         self._free = concurrency
         self._take: Command | None = None
@@ -429,16 +429,20 @@ class Consumer:
                 await self._store.hand_back(held)
         except (BeeQueueError, TimeoutError) as error:
             why = str(error) or "Redis does not answer"
-            self._host._report(BeeQueueError(f"jobs {', '.join(held)} are left to the stall check: {why}"))
+            self._host._report(OutcomeNotRecorded(f"jobs {', '.join(held)} are left to the stall check: {why}"))
 
 
 def _in_thread(handler: Handler, job: Job) -> Any:
     try:
-        return handler(job)
+        result = handler(job)
     except StopIteration as error:  # a future cannot carry it; said as Python does for coroutines
         raise RuntimeError("handler raised StopIteration") from error
+    if inspect.iscoroutine(result):
+        result.close()
+        raise TypeError("a plain handler returned a coroutine: make the handler an async def")
+    return result
 
 
-def _is_async(handler: Handler) -> bool:
+def is_async(handler: Handler) -> bool:
     """Also for an object whose class has an `async def __call__`."""
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004

@@ -71,7 +71,7 @@ class LateFinish(BeeQueueError):
 
 
 class OutcomeNotRecorded(BeeQueueError):
-    """A handler ended, but Redis could not be told; the stall check brings the job back."""
+    """Redis could not be told what became of a job, or refused; what is still in `active` comes back by the stall check."""
 
 
 class UnreadableData(BeeQueueError):

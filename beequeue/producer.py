@@ -243,8 +243,11 @@ class Producer:
                 raise BeeQueueError(f"job {job_id} cannot be retried: it has no entry in jobs")
         except BeeQueueError:
             if bound:
-                self._tracker.unbind(job, job_id, end)
+                self._tracker.unbind(job, job_id)
+                job.last_event = end
             raise
+        if job.last_event is end:  # another object hears of the new run
+            job.last_event = None
         return reply[0], reply[1]
 
     def _bind_again(self, job: Job) -> bool:

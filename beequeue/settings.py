@@ -29,7 +29,7 @@ def linear_backoff(attempt: int) -> int:
 def milliseconds(name: str, value: Duration, *, at_least: int = 0) -> int:
     """`value` as an int of milliseconds; raises `TypeError` or `ValueError` naming `name`."""
     if isinstance(value, timedelta):
-        value = round(value.total_seconds() * 1000)
+        value = -(-value // timedelta(milliseconds=1))  # rounded up: a short one must not become none
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int of milliseconds or a timedelta, not {value!r}")
     if value < at_least:

@@ -94,11 +94,10 @@ class Tracker:
             # told in a later step, as events are: this one may be parsing a reply
             asyncio.get_running_loop().call_soon(self._lose, job, job_id, reason)
 
-    def unbind(self, job: Job, job_id: str, end: Event | None) -> None:
-        """Takes back a binding that was made too early; `end` is the job's last event before it."""
+    def unbind(self, job: Job, job_id: str) -> None:
+        """Takes back a binding that was made too early."""
         if self.jobs.get(job_id) is job:
             del self.jobs[job_id]
-        job.last_event = end
 
     def is_ending(self, job_id: str) -> bool:
         """Whether the last event of a job has been read and not yet delivered."""

@@ -12,7 +12,7 @@ import pytest
 import redis as sync_redis
 from redis.asyncio import Redis
 
-from beequeue import BeeQueueError, Queue
+from beequeue import BeeQueueError, Job, Queue
 from harness.server import Server, find_server, redis_url, running_server
 
 KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock", "stalls"}
@@ -97,6 +97,11 @@ async def make_queue(name: str, url: str) -> AsyncIterator[MakeQueue]:
     await asyncio.sleep(0)
     left = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("beequeue")]
     assert left == []
+
+
+async def echo(job: Job) -> Any:
+    """A handler."""
+    return job.data
 
 
 class Seen:

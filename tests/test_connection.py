@@ -26,16 +26,12 @@ from beequeue import (
 )
 from beequeue.connection import MOST_WAITING, Address
 from harness.server import Server, find_server, running_server
-from tests.conftest import MakeQueue, Seen, skip, until
+from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.relay import Line, Relay
 
 
 def soon(attempt: int) -> int:
     return 10
-
-
-async def echo(job: Job) -> Any:
-    return job.data
 
 
 # --- addresses -----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_final_failure(job: Job) -> None:
     settlement = fail(job, raised(ValueError("fail!")), None, 1000, QueueSettings())
     assert settlement.status == "failed"
     assert settlement.message == b'{"id":"7","event":"failed","data":"fail!"}'
-    entry = json.loads(settlement.entry)
+    entry = json.loads(settlement.entry or b"")
     assert list(entry) == ["data", "options", "status", "progress"]
     assert entry["status"] == "failed"
     assert len(entry["options"]["stacktraces"]) == 1
@@ -122,7 +122,7 @@ def test_retry(job: Job) -> None:
     settlement = fail(job, raised(ValueError("fail!")), 50, 1000, QueueSettings(remove_on_failure=True))
     assert settlement.status == "retrying"
     assert settlement.retry_at == 1050
-    options = json.loads(settlement.entry)["options"]
+    options = json.loads(settlement.entry or b"")["options"]
     assert options["retries"] == 1
     assert options["stacktraces"][1] == "older"
     assert fail(job, ValueError(), 0, 1000, QueueSettings()).retry_at is None

@@ -26,13 +26,9 @@ from beequeue import (
     WrongLoop,
 )
 from beequeue.job import now_ms
-from tests.conftest import MakeQueue, Seen, until
+from tests.conftest import MakeQueue, Seen, echo, until
 
 both_orderings = pytest.mark.parametrize("ordered", [True, False], ids=["one socket", "two sockets"])
-
-
-async def echo(job: Job) -> Any:
-    return job.data
 
 
 # --- the path through everything -------------------------------------------------------------------------------------

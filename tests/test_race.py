@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 
 from beequeue import ConnectionLost, Job, JobFailed, OutcomeUnknown
-from tests.conftest import MakeQueue, Seen, until
+from tests.conftest import MakeQueue, Seen, echo, until
 from tests.relay import Relay
 
 JOBS = 20
-
-
-async def echo(job: Job) -> object:
-    return job.data
 
 
 @pytest.mark.parametrize("own_ids", [False, True], ids=["automatic ids", "own ids"])

@@ -1,0 +1,755 @@
+"""Closing a queue: in which order, how long at most, what becomes of its jobs, and which error is raised."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+import beequeue
+import beequeue.consumer
+from beequeue import (
+    BeeQueueError,
+    CommandError,
+    ConnectionLost,
+    Job,
+    JobFailed,
+    OperationTimedOut,
+    OutcomeNotRecorded,
+    Queue,
+    QueueClosed,
+)
+from beequeue.connection import Connection
+from beequeue.consumer import Consumer
+from beequeue.job import now_ms
+from beequeue.queue import first_error_wins
+from beequeue.store import SCRIPTS
+from harness.server import Server
+from tests.conftest import MakeQueue, Seen, echo, until
+from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, thaw
+from tests.relay import Relay
+from tests.test_opening import every_call
+
+TOO_LONG_MS = 2**31 + 1_000
+"""What Node's timers take for 1 ms."""
+
+
+@pytest.fixture
+async def own_redis(own_server: Server) -> AsyncIterator[Any]:
+    """A plain client of `own_server`."""
+    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
+        yield client
+
+
+class Work:
+    """A handler that tells when it has begun, and ends when it is let."""
+
+    def __init__(self) -> None:
+        self.started = Seen()
+        self.gate = asyncio.Event()
+
+    async def __call__(self, job: Job) -> Any:
+        self.started(job.id)
+        await self.gate.wait()
+        if type(job.data) is str:
+            raise ValueError(job.data)
+        return job.data
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_ready_worker_closes_all_three_connections(own_server: Server, make_queue: MakeQueue) -> None:
+    """CL-01, CL-22: also the one that waits for a job; its end is no `error`"""
+    queue = make_queue(redis=own_server.url)
+    queue.process(echo)
+    await (await queue.create_job({}).save()).result()
+    await until(lambda: blocked(own_server))
+    assert len(await clients(own_server)) == 3
+    await queue.close()
+    await until(lambda: present(own_server, 0))
+    assert "closed" in repr(queue)
+    assert make_queue.errors == []
+
+
+@pytest.mark.parametrize("process", [False, True])
+async def test_closing_right_after_construction(own_server: Server, make_queue: MakeQueue, process: bool) -> None:
+    """CL-04, CL-14: works, twice, reports no `error` and leaves no connection"""
+    queue = make_queue(redis=own_server.url)
+    if process:
+        queue.process(echo)
+    await queue.close()
+    await queue.close()
+    with pytest.raises(QueueClosed, match="^closed$"):
+        await queue.ready()
+    await make_queue("later", redis=own_server.url, is_worker=False, get_events=False).ready()
+    await until(lambda: present(own_server, 1))
+    assert make_queue.errors == []
+
+
+@pytest.mark.parametrize("role", ["command", "event", "take"])
+async def test_a_connection_that_cannot_be_closed_is_told(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """CL-05, CL-03: by close(), and by every further one; the others are closed all the same"""
+    queue = await make_queue().ready()
+    error = BeeQueueError("mine")
+    closed = watch_closing(queue, monkeypatch, {role: error})
+    for _ in range(2):
+        with pytest.raises(BeeQueueError, match="^mine$") as caught:
+            await queue.close()
+        assert caught.value is error
+    assert sorted(closed) == ["command", "event", "take"]
+    with pytest.raises(QueueClosed):
+        await queue.check_health()
+    make_queue.queues.remove(queue)
+    assert make_queue.errors == []
+
+
+@every_call
+async def test_after_it_every_call_raises(make_queue: MakeQueue, call: Callable[[Queue], Awaitable[Any]]) -> None:
+    """CL-19"""
+    queue = await make_queue().ready()
+    await queue.close()
+    with pytest.raises(QueueClosed, match="^closed$"):
+        await call(queue)
+
+
+async def test_after_it_a_queue_is_neither_opened_nor_processed_again(own_server: Server, make_queue: MakeQueue) -> None:
+    """CL-19, QK-02: whether it had been opened or not; process() says so as soon as close() has been called"""
+    for connects in (True, False):
+        queue = make_queue(redis=own_server.url, auto_connect=connects)
+        closing = asyncio.create_task(queue.close())
+        await asyncio.sleep(0)
+        with pytest.raises(QueueClosed, match="^closed$"):
+            queue.process(echo)
+        await closing
+        for opening in (queue.connect, queue.ready, queue.__aenter__):
+            with pytest.raises(QueueClosed, match="^closed$"):
+                await opening()
+        with pytest.raises(QueueClosed, match="^closed$"):
+            queue.process(echo)
+        with pytest.raises(QueueClosed, match="^closed$"):
+            await queue.run(echo)
+    await until(lambda: present(own_server, 0))
+
+
+# --- the clocks -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_repeated_stall_check_ends(make_queue: MakeQueue, redis: Any, name: str) -> None:
+    """CL-10, CL-15, ST-19: while another queue's goes on; no `error`"""
+    queue, other = make_queue(), make_queue(f"{name}-other")
+    for each in (queue, other):
+        await each.check_stalled_jobs(10)
+    block, others = queue.to_key("stallBlock"), other.to_key("stallBlock")
+    for _ in range(2):
+        await redis.delete(block)
+        await until(lambda: redis.exists(block))
+    await queue.close()
+    await redis.delete(block)
+    for _ in range(4):
+        await redis.delete(others)
+        await until(lambda: redis.exists(others))
+    assert await redis.exists(block) == 0
+    assert make_queue.errors == []
+
+
+async def test_what_happens_in_which_order(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """CL-20: paused; clocks stop; takes end, uncut; handlers are awaited; what is left goes back; all is closed"""
+    work = Work()
+    clocks = {"activate_delayed_jobs": True, "near_term_window": 10}
+    queue, other = (make_queue(name, redis=own_server.url, **clocks) for name in ("q", "other"))
+    for number in range(2):
+        await queue.create_job(number).save()
+    queue.process(work, 3)
+    for each in (queue, other):
+        await each.check_stalled_jobs(10)
+    await work.started.reaches(2)
+    await until(lambda: blocked(own_server))
+    before = await clients(own_server)
+
+    closing = asyncio.create_task(queue.close(700))
+    await asyncio.sleep(0)
+    assert (queue.paused, queue.is_running()) == (True, False)
+    assert "closing" in repr(queue)
+
+    await until(lambda: unblocked(own_server))
+    assert {client["id"] for client in await clients(own_server)} == {client["id"] for client in before}
+
+    for each in (queue, other):
+        await own_redis.zadd(each.to_key("delayed"), {"due": 1})
+        await own_redis.delete(each.to_key("stallBlock"))
+    await until(lambda: own_redis.exists(other.to_key("waiting")))
+    await until(lambda: own_redis.exists(other.to_key("stallBlock")))
+    assert await own_redis.zcard(queue.to_key("delayed")) == 1
+    assert await own_redis.exists(queue.to_key("stallBlock")) == 0
+
+    await queue.create_job("late").save()
+    assert await own_redis.lrange(queue.to_key("active"), 0, -1) == ["2", "1"]
+    assert queue.running == 2
+    assert not closing.done()
+
+    with pytest.raises(OperationTimedOut):
+        await closing
+    assert queue.running == 0
+    assert await own_redis.lrange(queue.to_key("waiting"), 0, -1) == ["3", "2", "1"]
+    assert await own_redis.exists(queue.to_key("active"), queue.to_key("stalling")) == 0
+    await until(lambda: present(own_server, 3))
+    make_queue.queues.remove(queue)
+    assert len(work.started.calls) == 2
+
+
+async def test_running_jobs_are_alive_while_close_waits(make_queue: MakeQueue, redis: Any) -> None:
+    """CL-23: their ids are taken out of stalling again and again; after it what is left is in waiting at once"""
+    queue, work = make_queue(stall_interval=40, stalled_check_interval=0), Work()
+    queue.process(work)
+    job = await queue.create_job({}).save()
+    await work.started.reaches(1)
+    closing = asyncio.create_task(queue.close(400))
+    await until(lambda: queue.paused)
+    for _ in range(3):
+        await redis.sadd(queue.to_key("stalling"), job.id)
+        await until(lambda: missing(redis, queue.to_key("stalling")))
+    assert not closing.done()
+    with pytest.raises(OperationTimedOut):
+        await closing
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == [job.id]
+    assert await redis.exists(queue.to_key("active"), queue.to_key("stalling")) == 0
+    make_queue.queues.remove(queue)
+    await make_queue().destroy()
+
+
+# --- handlers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [1, "mine"], ids=["a result", "an exception"])
+async def test_how_a_running_job_ends_is_no_matter(make_queue: MakeQueue, redis: Any, data: Any) -> None:
+    """CL-12, CL-08: close() returns when it is recorded"""
+    queue, work = make_queue(), Work()
+    queue.process(work)
+    job = await queue.create_job(data).save()
+    await work.started.reaches(1)
+    closing = asyncio.create_task(queue.close(1_000))
+    await until(lambda: queue.paused)
+    work.gate.set()
+    await closing
+    ended = "failed" if data == "mine" else "succeeded"
+    assert json.loads(await redis.hget(queue.to_key("jobs"), job.id))["status"] == ended
+    assert await redis.smembers(queue.to_key(ended)) == {job.id}
+    assert make_queue.errors == []
+
+
+async def test_an_outcome_that_is_being_recorded_is_waited_for(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """CL-08: `succeeded` fires before close() returns, once"""
+    async with Relay(url) as relay:
+        worker, producer, work, done = make_queue(redis=relay.url), make_queue(is_worker=False), Work(), Seen()
+        worker.on("succeeded", lambda job, result: done(result))
+        worker.process(work)
+        job = await producer.create_job(1).save()
+        await work.started.reaches(1)
+        relay.hold("command")
+        work.gate.set()
+        assert await job.result() == 1
+        closing = asyncio.create_task(worker.close())
+        await until(lambda: worker.paused)
+        await producer.check_health()
+        assert not closing.done()
+        assert done.calls == []
+        relay.release("command")
+        await closing
+        assert done.calls == [(1,)]
+
+
+async def test_threads_that_end_too_late_are_told_of_one_by_one(make_queue: MakeQueue, redis: Any) -> None:
+    """CL-13, CL-11: each reports its own error, and nothing is written"""
+    queue = make_queue()
+    started, gates = Seen(), {1: threading.Event(), 2: threading.Event()}
+    loop = asyncio.get_running_loop()
+
+    def handler(job: Job) -> None:
+        loop.call_soon_threadsafe(started, job.id)
+        gates[job.data].wait(30)
+        if job.data == 2:
+            raise ValueError("mine")
+
+    for number in gates:
+        await queue.create_job(number).save()
+    queue.process(handler, 2)
+    await started.reaches(2)
+    with pytest.raises(OperationTimedOut, match=r"^Operation timed out\.$"):
+        await queue.close(10)
+    before = [await redis.hgetall(queue.to_key("jobs")), await redis.lrange(queue.to_key("active"), 0, -1)]
+    for gate in gates.values():
+        gate.set()
+    await until(lambda: len(make_queue.errors) == 2)
+    errors = make_queue.claim(OutcomeNotRecorded)
+    assert {str(error) for error in errors} == {
+        "unable to update the status of succeeded job 1",
+        "unable to update the status of failed job 2",
+    }
+    assert before == [await redis.hgetall(queue.to_key("jobs")), await redis.lrange(queue.to_key("active"), 0, -1)]
+    assert before[1] == ["2", "1"]
+    make_queue.queues.remove(queue)
+    await make_queue().destroy()
+
+
+async def test_how_long_handlers_have(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CL-18: 5 s by default, and with 0; ms or a timedelta"""
+    given: list[float] = []
+    drain = Consumer.drain
+
+    async def watched(self: Consumer, client_id: int | None, timeout_s: float) -> bool:
+        given.append(timeout_s)
+        return await drain(self, client_id, timeout_s)
+
+    monkeypatch.setattr(Consumer, "drain", watched)
+    calls: list[dict[str, Any]] = [{}, {"timeout": 0}, {"timeout": 1_500}, {"timeout": timedelta(seconds=2)}]
+    for arguments in calls:
+        queue = make_queue()
+        queue.process(echo)
+        await (await queue.create_job({}).save()).result()
+        await queue.close(**arguments)
+    assert given == [5.0, 5.0, 1.5, 2.0]
+    assert inspect.signature(Queue.close).parameters["timeout"].default == 5_000
+
+
+@pytest.mark.parametrize("timeout", [-1, 1.5, "100", None, True, timedelta(seconds=-1)])
+async def test_a_wrong_time_out_changes_nothing(make_queue: MakeQueue, timeout: Any) -> None:
+    """CL-18"""
+    queue = make_queue()
+    with pytest.raises((TypeError, ValueError), match="^timeout must be "):
+        await queue.close(timeout)
+    assert queue.is_running()
+    assert (await queue.create_job({}).save()).id == "1"
+
+
+async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """QK-31: to the tail of waiting, where it is taken next; its handler is not called"""
+    async with Relay(url) as relay:
+        worker, producer, work = make_queue(redis=relay.url, get_events=False), make_queue(is_worker=False), Work()
+        worker.process(work)
+        await until(lambda: any(b"BRPOPLPUSH" in line.said for line in relay.lines))
+        relay.hold("command")  # the reply with the data
+        await producer.create_job("taken").save()
+        await until(lambda: is_reading(relay))
+        await producer.create_job("behind").save()
+        closing = asyncio.create_task(worker.close())
+        await until(lambda: worker.paused)
+        relay.release("command")
+        await closing
+    assert await redis.lrange(producer.to_key("waiting"), 0, -1) == ["2", "1"]
+    assert await redis.exists(producer.to_key("active")) == 0
+    assert work.started.calls == []
+
+
+async def test_a_handler_that_closes_its_own_queue_is_told_at_once(make_queue: MakeQueue) -> None:
+    """QK-30: and the queue goes on; a task that the handler leaves behind may close it"""
+    queue, done = make_queue(), Seen()
+    closing: list[asyncio.Task[None]] = []
+
+    async def handler(job: Job) -> str:
+        if job.data == "itself":
+            await queue.close()
+        closing.append(asyncio.create_task(queue.close()))
+        return "closed behind it"
+
+    queue.on("succeeded", lambda job, result: done(result))
+    queue.process(handler)
+    job = await queue.create_job("itself").save()
+    with pytest.raises(JobFailed, match="cannot close its own queue"):
+        await job.result()
+    assert queue.is_running()
+    await queue.create_job("by a task").save()
+    assert await done.reaches(1) == [("closed behind it",)]
+    await closing[0]
+    assert not queue.is_running()
+
+
+# --- although Redis is away -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away", ["stopped", "silent"])
+@pytest.mark.parametrize(
+    "phase", ["opening", "starting to process", "idle", "running", "running, a slot free", "in a thread", "settling"]
+)
+async def test_close_ends_soon_although_redis_is_away(
+    own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, phase: str, away: str
+) -> None:
+    """QK-32: in each phase of a worker"""
+    monkeypatch.setattr(beequeue.consumer, "GRACE_S", 0.1)
+    work, loop, end_of_thread = Work(), asyncio.get_running_loop(), threading.Event()
+
+    def in_thread(job: Job) -> None:
+        loop.call_soon_threadsafe(work.started, job.id)
+        end_of_thread.wait(30)
+
+    def leave() -> None:
+        (own_server.stop if away == "stopped" else lambda: freeze(own_server))()
+
+    if phase == "opening":
+        leave()
+    queue = make_queue(redis=own_server.url, reconnect=soon, activate_delayed_jobs=True)
+    if phase != "opening":
+        await queue.ready()
+    if phase == "starting to process":
+        leave()
+    queue.process(in_thread if phase == "in a thread" else work, 2 if phase == "running, a slot free" else 1)
+    if phase not in ("opening", "starting to process"):
+        await until(lambda: blocked(own_server))
+        if phase != "idle":
+            await queue.create_job({}).save()
+            await work.started.reaches(1)
+        leave()
+    if phase == "settling":
+        work.gate.set()
+        await until(lambda: not queue.running)
+
+    make_queue.queues.remove(queue)
+    try:
+        assert await duration_of_close(queue) < 2
+        assert beequeue_tasks() == []
+    finally:
+        end_of_thread.set()
+        if away == "silent":
+            thaw(own_server)
+    if phase == "in a thread":
+        await until(lambda: any(isinstance(error, OutcomeNotRecorded) for error in make_queue.errors))
+    for kind in (ConnectionLost, OutcomeNotRecorded):
+        make_queue.claim(kind)
+
+
+async def test_close_ends_soon_although_a_job_that_was_taken_is_not_answered(
+    make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QK-32: the command connection is silent; the job stays in active, for the stall check"""
+    monkeypatch.setattr(beequeue.consumer, "GRACE_S", 0.1)
+    async with Relay(url) as relay:
+        worker, producer, work = make_queue(redis=relay.url, get_events=False), make_queue(is_worker=False), Work()
+        worker.process(work)
+        await until(lambda: any(b"BRPOPLPUSH" in line.said for line in relay.lines))
+        relay.hold("command")
+        job = await producer.create_job({}).save()
+        await until(lambda: is_reading(relay))
+        make_queue.queues.remove(worker)
+        took = await duration_of_close(worker)
+        make_queue.claim(ConnectionLost)
+    assert await redis.lrange(producer.to_key("active"), 0, -1) == [job.id]
+    assert work.started.calls == []
+    assert took < 2
+
+
+async def test_close_ends_soon_although_its_shared_connection_is_closed(own_server: Server, make_queue: MakeQueue) -> None:
+    """QK-32: nobody can end the take of an idle worker then"""
+    shared = await beequeue.connect(own_server.url)
+    queue = make_queue(redis=shared)
+    queue.process(echo)
+    await until(lambda: blocked(own_server))
+    await shared.close()
+    make_queue.queues.remove(queue)
+    assert await duration_of_close(queue) < 2
+    await until(lambda: present(own_server, 0))
+
+
+async def test_close_ends_the_wait_after_a_refused_take(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-33: nothing is left of a wait of a minute"""
+    queue = make_queue(initial_redis_failure_retry_delay=60_000)
+    await redis.set(queue.to_key("waiting"), "not a list")
+    queue.process(echo)
+    await until(lambda: make_queue.errors)
+    began = asyncio.get_running_loop().time()
+    await queue.close()
+    assert asyncio.get_running_loop().time() - began < 4
+    assert len(make_queue.claim(CommandError)) == 1
+    await redis.delete(queue.to_key("waiting"))
+
+
+async def test_close_ends_the_wait_before_the_next_attempt_to_connect(own_server: Server, make_queue: MakeQueue) -> None:
+    """QK-33"""
+    queue = make_queue(redis=own_server.url, reconnect=lambda attempt: 60_000)
+    queue.process(echo)
+    await (await queue.create_job({}).save()).result()
+    own_server.stop()
+    await until(lambda: len(make_queue.errors) == 3)
+    began = asyncio.get_running_loop().time()
+    await queue.close()
+    assert asyncio.get_running_loop().time() - began < 4
+    assert len(make_queue.claim(ConnectionLost)) == 3
+
+
+async def test_long_durations_do_not_end_at_once(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-34: of a job, its retry, its result, the clocks, and close()"""
+    settings: dict[str, Any] = dict.fromkeys(("stall_interval", "near_term_window", "stalled_check_interval"), TOO_LONG_MS)
+    queue = make_queue(activate_delayed_jobs=True, **settings)
+    work, raised = Work(), Seen()
+    queue.on("raised jobs", raised)
+    delayed, block = queue.to_key("delayed"), queue.to_key("stallBlock")
+    await redis.zadd(delayed, {"a first look": 1})
+    await raised.reaches(1)
+    await redis.zadd(delayed, {"a second one": 1})
+    await queue.check_stalled_jobs(TOO_LONG_MS)
+    assert await redis.pttl(block) > 2**31
+    await redis.delete(block)
+    far = await queue.create_job("far").delay_until(now_ms() + TOO_LONG_MS).save()
+    job = await queue.create_job(1).timeout(TOO_LONG_MS).save()
+    waiting = asyncio.create_task(job.result(timeout=TOO_LONG_MS))
+    again = await queue.create_job("again").retries(1).backoff("fixed", TOO_LONG_MS).save()
+    queue.process(work)
+    await work.started.reaches(1)
+    await until(lambda: redis.exists(block))  # by the check with which processing begins
+    await redis.delete(block)
+    work.gate.set()
+    assert await waiting == 1
+    await until(lambda: redis.zscore(delayed, again.id))
+    work.gate.clear()
+    last = await queue.create_job(2).save()
+    await work.started.reaches(3)
+    closing = asyncio.create_task(queue.close(TOO_LONG_MS))
+    await until(lambda: queue.paused)
+    await redis.sadd(queue.to_key("stalling"), "nobody")
+    assert not closing.done()
+    work.gate.set()
+    await closing
+    assert await redis.sismember(queue.to_key("succeeded"), last.id)
+    assert json.loads(await redis.hget(queue.to_key("jobs"), job.id))["options"]["timeout"] == TOO_LONG_MS
+    assert await redis.zrange(delayed, 0, -1) == ["a second one", far.id, again.id]
+    assert await redis.exists(block) == 0
+    assert raised.calls == [(1,)]
+
+
+# --- the first error wins ---------------------------------------------------------------------------------------------
+
+
+async def test_both_fail(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """CL-21, HP-01, HP-02: the time-out is raised, each connection is closed once, and the other error is logged"""
+    queue, work = make_queue(), Work()
+    queue.process(work)
+    await queue.create_job({}).save()
+    await work.started.reaches(1)
+    closed = watch_closing(queue, monkeypatch, {"event": BeeQueueError("mine")})
+    with pytest.raises(OperationTimedOut):
+        await queue.close(10)
+    assert sorted(closed) == ["command", "event", "take"]
+    assert "mine" in caplog.text
+    make_queue.queues.remove(queue)
+    await make_queue().destroy()
+
+
+@pytest.mark.parametrize("ends", ["at once", "later", "too late"])
+async def test_each_connection_is_closed_once(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """HP-01, CL-03: whenever the handler ends, also by several calls"""
+    queue, work = make_queue(), Work()
+    queue.process(work)
+    await queue.create_job({}).save()
+    await work.started.reaches(1)
+    closed = watch_closing(queue, monkeypatch, {})
+    if ends == "at once":
+        work.gate.set()
+        await until(lambda: not queue.running)
+    closing = [asyncio.create_task(queue.close(10 if ends == "too late" else 1_000)) for _ in range(2)]
+    await until(lambda: queue.paused)
+    if ends == "later":
+        work.gate.set()
+    outcomes = {str(outcome) for outcome in await asyncio.gather(*closing, return_exceptions=True)}
+    assert outcomes == {"Operation timed out." if ends == "too late" else "None"}
+    assert sorted(closed) == ["command", "event", "take"]
+    if ends == "too late":
+        make_queue.queues.remove(queue)
+        await make_queue().destroy()
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_close_ends_when_everything_is_closed(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, in_time: bool
+) -> None:
+    """HP-05: whether it returns or raises"""
+    queue, work = make_queue(), Work()
+    queue.process(work)
+    await queue.create_job({}).save()
+    await work.started.reaches(1)
+    if in_time:
+        work.gate.set()
+    gate = asyncio.Event()
+    closed = watch_closing(queue, monkeypatch, {}, gate)
+    closing = asyncio.create_task(queue.close(10))
+    await until(lambda: len(closed) == 3)
+    assert not closing.done()
+    gate.set()
+    if in_time:
+        await closing
+    else:
+        with pytest.raises(OperationTimedOut):
+            await closing
+        make_queue.queues.remove(queue)
+        await make_queue().destroy()
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("clean_up_fails", [False, True])
+@pytest.mark.parametrize("work_fails", [False, True])
+async def test_the_first_error_wins(
+    work_fails: bool, clean_up_fails: bool, delayed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """HP-01, HP-02, HP-05: the work's own, else the clean-up's; what is done last is awaited"""
+    log: list[str] = []
+
+    async def step(what: str, fails: bool) -> None:
+        if delayed:
+            await asyncio.sleep(0.001)
+        log.append(what)
+        if fails:
+            raise BeeQueueError(what)
+
+    both = first_error_wins(step("work", work_fails), lambda: step("clean-up", clean_up_fails))
+    first = "work" if work_fails else "clean-up" if clean_up_fails else None
+    if first is None:
+        await both
+    else:
+        with pytest.raises(BeeQueueError, match=f"^{first}$"):
+            await both
+    assert log == ["work", "clean-up"]
+    logged = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert logged == (["closing: BeeQueueError: clean-up"] if work_fails and clean_up_fails else [])
+
+
+async def test_clean_up_follows_a_cancellation_too() -> None:
+    """HP-01"""
+    cleaned = Seen()
+    began = asyncio.Event()
+
+    async def work() -> None:
+        began.set()
+        await asyncio.sleep(60)
+
+    async def clean_up() -> None:
+        cleaned()
+
+    both = asyncio.create_task(first_error_wins(work(), clean_up))
+    await began.wait()
+    both.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await both
+    assert cleaned.calls == [()]
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+async def test_messages_that_bee_queue_compares(make_queue: MakeQueue) -> None:
+    """ER-06"""
+    queue = make_queue()
+    job = queue.create_job({})
+    stuck = threading.Event()
+
+    def in_thread(job: Job) -> None:
+        stuck.wait(30)
+
+    said = [
+        message_of(lambda: make_queue(is_worker=False).process(echo)),
+        message_of(lambda: queue.process(in_thread).process(echo)),
+        message_of(lambda: job.retries(-1)),
+        message_of(lambda: job.timeout(-1)),
+        message_of(lambda: job.backoff("unheard of", 1)),
+        await message_from(job.report_progress(None)),
+        await message_from((await queue.create_job({}).timeout(10).save()).result()),
+    ]
+    await queue.create_job({}).save()
+    await until(lambda: queue.running == 1)
+    said += [await message_from(queue.close(10)), await message_from(queue.check_health())]
+    make_queue.queues.remove(queue)
+    stuck.set()
+    await until(lambda: make_queue.errors)
+    said += map(str, make_queue.claim(OutcomeNotRecorded))
+    assert said == [
+        "Cannot call Queue#process on a non-worker",
+        "Cannot call Queue#process twice",
+        "Retries cannot be negative",
+        "Timeout cannot be negative",
+        "unknown strategy",
+        "Progress cannot be empty",
+        "Job 1 timed out (10 ms)",
+        "Operation timed out.",
+        "closed",
+        "unable to update the status of succeeded job 2",
+    ]
+    queue = make_queue()
+    assert "delay must be a positive integer" in message_of(lambda: job.backoff("fixed", 0))
+    assert "timestamp" in message_of(lambda: job.delay_until(-1))
+    assert "Improper queue type" in await message_from(queue.get_jobs("not a type"))
+    await queue.destroy()
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def watch_closing(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception], gate: asyncio.Event | None = None
+) -> list[str]:
+    """The roles of the queue's connections, as each is closed; one with an error raises it, and all wait for the gate."""
+    closed: list[str] = []
+    close = Connection.close
+    ours = (queue.client.connection, queue._takes, queue._subscription)
+
+    async def watched(self: Connection) -> None:
+        await close(self)
+        if self in ours:
+            closed.append(self.role)
+            if gate is not None:
+                await gate.wait()
+            if self.role in errors:
+                raise errors[self.role]
+
+    monkeypatch.setattr(Connection, "close", watched)
+    return closed
+
+
+async def duration_of_close(queue: Queue) -> float:
+    """How many seconds `close(100)` takes, whether it returns or runs past its time-out; 8 if it does not end."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        async with asyncio.timeout(8):
+            await queue.close(100)
+    except (OperationTimedOut, TimeoutError):
+        pass
+    return loop.time() - began
+
+
+async def blocked(server: Server) -> str:
+    """The id of a connection that waits for a job, or nothing."""
+    return next((client["id"] for client in await clients(server) if "b" in client["flags"]), "")
+
+
+async def unblocked(server: Server) -> bool:
+    return not await blocked(server)
+
+
+def is_reading(relay: Relay) -> bool:
+    """Whether the data of a job that was taken has been asked for."""
+    return any(SCRIPTS["take"].sha.encode() in line.said for line in relay.lines)
+
+
+async def missing(redis: Any, key: str) -> bool:
+    return not await redis.exists(key)
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """What `call` raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the caller compares
+        call()
+    return str(caught.value)
+
+
+async def message_from(call: Awaitable[Any]) -> str:
+    """What the awaited call raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        await call
+    return str(caught.value)
