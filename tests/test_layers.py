@@ -12,8 +12,6 @@ PACKAGE = Path(__file__).parent.parent / "beequeue"
 ORDER = [
     "__main__",
     "sync",
-    "__main__",
-    "sync",
     "__init__",
     "queue",
     "producer",
