@@ -147,6 +147,10 @@ def _from_url(url: str) -> dict[str, Any]:
         raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}")
     if parts.scheme != "unix" and port == 0:
         raise ValueError(f"must have a port from 1 to 65535, not {shown!r}")
+    try:
+        (parts.hostname or "").encode("idna")
+    except UnicodeError:
+        raise ValueError(f"must name a host, not {parts.hostname!r}") from None
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
         raise ValueError(f"must name its database by a number, not {shown!r}")
     try:

@@ -209,6 +209,7 @@ def settle(future: asyncio.Future[Any], reply: Any) -> None:
         return
     if isinstance(reply, BeeQueueError):
         future.set_exception(reply)
+        future.exception()  # asyncio must not complain when whoever waited is cancelled in this very step
     else:
         future.set_result(reply)
 

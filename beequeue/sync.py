@@ -7,7 +7,8 @@
 Its jobs are plain `beequeue.Job`s. They are passed to the queue's methods: their own `save()` and the like are for asyncio.
 
 All these queues of a process share one daemon thread with an event loop, which starts at the first call; listeners run in it.
-A forked child starts its own, with connections of its own. (uWSGI runs threads only with `enable-threads`.)
+A forked child starts its own, with connections of its own; Python 3.12 and later warn of a fork behind the first call. (uWSGI
+runs threads only with `enable-threads`.)
 """
 
 from __future__ import annotations

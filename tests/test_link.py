@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 import beequeue.link
 from beequeue.errors import CommandError, ConnectionLost
-from beequeue.link import Command, Link
+from beequeue.link import Command, Link, settle
 
 
 class Peer:
@@ -214,3 +215,14 @@ async def test_a_quiet_link_is_asked(peer: Peer, monkeypatch: pytest.MonkeyPatch
         await peer.say(b"+PONG\r\n")
         assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
         assert "no reply within" in await link.lost
+
+
+async def test_an_error_whose_waiter_was_cancelled_meanwhile_is_not_complained_of() -> None:
+    loop = asyncio.get_running_loop()
+    complaints: list[Any] = []
+    loop.set_exception_handler(lambda loop, context: complaints.append(context))
+    future = loop.create_future()
+    settle(future, CommandError("ERR no"))
+    del future
+    gc.collect()
+    assert complaints == []
