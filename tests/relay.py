@@ -36,6 +36,7 @@ class Relay:
         self._directory = tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")
         self._path = Path(self._directory.name) / "relay.sock"
         self._gates: dict[str, asyncio.Event] = {}
+        self._split: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.lines: list[Line] = []
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
@@ -62,6 +63,10 @@ class Relay:
     def release(self, role: str) -> None:
         """Lets all that was kept back through, in one piece."""
         self._gates.pop(role).set()
+
+    def split(self, role: str) -> None:
+        """From now on passes each byte that Redis says on the connections of a role by itself."""
+        self._split.add(role)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._target.scheme == "unix":
@@ -93,6 +98,11 @@ class Relay:
                             # what is being read when the gate opens follows behind
                             sink.write(data)
                             data = await more
+                    if line.role in self._split:
+                        for index in range(len(data)):
+                            sink.write(data[index : index + 1])
+                            await asyncio.sleep(0)  # lets the other side read it
+                        continue
                 sink.write(data)
         except (ConnectionError, asyncio.CancelledError):
             pass

@@ -85,6 +85,92 @@ async def test_code_behind_a_save_may_still_listen(make_queue: MakeQueue, url: s
         await producer.close()
 
 
+async def test_one_socket_loses_none_when_every_byte_comes_alone(make_queue: MakeQueue, url: str) -> None:
+    """Replies and events are cut at every byte, and one is read while the worker is at the next."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False).ready()
+        relay.split("event")
+        make_queue(get_events=False).process(echo, 3)
+        of_jobs = Seen()
+
+        async def chain(number: int) -> None:
+            for step in range(10):
+                job = producer.create_job([number, step])
+                job.on("succeeded", of_jobs)
+                await job.save()
+
+        await asyncio.gather(*(chain(number) for number in range(3)))
+        assert sorted(result for (result,) in await of_jobs.reaches(30)) == [[n, s] for n in range(3) for s in range(10)]
+        assert producer.jobs == {}
+        await producer.close()
+
+
+async def test_what_stands_close_behind_a_reply_is_heard_in_order(make_queue: MakeQueue, url: str) -> None:
+    """EV-23, EV-24: a retried job's events and those of jobs that others saved, in one read with its reply."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False).ready()
+        other = await make_queue(is_worker=False, get_events=False).ready()
+        worker = make_queue(get_events=False)
+        done = Seen()
+        worker.on("succeeded", done)
+
+        async def handler(job: Job) -> str:
+            await job.report_progress(job.options.get("retries", 0))
+            if job.options.get("retries"):
+                raise ValueError("again")
+            return "done"
+
+        relay.hold("event")
+        heard: list[list[str]] = []
+
+        async def save_and_listen(job: Job) -> None:
+            heard.append(log := [])
+            for event in ("progress", "retrying", "succeeded", "failed"):
+                job.on(event, lambda outcome, event=event: log.append(f"{event} {outcome}"))
+            await job.save()
+
+        worker.process(handler)
+        saving = []
+        for _ in range(JOBS):
+            saving.append(asyncio.create_task(save_and_listen(producer.create_job({}).retries(2))))
+            await other.create_job({}).retries(1).save()
+        await done.reaches(2 * JOBS)
+        assert not any(task.done() for task in saving)
+        relay.release("event")
+        await asyncio.gather(*saving)
+        await until(lambda: producer.jobs == {})
+        assert (
+            heard == [["progress 2", "retrying again", "progress 1", "retrying again", "progress 0", "succeeded done"]] * JOBS
+        )
+        await producer.close()
+
+
+async def test_a_connection_that_drops_before_the_reply_binds_nothing(make_queue: MakeQueue, url: str) -> None:
+    """QK-22: the save may have happened, and says so; the job runs, and nobody here waits for it"""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
+        worker = make_queue(get_events=False)
+        done = Seen()
+        worker.on("succeeded", done)
+        worker.process(echo)
+        relay.hold("event")
+        saving = asyncio.gather(*(producer.create_job(number).save() for number in range(JOBS)), return_exceptions=True)
+        await done.reaches(JOBS)
+        for line in relay.lines:
+            if line.role == "event":
+                line.cut()
+        relay.release("event")
+        for error in await saving:
+            assert isinstance(error, ConnectionLost)
+            assert error.maybe_applied
+        assert producer.jobs == {}
+        await until(lambda: producer.reconnects == 1)
+        job = await producer.create_job("behind").save()
+        assert await job.result() == "behind"
+        assert len(make_queue.claim(ConnectionLost)) == 1
+        await producer.close()
+
+
 async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: MakeQueue, url: str, redis: Any) -> None:
     """Pub/sub has no replay: after a reconnect each tracked job is asked about, and no result is invented."""
     async with Relay(url) as relay:
