@@ -123,12 +123,10 @@ def run(arguments: Sequence[str], output: str, interval: str) -> None:
         raise NoChart("matplotlib is not installed: make chart, or pip install -e '.[chart]'") from None
     style: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
     style |= {"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.7}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "chart"}  # text stays text; the same logs give the same file
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}  # text stays text
     with matplotlib.rc_context(style):
-        metadata = {"Date": None} if output.lower().endswith(".svg") else {}
         try:
-            draw(logs, float(interval)).savefig(output, dpi=PIXELS_PER_INCH, metadata=metadata)
+            draw(logs, float(interval)).savefig(output, dpi=PIXELS_PER_INCH)
         except OSError as error:
             raise NoChart(f"{output}: {error.strerror}") from None
     print(output)
