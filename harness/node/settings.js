@@ -1,0 +1,20 @@
+'use strict';
+
+// The harness's configuration for the programs on Node: the variables of config.py that matter to them, already checked there.
+
+function connection(url) {
+  if (url.startsWith('unix://')) return {path: url.slice('unix://'.length).split('?')[0]};
+  return {url};
+}
+
+const {env} = process;
+
+module.exports = {
+  queueName: env.QUEUE_NAME || 'issue-189',
+  concurrency: Number(env.CONCURRENCY || 2),
+  numChains: Number(env.NUM_CHAINS || 7),
+  redis: connection(env.REDIS_URL || 'redis://127.0.0.1:6379'),
+  statsIntervalMs: 1000 * Number(env.STATS_INTERVAL || 3),
+  durationMs: 1000 * Number(env.DURATION || 0),
+  extendedStats: env.EXTENDED_STATS === 'true',
+};
