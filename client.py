@@ -9,7 +9,9 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
+from functools import partial
 from typing import Any
 
 import config
@@ -19,6 +21,7 @@ COUNTERS = ("numJobSaveSuccess", "numJobSaveError", "numQueueSucceeded", "numQue
 MAYBE_SAVED_S = 5  # how long a save that may have been applied waits for its job's end
 GIVE_UP_S = 30  # after which a saved job that has not ended is taken for vanished; two stall checks fit in
 WIND_DOWN_S = 2  # how long the jobs under way have at the end
+BUCKETS_PER_E = 32  # a latency is kept to 3 %
 
 log = logging.getLogger("harness")
 
@@ -29,6 +32,7 @@ class Chains:
     def __init__(self, queue: Queue, size: int) -> None:
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.restarted = 0
+        self.latencies = Latencies()
         self._queue = queue
         self._size = size
         self._stopping = False
@@ -61,7 +65,7 @@ class Chains:
 
     async def _save(self) -> None:
         job = self._queue.create_job({"timestamp": int(time.time() * 1000)})
-        job.on("succeeded", self._job_succeeded)
+        job.on("succeeded", partial(self._job_succeeded, time.monotonic()))
         job.on("unknown", lambda error: self._vanished(job.id))
         try:
             await job.save()
@@ -102,8 +106,28 @@ class Chains:
             self.restarted += 1
             self.fill()
 
-    def _job_succeeded(self, result: Any) -> None:
+    def _job_succeeded(self, save_called: float, result: Any) -> None:
         self.counts["numJobSucceeded"] += 1
+        self.latencies.add(time.monotonic() - save_called)
+
+
+class Latencies:
+    """How long jobs took from save to their own event; in few buckets, since a client may run for days."""
+
+    def __init__(self) -> None:
+        self._buckets: Counter[int] = Counter()
+
+    def add(self, seconds: float) -> None:
+        self._buckets[math.floor(math.log(seconds) * BUCKETS_PER_E)] += 1
+
+    def percentile_ms(self, share: float) -> float | None:
+        """None before the first."""
+        left = share * self._buckets.total()
+        for bucket, count in sorted(self._buckets.items()):
+            left -= count
+            if left <= 0:
+                return float(f"{1000 * math.exp((bucket + 0.5) / BUCKETS_PER_E):.3g}")
+        return None
 
 
 def stats(counts: dict[str, int], elapsed_s: float) -> dict[str, int | str]:
@@ -150,6 +174,7 @@ async def run(queue: Queue, settings: config.Config) -> None:
         if settings.extended_stats:
             line |= {"numTracked": len(queue.jobs), "rssKb": resident_kb(), "numRestarted": chains.restarted}
             line |= {"numAlive": chains.alive, "numReconnects": queue.reconnects}
+            line |= {"p50Ms": chains.latencies.percentile_ms(0.5), "p99Ms": chains.latencies.percentile_ms(0.99)}
         print(json.dumps(line, separators=(",", ":")), flush=True)
 
     chains.fill()

@@ -9,6 +9,7 @@ import sys
 import config
 from harness import chart, local
 from harness.children import stop_with_parent
+from harness.original import NoOriginal
 from harness.server import NoServer
 
 
@@ -21,9 +22,16 @@ def main() -> int:
     picture.add_argument("logs", nargs="+", metavar="LOG", help="a file, or NAME=file; several are drawn over each other")
     picture.add_argument("--output", default="chart.png", metavar="FILE", help="a name in .png or .svg (default: chart.png)")
     picture.add_argument("--interval", default="3", metavar="SECONDS", help="the run's STATS_INTERVAL (default: 3)")
+    contest = commands.add_parser("compare", help="run both orderings in turn and judge: is it the race, does the cure hold")
+    contest.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each has its turn (default: 5)")
+    contest.add_argument("--seconds", type=int, default=8, metavar="N", help="how long a turn takes (default: 8)")
+    contest.add_argument("--node", action="store_true", help="and a row for the original on Node, where Node is installed")
+    contest.add_argument("--json", action="store_true", help="the findings for machines")
     arguments = parser.parse_args()
     if arguments.command == "chart":
         return draw(arguments)
+    if arguments.command == "compare":
+        return judge(arguments)
     if arguments.with_parent:
         stop_with_parent()
     settings = config.load()
@@ -39,6 +47,23 @@ def draw(arguments: argparse.Namespace) -> int:
     except chart.NoChart as error:
         config.fail(str(error), code=2)
     return 0
+
+
+def judge(arguments: argparse.Namespace) -> int:
+    try:
+        from harness import compare
+    except ModuleNotFoundError as error:
+        config.fail(f"{error.name} is not installed: make compare, or pip install -e '.[compare]'", code=2)
+    for name, least in (("rounds", 1), ("seconds", 2)):
+        if (value := getattr(arguments, name)) < least:
+            config.fail(f"--{name} must be at least {least}, not {value}", code=2)
+    plan = compare.Plan(arguments.rounds, arguments.seconds, arguments.node, arguments.json)
+    try:
+        return asyncio.run(compare.run(plan, config.load(), config.variables()))
+    except (compare.NotCompared, NoServer, NoOriginal) as error:
+        config.fail(str(error), code=2)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

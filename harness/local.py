@@ -11,88 +11,40 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TextIO
 
-from harness.children import end_with_parent
+from harness.member import Listener, Member
 from harness.server import redis_url
-
-ROOT = Path(__file__).resolve().parent.parent
-END_S = 10
-"""how long a process has to end after SIGTERM, as in Compose"""
-
-
-class Member:
-    """One process of the topology."""
-
-    def __init__(self, name: str, program: str, width: int) -> None:
-        self.name = name
-        self._program = program
-        self._prefix = f"{name:<{width}}  | "
-        self._process: asyncio.subprocess.Process
-        self._pumps: list[asyncio.Task[None]] = []
-
-    async def start(self, environment: Mapping[str, str], out: TextIO, unread: asyncio.Event) -> None:
-        """Starts it; its stdout goes to `out`, its stderr to ours. `unread` is set when nobody reads those any more."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            self._program,
-            cwd=ROOT,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C must not reach Redis before it reaches the client
-            preexec_fn=end_with_parent(),
-        )
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._pumps = [
-            asyncio.create_task(self._pump(self._process.stdout, out, unread), name=f"{self.name} stdout"),
-            asyncio.create_task(self._pump(self._process.stderr, sys.stderr, unread), name=f"{self.name} stderr"),
-        ]
-
-    async def _pump(self, lines: asyncio.StreamReader, out: TextIO, unread: asyncio.Event) -> None:
-        async for line in lines:
-            try:
-                print(self._prefix + line.decode(errors="replace").rstrip("\n"), file=out, flush=True)
-            except BrokenPipeError:
-                # whatever is printed from now on, and at the interpreter's last flush, goes nowhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-                unread.set()
-
-    async def ended(self) -> int:
-        """Waits for its end and its last lines; returns its exit code."""
-        code = await self._process.wait()
-        await asyncio.wait(self._pumps)
-        return code
-
-    async def end(self) -> int:
-        """SIGTERM, and SIGKILL when that does not help; returns its exit code."""
-        if self._process.returncode is None:
-            self._process.terminate()
-        try:
-            return await asyncio.wait_for(self.ended(), END_S)
-        except TimeoutError:
-            print(f"{self.name} did not end within {END_S} s of SIGTERM and was killed", file=sys.stderr)
-            self._process.kill()
-            return await self._process.wait()
 
 
 async def run(workers: int, environment: Mapping[str, str]) -> int:
     """Runs the topology until the client ends or a signal comes; returns the client's exit code."""
     width = len(f"worker_{workers}")
-    client = Member("client_1", "client.py", width)
-    crew = [Member(f"worker_{number}", "worker.py", width) for number in range(1, workers + 1)]
+    client = Member("client_1", [sys.executable, "client.py"])
+    crew = [Member(f"worker_{number}", [sys.executable, "worker.py"]) for number in range(1, workers + 1)]
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    def printer(member: Member, stream: TextIO) -> Listener:
+        prefix = f"{member.name:<{width}}  | "
+
+        def show(line: str) -> None:
+            try:
+                print(prefix + line, file=stream, flush=True)
+            except BrokenPipeError:
+                # whatever is printed from now on, and at the interpreter's last flush, goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                stop.set()
+
+        return show
+
     with redis_url(environment) as url:
         environment = {**environment, "REDIS_URL": url}
         for member in crew:
-            await member.start(environment, sys.stderr, stop)
-        await client.start(environment, sys.stdout, stop)
-        waits = [
+            await member.start(environment, printer(member, sys.stderr), printer(member, sys.stderr))
+        await client.start(environment, printer(client, sys.stdout), printer(client, sys.stderr))
+        waits: list[asyncio.Task[object]] = [
             asyncio.create_task(stop.wait()),
             asyncio.create_task(client.ended()),
             *(asyncio.create_task(_tell_end(member)) for member in crew),
@@ -103,7 +55,7 @@ async def run(workers: int, environment: Mapping[str, str]) -> int:
         await asyncio.gather(*waits, return_exceptions=True)
         code = await client.end()
         await asyncio.gather(*(member.end() for member in crew))
-    return code
+    return code or 0
 
 
 async def _tell_end(member: Member) -> None:

@@ -6,24 +6,16 @@ Calls, settings, setters and events have bee-queue's names on every side. Knows 
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import json
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
-DIRECTORY = Path(__file__).parent / "node"
-INSTALL_S = 50
+from harness.original import DIRECTORY, install
+
 DEADLINE_S = 10
 
 Setter = tuple[Any, ...]
 """The name of a job's setter, and its arguments."""
-
-
-class NoPeer(Exception):
-    """bee-queue cannot run here; the message says why."""
 
 
 class CallFailed(Exception):
@@ -67,24 +59,6 @@ class Peer:
         self._changed.set()
 
 
-@functools.cache
-def install() -> str:
-    """Installs bee-queue when it is missing or older than the lock file; returns the path of node. Raises `NoPeer`."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        raise NoPeer("bee-queue needs node and npm")
-    installed, lock = DIRECTORY / "node_modules" / ".package-lock.json", DIRECTORY / "package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        command = [npm, "ci", "--prefix", str(DIRECTORY), "--no-audit", "--no-fund"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)
-        except subprocess.CalledProcessError as error:
-            raise NoPeer(f"npm ci failed: {error.stderr.strip()}") from None
-        except subprocess.TimeoutExpired:
-            raise NoPeer(f"npm ci took more than {INSTALL_S} s") from None
-    return node
-
-
 class NodePeer(Peer):
     """A Node process with one bee-queue. It ends when its stdin does, so also when this process is killed."""
 
@@ -97,7 +71,7 @@ class NodePeer(Peer):
 
     @classmethod
     async def start(cls) -> NodePeer:
-        """Starts Node; its queue is made by the call `queue`. Raises `NoPeer`."""
+        """Starts Node; its queue is made by the call `queue`. Raises `NoOriginal`."""
         pipe = asyncio.subprocess.PIPE
         command = (install(), str(DIRECTORY / "peer.js"))
         return cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26))

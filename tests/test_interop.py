@@ -17,8 +17,9 @@ from redis.asyncio import Redis
 from beequeue import Job, JobFailed, LateFinish, OperationTimedOut, Queue
 from beequeue.job import now_ms
 from harness.children import end_with_parent
+from harness.original import NoOriginal
 from tests.conftest import MakeQueue, Seen, skip, until
-from tests.node_peer import NodePeer, NoPeer, Peer, Setter
+from tests.node_peer import NodePeer, Peer, Setter
 
 NODE, PYTHON, TWO_SOCKETS = "node", "python", "python on two sockets"
 FAR = 4_102_444_800_000
@@ -162,7 +163,7 @@ class MakePeer:
     async def node(self, name: str | None, settings: dict[str, Any]) -> NodePeer:
         try:
             peer = await NodePeer.start()
-        except NoPeer as reason:
+        except NoOriginal as reason:
             skip(str(reason))
             raise
         self.peers.append(peer)
