@@ -24,10 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
-from beequeue import fsck
 from beequeue.connection import Address, check_redis_url
 from beequeue.consumer import Handler, is_async
 from beequeue.errors import BeeQueueError, OperationTimedOut
+from beequeue.fsck import Finding, Report, check, counts, repair
 from beequeue.job import Job
 from beequeue.link import settle
 from beequeue.queue import Queue
@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="process a queue's jobs", allow_abbrev=False)
     worker.set_defaults(run=_worker)
-    check = commands.add_parser("check", help="look a queue over for damage", allow_abbrev=False)
-    check.set_defaults(run=_check)
+    checker = commands.add_parser("check", help="look a queue over for damage", allow_abbrev=False)
+    checker.set_defaults(run=_check)
     _add_worker_arguments(worker)
-    _add_check_arguments(check)
+    _add_check_arguments(checker)
     options = parser.parse_args(arguments)
     return int(options.run(options))
 
@@ -226,7 +226,7 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if left.findings else 0
 
 
-async def _look_over(options: argparse.Namespace) -> tuple[fsck.Report | None, fsck.Report]:
+async def _look_over(options: argparse.Namespace) -> tuple[Report | None, Report]:
     """What was repaired (None: that was not asked for), and what is wrong now. Raises what Redis said, or that it was lost."""
     transport, _kept = await Address(options.redis).open(2)  # a queue would wait for a Redis that is not there
     transport.abort()
@@ -243,23 +243,23 @@ async def _look_over(options: argparse.Namespace) -> tuple[fsck.Report | None, f
         await queue.close()
 
 
-async def _check_and_repair(queue: Queue, options: argparse.Namespace) -> tuple[fsck.Report | None, fsck.Report]:
+async def _check_and_repair(queue: Queue, options: argparse.Namespace) -> tuple[Report | None, Report]:
     older_than = None if options.older_than is None else options.older_than * 1000
-    report = await fsck.check(queue, older_than=older_than)
+    report = await check(queue, older_than=older_than)
     if not options.repair:
         return None, report
-    done = await fsck.repair(queue, report)
-    return done, await fsck.check(queue, older_than=older_than) if report.findings else report
+    done = await repair(queue, report)
+    return done, await check(queue, older_than=older_than) if report.findings else report
 
 
-def _print_json(name: str, done: fsck.Report | None, left: fsck.Report) -> None:
+def _print_json(name: str, done: Report | None, left: Report) -> None:
     repaired = [] if done is None else [finding._asdict() for finding in done.findings]
     findings = [finding._asdict() for finding in left.findings]
     told = {"queue": name, "exists": left.exists, "jobs": left.jobs, "findings": findings, "repaired": repaired}
     print(json.dumps(told))
 
 
-def _lines(name: str, done: fsck.Report | None, left: fsck.Report) -> Iterator[str]:
+def _lines(name: str, done: Report | None, left: Report) -> Iterator[str]:
     """What a person reads: of each kind the first findings, and a summary. Nothing in it can steer a terminal."""
     if not left.exists:
         yield f"queue {name!r} does not exist: it has no keys"
@@ -273,8 +273,8 @@ def _lines(name: str, done: fsck.Report | None, left: fsck.Report) -> Iterator[s
         yield f"queue {name!r}: {_counted(done.findings)} repaired; {_counted(left.findings)} left in {left.jobs:,} jobs"
 
 
-def _listed(findings: Sequence[fsck.Finding], verbs: Mapping[str, str]) -> Iterator[str]:
-    for kind, count in fsck.counts(findings).items():
+def _listed(findings: Sequence[Finding], verbs: Mapping[str, str]) -> Iterator[str]:
+    for kind, count in counts(findings).items():
         of_kind = (finding for finding in findings if finding.kind == kind)
         for finding in islice(of_kind, SHOWN):
             remedy = verbs[kind].format(", ".join(finding.remedy))
@@ -283,8 +283,8 @@ def _listed(findings: Sequence[fsck.Finding], verbs: Mapping[str, str]) -> Itera
             yield f"{kind}: and {count - SHOWN:,} more"
 
 
-def _counted(findings: Sequence[fsck.Finding]) -> str:
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in fsck.counts(findings).items())
+def _counted(findings: Sequence[Finding]) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts(findings).items())
     return f"{len(findings):,} finding{'' if len(findings) == 1 else 's'}" + (f" ({kinds})" if kinds else "")
 
 
