@@ -244,6 +244,17 @@ async def test_what_became_of_it_meanwhile_is_left_alone(queue: Queue, redis: An
     assert await stored(redis, queue) == before
 
 
+async def test_a_stall_check_between_check_and_repair(queue: Queue, redis: Any) -> None:
+    """It has copied the job anew: its worker has an interval to report it."""
+    await redis.hset(queue.to_key("jobs"), "silent", entry())
+    await put(redis, queue, ["active", "stalling"], "silent")
+    report = await check(queue)
+    assert fsck.counts(report.findings) == {"too-old": 1}
+    await redis.set(queue.to_key("stallBlock"), "1")
+    assert (await repair(queue, report)).findings == []
+    assert await places_of(redis, queue, "silent") == ["active", "stalling"]
+
+
 UNREADABLE = ["", "{", "3", "[]", "null", '{"data":1,"options":3}']
 
 
