@@ -1,8 +1,10 @@
-"""The command line: `python -m beequeue worker module:handler --queue NAME` runs a worker until it is signalled.
+"""The command line: `python -m beequeue worker module:handler --queue NAME` runs a worker until it is signalled;
+`python -m beequeue check NAME [--repair]` looks a queue over for damage.
 
-Owns what a library must not touch: arguments, REDIS_URL, the import of the handler, signals, logging, and the exit code. That
-is 0 after SIGTERM or SIGINT, 1 when Redis says no, 2 when an argument is wrong (one line tells which), and 128 + signal after a
-second signal.
+Owns what a library must not touch: arguments, REDIS_URL, the import of the handler, signals, logging, and the exit code. A
+worker's is 0 after SIGTERM or SIGINT, 1 when Redis says no, and 128 + signal after a second signal. A check's is 0 when nothing
+is wrong (any more), 1 when something is, 3 when Redis cannot be reached or says no, and 128 + signal after the first one. 2:
+an argument is wrong (one line tells which).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import json
 import logging
 import operator
 import os
@@ -17,12 +20,16 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from beequeue.connection import Address, check_redis_url
 from beequeue.consumer import Handler, is_async
 from beequeue.errors import BeeQueueError, OperationTimedOut
+from beequeue.fsck import Finding, Report, check, counts, repair
 from beequeue.job import Job
+from beequeue.link import settle
 from beequeue.queue import Queue
 from beequeue.settings import QueueOptions, QueueSettings
 
@@ -30,6 +37,17 @@ log = logging.getLogger("beequeue")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STANDARD_LIBRARY = os.path.dirname(os.__file__)
+SHOWN = 20
+"""How many findings of a kind are printed, unless as JSON."""
+WOULD = {
+    "ghost": "would be taken out of {}",
+    "orphan": "would go to {}",
+    "two-states": "would stay in {} alone",
+    "too-old": "would go to {}",
+    "unreadable": "is left to a worker, which moves it to failed",
+}
+"""What `--repair` would do, by the kind of finding."""
+DID = {"ghost": "taken out of {}", "orphan": "moved to {}", "two-states": "left in {} alone", "too-old": "moved to {}"}
 SPANS_KEPT = 10_000
 """How many jobs' times are kept until their end is known; that of a job which could not be settled never is."""
 
@@ -41,21 +59,44 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="process a queue's jobs", allow_abbrev=False)
     worker.set_defaults(run=_worker)
-    url, defaults = os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379", QueueSettings()
-    add = worker.add_argument
+    checker = commands.add_parser("check", help="look a queue over for damage", allow_abbrev=False)
+    checker.set_defaults(run=_check)
+    _add_worker_arguments(worker)
+    _add_check_arguments(checker)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    url, prefix = os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379", QueueSettings().prefix
+    add = parser.add_argument
+    add("--redis", metavar="URL", type=_url, default=url, help="default: the variable REDIS_URL, else redis://127.0.0.1:6379")
+    add("--prefix", type=_text, default=prefix, help=f"first part of the keys (default: {prefix})")
+
+
+def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = QueueSettings()
+    add = parser.add_argument
     add("handler", metavar="module:handler", type=load_handler, help="an async or plain function, from a job to its result")
     add("--queue", metavar="NAME", type=_text, required=True)
     add("--concurrency", metavar="N", type=_at_least_one, default=1, help="jobs at once (default: 1)")
-    add("--redis", metavar="URL", type=_url, default=url, help="default: the variable REDIS_URL, else redis://127.0.0.1:6379")
-    add("--prefix", type=_text, default=defaults.prefix, help=f"first part of the keys (default: {defaults.prefix})")
+    _add_connection_arguments(parser)
     add("--stall-interval", metavar="MS", type=_at_least_one, default=defaults.stall_interval, help="the same across a fleet")
     add("--remove-on-success", action="store_true", help="delete succeeded jobs")
     add("--remove-on-failure", action="store_true", help="delete failed jobs")
     add("--no-delayed", dest="activate_delayed_jobs", action="store_false", help="leave delayed jobs to others")
     add("--timeout", metavar="MS", type=_at_least_one, default=5_000, help="how long jobs may go on after SIGTERM or SIGINT")
     add("-v", "--verbose", action="store_true", help="one line a job")
-    options = parser.parse_args(arguments)
-    return int(options.run(options))
+
+
+def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", metavar="NAME", type=_text, help="the queue")
+    _add_connection_arguments(parser)
+    add("--json", action="store_true", help="one JSON object, with every finding")
+    add("--repair", action="store_true", help="repair what is found; without it nothing is changed")
+    old = "also name active jobs that were created this long ago, when no stall check is in force"
+    add("--older-than", metavar="SECONDS", type=_at_least_one, help=old)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -160,6 +201,91 @@ async def _work(options: argparse.Namespace) -> None:
     if isinstance(outcome, Exception):
         raise outcome
     log.info("closed")
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.CRITICAL)  # what is lost is told once, below
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an id need not be of the terminal's letters
+    try:
+        done, left = asyncio.run(_look_over(options))
+    except BeeQueueError as error:
+        print(f"python -m beequeue check: {_one_line(error)}", file=sys.stderr)
+        return 3
+    try:
+        if options.json:
+            _print_json(options.name, done, left)
+        else:
+            for line in _lines(options.name, done, left):
+                print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1 if left.findings else 0
+
+
+async def _look_over(options: argparse.Namespace) -> tuple[Report | None, Report]:
+    """What was repaired (None: that was not asked for), and what is wrong now. Raises what Redis said, or that it was lost."""
+    transport, _kept = await Address(options.redis).open(2)  # a queue would wait for a Redis that is not there
+    transport.abort()
+    queue = Queue(options.name, options.redis, prefix=options.prefix, is_worker=False, get_events=False, store_jobs=False)
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    queue.on("error", lambda error: settle(lost, error))
+    looking = asyncio.create_task(_check_and_repair(queue, options))
+    try:
+        await asyncio.wait((looking, lost), return_when=asyncio.FIRST_COMPLETED)
+        return looking.result() if looking.done() else lost.result()  # type: ignore[return-value]  # the latter raises
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await queue.close()
+
+
+async def _check_and_repair(queue: Queue, options: argparse.Namespace) -> tuple[Report | None, Report]:
+    older_than = None if options.older_than is None else options.older_than * 1000
+    report = await check(queue, older_than=older_than)
+    if not options.repair:
+        return None, report
+    done = await repair(queue, report)
+    return done, await check(queue, older_than=older_than) if report.findings else report
+
+
+def _print_json(name: str, done: Report | None, left: Report) -> None:
+    repaired = [] if done is None else [finding._asdict() for finding in done.findings]
+    findings = [finding._asdict() for finding in left.findings]
+    told = {"queue": name, "exists": left.exists, "jobs": left.jobs, "findings": findings, "repaired": repaired}
+    print(json.dumps(told))
+
+
+def _lines(name: str, done: Report | None, left: Report) -> Iterator[str]:
+    """What a person reads: of each kind the first findings, and a summary. Nothing in it can steer a terminal."""
+    if not left.exists:
+        yield f"queue {name!r} does not exist: it has no keys"
+        return
+    if done is None:
+        yield from _listed(left.findings, WOULD)
+        yield f"queue {name!r}: {_counted(left.findings)} in {left.jobs:,} jobs"
+    else:
+        yield from _listed(done.findings, DID)
+        yield from _listed(left.findings, WOULD)
+        yield f"queue {name!r}: {_counted(done.findings)} repaired; {_counted(left.findings)} left in {left.jobs:,} jobs"
+
+
+def _listed(findings: Sequence[Finding], verbs: Mapping[str, str]) -> Iterator[str]:
+    for kind, count in counts(findings).items():
+        of_kind = (finding for finding in findings if finding.kind == kind)
+        for finding in islice(of_kind, SHOWN):
+            remedy = verbs[kind].format(", ".join(finding.remedy))
+            yield f"{kind} {finding.id!r} in {', '.join(finding.where) or 'no state'}: {remedy}"
+        if count > SHOWN:
+            yield f"{kind}: and {count - SHOWN:,} more"
+
+
+def _counted(findings: Sequence[Finding]) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts(findings).items())
+    return f"{len(findings):,} finding{'' if len(findings) == 1 else 's'}" + (f" ({kinds})" if kinds else "")
 
 
 def _on_signals(handler: Any) -> None:

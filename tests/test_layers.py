@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "beequeue"
 ORDER = [
     "__main__",
+    "fsck",
     "sync",
     "__init__",
     "queue",
@@ -20,6 +21,7 @@ ORDER = [
     "maintenance",
     "tracker",
     "sharing",
+    "fsck_store",
     "store",
     "connection",
     "link",
@@ -76,9 +78,10 @@ def test_headers(script: Path) -> None:
 
 
 def test_calls_pass_the_keys_of_the_header() -> None:
-    store = (PACKAGE / "store.py").read_text()
     calls: dict[str, int] = {}
-    for node in ast.walk(ast.parse(store)):
+    for node in (
+        node for store in ("store", "fsck_store") for node in ast.walk(ast.parse((PACKAGE / f"{store}.py").read_text()))
+    ):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_head":
             name = node.args[0]
             assert isinstance(name, ast.Constant)

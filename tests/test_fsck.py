@@ -1,0 +1,606 @@
+"""A queue looked over for damage: each kind made by hand, named, left alone, repaired; and no false alarm on a live one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beequeue import BeeQueueError, Job, Queue, fsck
+from beequeue.fsck import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, check, repair, suspects
+from harness.server import Server
+from tests.conftest import MakeQueue, Seen, echo, until
+
+ROOT = Path(__file__).parent.parent
+LATER = 4_000_000_000_000
+
+
+def entry(status: str = "created", timestamp: int = 1_700_000_000_000, **options: Any) -> str:
+    job = {"data": {}, "options": {"timestamp": timestamp, "stacktraces": [], **options}, "status": status, "progress": 0}
+    return json.dumps(job, separators=(",", ":"))
+
+
+async def put(redis: Any, queue: Queue, places: Iterable[str], job_id: str) -> None:
+    """Makes `job_id` stand there: on the left of a list, where ids come in."""
+    for place in places:
+        key = queue.to_key(place)
+        if place in ("waiting", "active"):
+            await redis.lpush(key, job_id)
+        elif place == "delayed":
+            await redis.zadd(key, {job_id: LATER})
+        else:
+            await redis.sadd(key, job_id)
+
+
+async def stored(redis: Any, queue: Queue) -> dict[str, Any]:
+    """All that Redis holds of the queue, but for expiry."""
+    held: dict[str, Any] = {"jobs": await redis.hgetall(queue.to_key("jobs"))}
+    for place in ("waiting", "active"):
+        held[place] = await redis.lrange(queue.to_key(place), 0, -1)
+    held["delayed"] = await redis.zrange(queue.to_key("delayed"), 0, -1, withscores=True)
+    for place in ("succeeded", "failed", "stalling"):
+        held[place] = await redis.smembers(queue.to_key(place))
+    for place in ("id", "stallBlock"):
+        held[place] = await redis.get(queue.to_key(place))
+    return held
+
+
+async def places_of(redis: Any, queue: Queue, job_id: str) -> list[str]:
+    """Where an id stands; a list once for each time."""
+    found = []
+    for place in ("waiting", "active"):
+        found += [place] * (await redis.lrange(queue.to_key(place), 0, -1)).count(job_id)
+    found += ["delayed"] if await redis.zscore(queue.to_key("delayed"), job_id) is not None else []
+    return found + [
+        place for place in ("succeeded", "failed", "stalling") if await redis.sismember(queue.to_key(place), job_id)
+    ]
+
+
+async def repaired(redis: Any, queue: Queue, expected: list[Finding], **options: Any) -> None:
+    """The check names `expected` and changes nothing; the repair does what it said, once; nothing is left."""
+    before = await stored(redis, queue)
+    report = await check(queue, **options)
+    assert sorted(report.findings) == sorted(expected)
+    assert await stored(redis, queue) == before
+    assert sorted((await repair(queue, report)).findings) == sorted(expected)
+    after = await stored(redis, queue)
+    assert (await check(queue, **options)).findings == []
+    assert (await repair(queue, report)).findings == []
+    assert await stored(redis, queue) == after
+
+
+@pytest.fixture
+async def redis(url: str) -> Any:
+    """A plain client that can read any id."""
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(url, decode_responses=True, encoding_errors="surrogateescape") as client:
+        yield client
+
+
+@pytest.fixture
+def queue(make_queue: MakeQueue) -> Queue:
+    return make_queue(is_worker=False, get_events=False)
+
+
+# --- the kinds -------------------------------------------------------------------------------------------------------
+
+GHOSTS = [
+    ("waiting",),
+    ("waiting", "waiting"),
+    ("active",),
+    ("delayed",),
+    ("succeeded",),
+    ("failed",),
+    ("stalling",),
+    ("waiting", "active", "delayed", "succeeded", "failed", "stalling"),
+]
+
+
+@pytest.mark.parametrize("places", GHOSTS, ids=" ".join)
+async def test_ghosts(queue: Queue, redis: Any, places: tuple[str, ...]) -> None:
+    await queue.create_job().set_id("good").save()
+    await put(redis, queue, places, "ghost")
+    await queue.create_job().set_id("better").save()
+    await repaired(redis, queue, [Finding("ghost", "ghost", places, places)])
+    assert await places_of(redis, queue, "ghost") == []
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["better", "good"]
+
+
+ORPHANS = [
+    (entry("created"), "waiting"),
+    (entry("retrying"), "waiting"),
+    (entry("succeeded"), "succeeded"),
+    (entry("failed"), "failed"),
+    (entry("created", delay=LATER), "delayed"),
+    (entry("created", delay=1), "waiting"),
+    (entry("retrying", delay=LATER), "waiting"),
+    ('{"data":"\\ud800","options":{},"status":"failed","progress":0}', "failed"),
+    ('{"data":"\\ud800","options":{},"status":"created","progress":0}', "waiting"),
+]
+
+
+@pytest.mark.parametrize(("data", "place"), ORPHANS, ids=range(len(ORPHANS)))
+async def test_orphans(queue: Queue, redis: Any, data: str, place: str) -> None:
+    await queue.create_job().set_id("good").save()
+    await redis.hset(queue.to_key("jobs"), "orphan", data)
+    await repaired(redis, queue, [Finding("orphan", "orphan", (), (place,))])
+    assert await places_of(redis, queue, "orphan") == [place]
+    assert await redis.hget(queue.to_key("jobs"), "orphan") == data
+    if place == "waiting":  # on the left: what has waited goes first
+        assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["orphan", "good"]
+
+
+async def test_an_orphan_that_is_delayed_wakes_who_raises(make_queue: MakeQueue, queue: Queue, redis: Any) -> None:
+    due = int((await redis.time())[0] * 1000) + 1_000
+    await redis.hset(queue.to_key("jobs"), "orphan", entry(delay=due))
+    raises = make_queue(activate_delayed_jobs=True)
+    raises.on("raised jobs", raised := Seen())
+    await raises.ready()
+    report = await check(queue)
+    assert report.findings == [Finding("orphan", "orphan", (), ("delayed",))]
+    await repair(queue, report)
+    assert await raised.reaches(1) == [(1,)]
+    assert await places_of(redis, queue, "orphan") == ["waiting"]
+
+
+DOUBLES = [
+    (("waiting", "waiting"), "created", "waiting"),
+    (("active", "active"), "created", "active"),
+    (("waiting", "active"), "created", "active"),
+    (("waiting", "delayed"), "retrying", "waiting"),
+    (("active", "delayed"), "retrying", "active"),
+    (("waiting", "succeeded"), "succeeded", "succeeded"),
+    (("waiting", "active", "delayed", "failed"), "failed", "failed"),
+    (("active", "failed"), "failed", "failed"),
+    (("waiting", "succeeded"), "created", "waiting"),  # the id was used again
+    (("active", "failed"), "retrying", "active"),
+    (("delayed", "failed"), "created", "delayed"),
+    (("waiting", "active"), "failed", "active"),  # retried by hand: it has not ended
+    (("succeeded", "failed"), "succeeded", "succeeded"),
+    (("succeeded", "failed"), "failed", "failed"),
+    (("succeeded", "failed"), "created", "failed"),
+    (("waiting", "failed"), "succeeded", "failed"),
+    (("waiting", "succeeded"), "failed", "succeeded"),
+]
+
+
+@pytest.mark.parametrize(("places", "status", "kept"), DOUBLES, ids=[f"{' '.join(case[0])}, {case[1]}" for case in DOUBLES])
+async def test_two_states(queue: Queue, redis: Any, places: tuple[str, ...], status: str, kept: str) -> None:
+    await redis.hset(queue.to_key("jobs"), "two", entry(status))
+    await put(redis, queue, places[:1], "two")
+    await queue.create_job().set_id("good").save()
+    await put(redis, queue, places[1:], "two")
+    await repaired(redis, queue, [Finding("two-states", "two", places, (kept,))])
+    assert await places_of(redis, queue, "two") == [kept]
+    assert await places_of(redis, queue, "good") == ["waiting"]
+    if places == ("waiting", "waiting"):  # the one that is taken first
+        assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["good", "two"]
+
+
+async def test_a_double_that_leaves_active_leaves_its_copy(queue: Queue, redis: Any) -> None:
+    await redis.hset(queue.to_key("jobs"), "two", entry("succeeded"))
+    await put(redis, queue, ("active", "succeeded", "stalling"), "two")
+    await redis.set(queue.to_key("stallBlock"), "1")
+    await repaired(redis, queue, [Finding("two-states", "two", ("active", "succeeded"), ("succeeded",))])
+    assert await places_of(redis, queue, "two") == ["succeeded"]
+
+
+async def test_too_old(queue: Queue, redis: Any) -> None:
+    """In `stalling` when the interval of the last check is over; what is reported, or not copied yet, is left alone."""
+    queue.on("stalled", stalled := Seen())
+    for job_id in ("silent", "reported"):
+        await redis.hset(queue.to_key("jobs"), job_id, entry())
+        await put(redis, queue, ["active"], job_id)
+    await queue.create_job().set_id("good").save()
+    await put(redis, queue, ["stalling"], "silent")
+    await redis.set(queue.to_key("stallBlock"), "1")
+    assert (await check(queue)).findings == []
+    await redis.delete(queue.to_key("stallBlock"))
+    await repaired(redis, queue, [Finding("too-old", "silent", ("active", "stalling"), ("waiting",))])
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["silent", "good"]  # worked on last, as by the stall check
+    assert await places_of(redis, queue, "reported") == ["active"]
+    assert stalled.calls == [("silent",)]
+
+
+async def test_older_than(queue: Queue, redis: Any) -> None:
+    """No check has been made since it was taken, and none is in force."""
+    now = int((await redis.time())[0]) * 1000
+    for job_id, timestamp in (("old", now - 100_000), ("young", now)):
+        await redis.hset(queue.to_key("jobs"), job_id, entry(timestamp=timestamp))
+        await put(redis, queue, ["active"], job_id)
+    await redis.hset(queue.to_key("jobs"), "no time", '{"data":{},"options":{}}')
+    await put(redis, queue, ["active"], "no time")
+    assert (await check(queue)).findings == []
+    await redis.set(queue.to_key("stallBlock"), "1")
+    assert (await check(queue, older_than=50_000)).findings == []
+    await redis.delete(queue.to_key("stallBlock"))
+    await repaired(redis, queue, [Finding("too-old", "old", ("active",), ("waiting",))], older_than=50_000)
+    assert await redis.lrange(queue.to_key("active"), 0, -1) == ["no time", "young"]
+
+
+async def test_what_became_of_it_meanwhile_is_left_alone(queue: Queue, redis: Any) -> None:
+    """Between the check and the repair: all that was found is well by then."""
+    jobs = queue.to_key("jobs")
+    await put(redis, queue, ["waiting"], "ghost")
+    for job_id in ("orphan", "two", "silent"):
+        await redis.hset(jobs, job_id, entry())
+    await put(redis, queue, ["waiting", "failed"], "two")
+    await put(redis, queue, ["active", "stalling"], "silent")
+    report = await check(queue)
+    assert fsck.counts(report.findings) == {"ghost": 1, "orphan": 1, "two-states": 1, "too-old": 1}
+    await redis.hset(jobs, "ghost", entry())
+    await put(redis, queue, ["waiting"], "orphan")
+    await redis.srem(queue.to_key("failed"), "two")
+    await redis.srem(queue.to_key("stalling"), "silent")  # its worker's heartbeat
+    before = await stored(redis, queue)
+    assert (await repair(queue, report)).findings == []
+    assert await stored(redis, queue) == before
+
+
+async def test_a_stall_check_between_check_and_repair(queue: Queue, redis: Any) -> None:
+    """It has copied the job anew: its worker has an interval to report it."""
+    await redis.hset(queue.to_key("jobs"), "silent", entry())
+    await put(redis, queue, ["active", "stalling"], "silent")
+    report = await check(queue)
+    assert fsck.counts(report.findings) == {"too-old": 1}
+    await redis.set(queue.to_key("stallBlock"), "1")
+    assert (await repair(queue, report)).findings == []
+    assert await places_of(redis, queue, "silent") == ["active", "stalling"]
+
+
+UNREADABLE = ["", "{", "3", "[]", "null", '{"data":1,"options":3}']
+
+
+@pytest.mark.parametrize("data", UNREADABLE)
+async def test_unreadable(make_queue: MakeQueue, queue: Queue, redis: Any, data: str) -> None:
+    """It is left to a worker; in `failed`, where that puts it, it is named no more."""
+    await redis.hset(queue.to_key("jobs"), "bad", data)
+    await put(redis, queue, ["waiting"], "bad")
+    report = await check(queue)
+    assert report.findings == [Finding("unreadable", "bad", ("jobs",), ())]
+    before = await stored(redis, queue)
+    assert (await repair(queue, report)).findings == []
+    assert await stored(redis, queue) == before
+    worker = make_queue().process(echo)
+    await until(lambda: places_are(redis, queue, "bad", ["failed"]))
+    await worker.close()
+    assert [type(error).__name__ for error in make_queue.claim(BeeQueueError)] == ["UnreadableData"]
+    assert (await check(queue)).findings == []
+
+
+async def places_are(redis: Any, queue: Queue, job_id: str, places: list[str]) -> bool:
+    return await places_of(redis, queue, job_id) == places
+
+
+async def test_an_unreadable_orphan_is_both(queue: Queue, redis: Any) -> None:
+    await redis.hset(queue.to_key("jobs"), "bad", "{")
+    report = await check(queue)
+    assert report.findings == [Finding("orphan", "bad", (), ("waiting",)), Finding("unreadable", "bad", ("jobs",), ())]
+    assert (await repair(queue, report)).findings == report.findings[:1]
+    assert (await check(queue)).findings == report.findings[1:]
+
+
+async def test_half_a_settlement(make_queue: MakeQueue, redis: Any) -> None:
+    """Redis refuses what comes behind LREM and HSET: the job says `failed`, and stands nowhere."""
+    worker = make_queue()
+    failed = worker.to_key("failed")
+    await redis.set(failed, "not a set")
+    job = await worker.create_job().save()
+
+    def fail(job: Job) -> None:
+        raise ValueError("no")
+
+    worker.process(fail)
+    await until(lambda: make_queue.errors)
+    await worker.close()
+    make_queue.claim(BeeQueueError)
+    queue = make_queue(is_worker=False)
+    with pytest.raises(BeeQueueError, match="failed' is not a set, as it must be$"):
+        await check(queue)
+    await redis.delete(failed)
+    assert job.id is not None
+    assert await places_of(redis, queue, job.id) == []
+    await repaired(redis, queue, [Finding("orphan", job.id, (), ("failed",))])
+    assert await places_of(redis, queue, job.id) == ["failed"]
+
+
+async def test_strange_ids(queue: Queue, redis: Any) -> None:
+    """with spaces, with an escape sequence, and one that is not UTF-8"""
+    ids = ["a b", "\x1b[2J", "\udcff", ""]
+    for job_id in ids:
+        await put(redis, queue, ["waiting", "succeeded"], job_id.encode(errors="surrogateescape"))  # type: ignore[arg-type]
+    report = await check(queue)
+    where = ("waiting", "succeeded")
+    assert sorted(report.findings) == sorted(Finding("ghost", job_id, where, where) for job_id in ids)
+    assert len((await repair(queue, report)).findings) == len(ids)
+    assert await redis.exists(queue.to_key("waiting"), queue.to_key("succeeded")) == 0
+
+
+async def test_many(queue: Queue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """more than a page, and than a script gets; in lists that a script reads piece by piece"""
+    monkeypatch.setattr(fsck, "MOST_AT_ONCE", 1_500)
+    jobs = queue.to_key("jobs")
+    ids = [str(number) for number in range(6_500)]
+    good, ghosts, orphans, twice = (ids[start::4] for start in range(4))
+    await redis.hset(jobs, mapping={job_id: entry() for job_id in good + orphans + twice})
+    await redis.rpush(queue.to_key("waiting"), *(job_id for job_id in ids if int(job_id) % 4 != 2), *ghosts, *twice)
+    report = await check(queue)
+    assert fsck.counts(report.findings) == {"ghost": len(ghosts), "orphan": len(orphans), "two-states": len(twice)}
+    assert fsck.counts((await repair(queue, report)).findings) == fsck.counts(report.findings)
+    waiting = await redis.lrange(queue.to_key("waiting"), 0, -1)
+    assert sorted(waiting[: len(orphans)]) == sorted(orphans)
+    assert waiting[len(orphans) :] == good + twice  # the others keep their order
+    assert (await check(queue)).findings == []
+
+
+async def test_a_queue_that_does_not_exist(queue: Queue) -> None:
+    assert await check(queue) == Report(exists=False)
+
+
+async def test_a_wrong_age(queue: Queue) -> None:
+    with pytest.raises(ValueError, match="older_than must be at least 1 ms"):
+        await check(queue, older_than=0)
+    with pytest.raises(TypeError, match="older_than"):
+        await check(queue, older_than=1.5)  # type: ignore[arg-type]
+
+
+# --- the decision ----------------------------------------------------------------------------------------------------
+
+
+def test_suspects() -> None:
+    states: dict[str, Sequence[str]] = {
+        "succeeded": ["s", "b"],
+        "failed": ["u"],
+        "delayed": ["d"],
+        "active": ["a", "q"],
+        "waiting": ["w", "w", "b", "g"],
+    }
+    snapshot = Snapshot({*"sbudaqwo"}, {*"uw"}, states, {*"aw"})
+    found = {kind: sorted(job_ids) for kind, job_ids in suspects(snapshot).items()}
+    assert found == {"ghost": ["g"], "orphan": ["o"], "two-states": ["b", "w"], "too-old": ["a"], "unreadable": ["w"]}
+    assert tuple(found) == KINDS
+    assert sorted(suspects(snapshot, old_too=True)["too-old"]) == ["a", "q"]
+    snapshot.guarded = True
+    assert suspects(snapshot, old_too=True)["too-old"] == []
+    assert [*suspects(Snapshot()).values()] == [[]] * 5
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, MOST_AT_ONCE), (100, MOST_AT_ONCE), (4_000, 1_000), (10**7, 100)])
+def test_how_many_at_once(size: int, count: int) -> None:
+    """fewer, where a script would have to read more"""
+    assert Snapshot({"1", "2"}, entry_bytes=2 * size).at_once == count
+
+
+# --- a live queue ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remove", [True, False], ids=["removed", "kept"])
+async def test_no_false_alarm_under_load(make_queue: MakeQueue, remove: bool) -> None:
+    """Jobs are saved, retried now and later, settled; three checks meanwhile name nothing, and a repair does nothing."""
+    settings: Any = {"remove_on_success": remove, "remove_on_failure": remove, "send_events": False, "get_events": False}
+
+    async def handler(job: Job) -> None:
+        number = job.data
+        await asyncio.sleep(0)
+        if number % 3 == 0:
+            raise ValueError
+
+    workers = [make_queue(activate_delayed_jobs=True, delayed_debounce=1, **settings) for _ in range(2)]
+    for worker in workers:
+        worker.process(handler, 5)
+    producer = make_queue(is_worker=False, get_events=False)
+    suspected: list[int] = []
+    saved = 0
+    stopped = asyncio.Event()
+
+    async def produce() -> None:
+        nonlocal saved
+        while not stopped.is_set():
+            jobs = [producer.create_job(number).retries(number % 2) for number in range(200)]
+            for job in jobs[::4]:
+                job.backoff("fixed", 1)
+            assert await producer.save_all(jobs) == {}
+            saved += len(jobs)
+            await until(lambda: is_shorter(producer, 1_000))
+
+    producing = asyncio.create_task(produce())
+    checker = make_queue(is_worker=False, get_events=False)
+    await until(lambda: saved > 1_000)
+    looks = 0
+    while looks < 3 or saved < 4_000:
+        report = await check(checker)
+        assert report.findings == []
+        assert (await repair(checker, report)).findings == []
+        suspected.append(await first_look(checker))
+        looks += 1
+    stopped.set()
+    await producing
+    assert max(suspected) > 0  # without the second look there would have been false alarms
+    await until(lambda: is_empty(producer), deadline_s=30)
+    assert (await check(checker)).findings == []
+
+
+async def first_look(queue: Queue) -> int:
+    snapshot = await fsck._read(await fsck._store_of(queue))
+    return sum(len(job_ids) for job_ids in suspects(snapshot).values())
+
+
+async def is_shorter(queue: Queue, length: int) -> bool:
+    return (await queue.check_health()).waiting < length
+
+
+async def is_empty(queue: Queue) -> bool:
+    health = await queue.check_health()
+    return health.waiting + health.active + health.delayed == 0
+
+
+async def test_repairs_beside_workers_lose_no_job_and_repeat_none(make_queue: MakeQueue, redis: Any) -> None:
+    """A repaired queue drains: each job that had not ended runs once, and those that had do not."""
+    queue = make_queue(is_worker=False)
+    jobs = queue.to_key("jobs")
+    ran: list[str | None] = []
+    damaged = []
+    for number in range(300):
+        job_id = f"d{number}"
+        kind = number % 6
+        if kind != 0:
+            await redis.hset(jobs, job_id, entry("succeeded" if kind == 5 else "created", timestamp=1))
+        places = [
+            ["waiting"],
+            [],
+            ["waiting", "waiting"],
+            ["active", "delayed"],
+            ["waiting", "failed"],
+            ["waiting", "succeeded"],
+        ]
+        await put(redis, queue, places[kind], job_id)
+        if kind == 3:
+            await put(redis, queue, ["stalling"], job_id)
+        if kind not in (0, 5):
+            damaged.append(job_id)
+
+    report = await check(queue)
+    assert len(report.findings) == 350  # those in active are silent, too
+    await repair(queue, report)
+    assert (await check(queue)).findings == []
+    assert (await queue.check_health())[:5] == (200, 0, 50, 0, 0)
+    workers = [make_queue() for _ in range(2)]
+    for worker in workers:
+        worker.process(lambda job: ran.append(job.id), 3)
+    await until(lambda: is_empty(queue))
+    assert sorted(map(str, ran)) == sorted(damaged)
+    assert (await queue.check_health())[:5] == (0, 0, 250, 0, 0)
+    assert (await check(queue)).findings == []
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+class Ended:
+    def __init__(self, code: int | None, out: bytes, err: bytes) -> None:
+        self.code = code
+        self.lines = out.decode().splitlines()
+        self.errors = err.decode().splitlines()
+
+
+async def command(url: str, *arguments: str, **environment: str) -> Ended:
+    """`python -m beequeue check …`, to its end."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "beequeue", "check", *arguments),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": url, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    return Ended(process.returncode, out, err)
+
+
+async def test_the_command(queue: Queue, redis: Any, url: str, name: str) -> None:
+    """names, changes nothing; repairs, and names what is left"""
+    jobs = queue.to_key("jobs")
+    ended = await command(url, name)
+    assert (ended.code, ended.lines) == (0, [f"queue {name!r} does not exist: it has no keys"])
+    await queue.create_job().set_id("good").save()
+    ended = await command(url, name)
+    assert (ended.code, ended.lines) == (0, [f"queue {name!r}: 0 findings in 1 jobs"])
+    await put(redis, queue, ["waiting", "failed"], "\x1b[2J")
+    for job_id, data in (("orphan", entry()), ("two", entry("failed")), ("old", entry()), ("bad", "{")):
+        await redis.hset(jobs, job_id, data)
+    await put(redis, queue, ["waiting", "failed"], "two")
+    await put(redis, queue, ["active"], "old")
+    await put(redis, queue, ["delayed"], "bad")
+    before = await stored(redis, queue)
+    ended = await command(url, name, "--older-than", "60")
+    assert (ended.code, ended.errors) == (1, [])
+    assert ended.lines == [
+        "ghost '\\x1b[2J' in waiting, failed: would be taken out of waiting, failed",
+        "orphan 'orphan' in no state: would go to waiting",
+        "two-states 'two' in waiting, failed: would stay in failed alone",
+        "too-old 'old' in active: would go to waiting",
+        "unreadable 'bad' in jobs: is left to a worker, which moves it to failed",
+        f"queue {name!r}: 5 findings (1 ghost, 1 orphan, 1 two-states, 1 too-old, 1 unreadable) in 5 jobs",
+    ]
+    assert await stored(redis, queue) == before
+    ended = await command(url, name, "--repair", "--older-than", "60")
+    assert (ended.code, ended.errors) == (1, [])
+    assert ended.lines == [
+        "ghost '\\x1b[2J' in waiting, failed: taken out of waiting, failed",
+        "orphan 'orphan' in no state: moved to waiting",
+        "two-states 'two' in waiting, failed: left in failed alone",
+        "too-old 'old' in active: moved to waiting",
+        "unreadable 'bad' in jobs: is left to a worker, which moves it to failed",
+        f"queue {name!r}: 4 findings (1 ghost, 1 orphan, 1 two-states, 1 too-old) repaired; "
+        "1 finding (1 unreadable) left in 5 jobs",
+    ]
+    await redis.hdel(jobs, "bad")
+    ended = await command(url, name, "--repair")
+    assert (ended.code, ended.lines[-1]) == (0, f"queue {name!r}: 1 finding (1 ghost) repaired; 0 findings left in 4 jobs")
+
+
+async def test_the_command_in_json(queue: Queue, redis: Any, url: str, name: str) -> None:
+    """with every finding; and, for a person, the first ones"""
+    ids = [f"{number}\x1b" for number in range(1_234)]
+    await redis.sadd(queue.to_key("succeeded"), *ids)
+    ended = await command(url, name)
+    assert (ended.code, len(ended.lines)) == (1, 22)
+    assert ended.lines[-2:] == ["ghost: and 1,214 more", f"queue {name!r}: 1,234 findings (1,234 ghost) in 0 jobs"]
+    ended = await command(url, name, "--json")
+    (line,) = ended.lines
+    assert line.isprintable()
+    told = json.loads(line)
+    findings = told.pop("findings")
+    assert told == {"queue": name, "exists": True, "jobs": 0, "repaired": []}
+    assert sorted(finding["id"] for finding in findings) == sorted(ids)
+    assert findings[0] == {"kind": "ghost", "id": findings[0]["id"], "where": ["succeeded"], "remedy": ["succeeded"]}
+    ended = await command(url, name, "--json", "--repair")
+    told = json.loads(ended.lines[0])
+    assert (ended.code, told["findings"], len(told["repaired"])) == (0, [], 1_234)
+
+
+async def test_the_command_with_another_prefix_and_address(make_queue: MakeQueue, redis: Any, url: str, name: str) -> None:
+    queue = make_queue(is_worker=False, prefix="mine")
+    await put(redis, queue, ["delayed"], "ghost")
+    ended = await command("redis://127.0.0.1:1", name, "--prefix", "mine", "--redis", url)
+    assert (ended.code, len(ended.lines)) == (1, 2)
+    assert (await command(url, name)).code == 0
+
+
+async def test_the_command_needs_redis(own_server: Server, url: str, name: str) -> None:
+    """One line, no password; also when it goes away meanwhile, or says no."""
+    unreachable = await command("redis://user:secret@127.0.0.1:1", name)
+    own_server.stop()
+    gone = await command(own_server.url, name)
+    for ended in (unreachable, gone):
+        assert (ended.code, ended.lines, len(ended.errors)) == (3, [], 1)
+        assert ended.errors[0].startswith("python -m beequeue check: ")
+        assert "secret" not in ended.errors[0]
+
+
+async def test_the_command_and_a_key_of_another_type(queue: Queue, redis: Any, url: str, name: str) -> None:
+    await redis.set(queue.to_key("delayed"), "text")
+    ended = await command(url, name)
+    line = f"python -m beequeue check: the key {queue.to_key('delayed')!r} is not a sorted set, as it must be"
+    assert (ended.code, ended.lines, ended.errors) == (3, [], [line])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required: NAME"),
+        ([""], "argument NAME: must not be empty"),
+        (["q", "--older-than", "0"], "argument --older-than: must be a whole number, at least 1, not '0'"),
+        (["q", "--rep"], "unrecognized arguments: --rep"),
+    ],
+)
+async def test_a_wrong_argument(arguments: list[str], line: str) -> None:
+    ended = await command("redis://127.0.0.1:1", *arguments)
+    assert (ended.code, ended.lines) == (2, [])
+    assert ended.errors in ([f"python -m beequeue check: {line}"], [f"python -m beequeue: {line}"])
