@@ -574,7 +574,7 @@ async def test_the_command_with_another_prefix_and_address(make_queue: MakeQueue
 
 
 async def test_the_command_needs_redis(own_server: Server, url: str, name: str) -> None:
-    """One line, no password; also when it goes away meanwhile, or says no."""
+    """One line, no password."""
     unreachable = await command("redis://user:secret@127.0.0.1:1", name)
     own_server.stop()
     gone = await command(own_server.url, name)
