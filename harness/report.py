@@ -130,7 +130,9 @@ def verdict(two_sockets: Row, one_socket: Row) -> tuple[int, str]:
     if not two_sockets.lost:
         more = "give it more time, or more chains"
         return NO_RACE, f"The race did not show: of {two_sockets.jobs:,} jobs on two sockets none was lost; {more}."
-    found = f"on two sockets {_of(two_sockets)} never heard of their end and stay in memory"
+    size = two_sockets.bytes_per_lost_job
+    each = f", {size / 1000:.1f} kB each" if size and size > 0 else ""
+    found = f"on two sockets {_of(two_sockets)} never heard of their end and stay in memory{each}"
     if ratio.highest < SLOWER:
         return CURE_SLOWER, f"The cure costs speed: {found}; on one socket none was lost, but at {ratio}."
     return OK, f"The race, and its cure: {found}; on one socket none of {one_socket.jobs:,} was lost, at {ratio}."

@@ -37,6 +37,7 @@ class Relay:
         self._path = Path(self._directory.name) / "relay.sock"
         self._gates: dict[str, asyncio.Event] = {}
         self._split: set[str] = set()
+        self._last_words: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.lines: list[Line] = []
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
@@ -68,6 +69,10 @@ class Relay:
         """From now on passes each byte that Redis says on the connections of a role by itself."""
         self._split.add(role)
 
+    def cut_before(self, role: str, words: bytes) -> None:
+        """Cuts the next connection of a role on which Redis says `words`, when all before them has been passed on."""
+        self._last_words[role] = words
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._target.scheme == "unix":
             inner_reader, inner_writer = await asyncio.open_unix_connection(self._target.path)
@@ -98,6 +103,13 @@ class Relay:
                             # what is being read when the gate opens follows behind
                             sink.write(data)
                             data = await more
+                    words = self._last_words.get(line.role)
+                    if words and words in data:
+                        del self._last_words[line.role]
+                        sink.write(data[: data.index(words)])
+                        await sink.drain()
+                        line.cut()
+                        return
                     if line.role in self._split:
                         for index in range(len(data)):
                             sink.write(data[index : index + 1])

@@ -36,11 +36,12 @@ def judge(two: list[Run], one: list[Run]) -> tuple[int, str]:
 
 
 def test_the_race_and_its_cure() -> None:
-    code, sentence = judge([run(lost=100, per_s=1000), run(lost=0, per_s=1000)], [run(per_s=900), run(per_s=1200)])
+    two = [run(lost=100, per_s=1000, rss_kb=30_150), run(lost=0, per_s=1000, rss_kb=30_000)]
+    code, sentence = judge(two, [run(per_s=900), run(per_s=1200)])
     assert code == OK
     assert sentence == (
-        "The race, and its cure: on two sockets 100 of 20,000 jobs (0.50 %) never heard of their end and stay in memory; "
-        "on one socket none of 20,000 was lost, at 1.05 times the speed (0.90 to 1.20)."
+        "The race, and its cure: on two sockets 100 of 20,000 jobs (0.50 %) never heard of their end and stay in memory, "
+        "1.5 kB each; on one socket none of 20,000 was lost, at 1.05 times the speed (0.90 to 1.20)."
     )
 
 
@@ -86,6 +87,7 @@ def test_the_table() -> None:
 def test_memory_by_lost_job() -> None:
     assert Row("two", [run(lost=100, rss_kb=30_200)]).bytes_per_lost_job == 2048
     assert Row("one", [run()]).bytes_per_lost_job is None
+    assert "stay in memory;" in judge([run(lost=1, rss_kb=30_000)], [run()])[1]
 
 
 def test_latencies_are_kept_to_three_percent() -> None:

@@ -171,6 +171,30 @@ async def test_a_connection_that_drops_before_the_reply_binds_nothing(make_queue
         await producer.close()
 
 
+async def test_a_connection_that_drops_between_the_replies_and_the_events(make_queue: MakeQueue, url: str) -> None:
+    """The jobs are bound, and their events will not be repeated: their ends are asked for, and no result is invented."""
+    async with Relay(url) as relay:
+        producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
+        worker = await make_queue(get_events=False).ready()
+        done = Seen()
+        worker.on("succeeded", done)
+        relay.hold("event")
+        relay.cut_before("event", b"message")
+        jobs = [producer.create_job(number) for number in range(JOBS)]
+        saving = asyncio.gather(*(job.save() for job in jobs))
+        worker.process(echo)
+        await done.reaches(JOBS)
+        relay.release("event")
+        assert await saving == jobs
+        for job in jobs:
+            with pytest.raises(OutcomeUnknown):
+                await job.result()
+        assert producer.jobs == {}
+        assert (producer.unknown_outcomes, producer.reconnects) == (JOBS, 1)
+        assert len(make_queue.claim(ConnectionLost)) == 1
+        await producer.close()
+
+
 async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: MakeQueue, url: str, redis: Any) -> None:
     """Pub/sub has no replay: after a reconnect each tracked job is asked about, and no result is invented."""
     async with Relay(url) as relay:
