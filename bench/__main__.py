@@ -67,7 +67,7 @@ def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
-    """Everything that was asked for; raises `NoServer`, `Failed`, `Unavailable`."""
+    """Everything that was asked for; raises `NoServer`."""
     left_out = {}
     node = None
     try:
@@ -78,13 +78,16 @@ def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
     setup = paired.Setup(find_server(os.environ), sizes, options.rounds or (1 if options.quick else 5), node)
     results = table.Results(check_server(setup, arguments), setup.rounds, left_out=left_out)
     for name in options.only or MEASURES:
-        if name == "growth":
-            results.growth = growth.run(setup)
-        elif name != "peers":
-            results.samples |= paired.measure(setup, name)
-        elif not options.no_peers:
-            results.peers, missing = peers.run(setup)
-            left_out |= missing
+        try:
+            if name == "growth":
+                results.growth = growth.run(setup)
+            elif name != "peers":
+                results.samples |= paired.measure(setup, name)
+            elif not options.no_peers:
+                results.peers, missing = peers.run(setup)
+                left_out |= missing
+        except (Failed, Unavailable) as reason:
+            results.failed[name] = str(reason)  # the others are still worth their time
     return results
 
 
@@ -93,13 +96,13 @@ def main() -> int:
     options = parse(arguments)
     try:
         results = run(options, arguments)
-    except (NoServer, Failed, Unavailable) as error:
+    except NoServer as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     print(json.dumps(table.as_json(results), indent=2) if options.json else table.render(results))
-    return 0
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":

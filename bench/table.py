@@ -28,6 +28,8 @@ class Results:
     peers: list[PeerResult] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     """contestant -> why"""
+    failed: dict[str, str] = field(default_factory=dict)
+    """measure -> why"""
 
 
 def number(value: float) -> str:
@@ -77,6 +79,7 @@ def render(results: Results) -> str:
         )
         parts += [markdown(others, _peer_lines(results.peers)), _peer_verdict(results.peers)]
     parts += [f"{name} is left out: {reason}" for name, reason in results.left_out.items()]
+    parts += [f"{name} was not measured: {reason}" for name, reason in results.failed.items()]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -130,6 +133,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "growth": [{**vars(level), "met": level.met} for level in results.growth],
         "peers": [vars(peer) for peer in results.peers],
         "left_out": results.left_out,
+        "failed": results.failed,
     }
 
 
