@@ -8,7 +8,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart test lint behaviours proof clean
+.PHONY: help up local compare chart test lint behaviours proof bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,8 +39,11 @@ proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours
 
+bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on redis-server, in 15 minutes: BENCH="--only drain,latency --rounds 9"
+	@$(VENV)/bin/python -m bench $(BENCH)
+
 clean: ## remove .venv and what the tools left
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.13 …" if sys.version_info < (3, 11) else 0)'
@@ -59,6 +62,11 @@ $(VENV)/.compare: requirements.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.chart: requirements.txt pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the pictures need into $(VENV)" >&2
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[chart]' >&2
+	@touch $@
+
+$(VENV)/.bench: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the benchmark needs into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e . >&2
 	@touch $@
 
 $(VENV)/.test: requirements.txt pyproject.toml | $(VENV)/bin/python

@@ -1,0 +1,1 @@
+"""The benchmark: beequeue beside the real bee-queue on Node and Python's other queues. `python -m bench`, or `make bench`."""

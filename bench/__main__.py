@@ -1,0 +1,109 @@
+"""`python -m bench`: beequeue beside the real bee-queue on Node, and beside Python's other queues, on one machine.
+
+Starts Redis servers of its own (REDIS_SERVER, else the installed redis-server; REDIS_URL is not used) and prints tables, or
+JSON; progress goes to stderr. Ends with 0 when it has measured, with 1 when it could not, and with 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import NoReturn
+
+import redis
+
+from bench import growth, machine, paired, peers, table
+from bench.measures import MEASURES, QUICK, Sizes
+from bench.programs import Failed, Unavailable, find_node
+from harness.server import NoServer, find_server, running_server
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def measures(text: str) -> list[str]:
+    """The named measures, in the order in which they run."""
+    named = text.split(",")
+    for name in named:
+        if name not in MEASURES:
+            raise argparse.ArgumentTypeError(f"must be some of {','.join(MEASURES)}; {name!r} is not")
+    return [name for name in MEASURES if name in named]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--rounds", type=at_least_one, metavar="N", help="how often the sides alternate (default: 5)")
+    parser.add_argument("--only", type=measures, metavar="MEASURE,…", help=f"some of: {', '.join(MEASURES)}")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the other queues")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and one round, to try it out; its numbers mean little"
+    )
+    return parser.parse_args(arguments)
+
+
+def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
+    """What the numbers will be measured on; raises `NoServer` for a server whose speed tells nothing."""
+    with running_server(setup.server) as server:
+        with redis.Redis.from_url(server.url) as client:
+            allocator = client.info("memory")["mem_allocator"]
+        if not allocator.startswith("jemalloc"):
+            raise NoServer(
+                f"bench needs an installed redis-server, built with jemalloc as Debian's is: {setup.server} uses {allocator}"
+            )
+        return machine.describe(server.url, setup.node, arguments)
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
+    """Everything that was asked for; raises `NoServer`."""
+    left_out = {}
+    node = None
+    try:
+        node = find_node()
+    except Unavailable as reason:
+        left_out["bee-queue on Node"] = str(reason)
+    sizes = QUICK if options.quick else Sizes()
+    setup = paired.Setup(find_server(os.environ), sizes, options.rounds or (1 if options.quick else 5), node)
+    results = table.Results(check_server(setup, arguments), setup.rounds, left_out=left_out)
+    for name in options.only or MEASURES:
+        try:
+            if name == "growth":
+                results.growth = growth.run(setup)
+            elif name != "peers":
+                results.samples |= paired.measure(setup, name)
+            elif not options.no_peers:
+                results.peers, missing = peers.run(setup)
+                left_out |= missing
+        except (Failed, Unavailable) as reason:
+            results.failed[name] = str(reason)  # the others are still worth their time
+    return results
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    options = parse(arguments)
+    try:
+        results = run(options, arguments)
+    except NoServer as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(table.as_json(results), indent=2) if options.json else table.render(results))
+    return 1 if results.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+'use strict';
+
+// The order that a contestant gets, and the line that it prints: what bench/contestants/result.py is for Python.
+
+const order = JSON.parse(process.argv[2]);
+const redis = {path: new URL(order.url).pathname};
+
+function report(jobs, seconds, more) {
+  const {user, system} = process.cpuUsage();
+  const rss_kb = Math.round(process.memoryUsage.rss() / 1024);
+  console.log(JSON.stringify({jobs, seconds, rss_kb, cpu_s: (user + system) / 1e6, ...more}));
+}
+
+module.exports = {order, redis, report};

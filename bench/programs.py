@@ -1,0 +1,148 @@
+"""Running the contestants' programs: their environments, their orders, their results, and what they cost.
+
+Every program is a process that ends with this one. None runs beside another, but for those that belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.children import end_with_parent
+
+ROOT = Path(__file__).resolve().parent.parent
+NODE_MODULES = ROOT / "tests" / "node" / "node_modules"
+BEE_QUEUE = NODE_MODULES / "bee-queue"
+BENCH = ROOT / "bench"
+TIME_LIMIT_S = 300
+"""for one program"""
+INSTALL_S = 300
+END_S = 10
+"""how long a program may take to end after SIGTERM"""
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Unavailable(Exception):
+    """A contestant that cannot run here; the message is one line that says why."""
+
+
+class Failed(Exception):
+    """A program that did not measure; the message is one line."""
+
+
+class Program:
+    """One running process. Its stdout can be read line by line; its stderr is kept for when it fails."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str] | None = None) -> None:
+        self.name = " ".join(Path(part).name for part in command if not part.startswith("{"))
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the program
+        self._process = subprocess.Popen(  # noqa: S603 - our own programs
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends it, if it has not ended by itself."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
+
+    def line(self) -> dict[str, Any]:
+        """The next line of its stdout; raises `Failed` when there is none."""
+        assert self._process.stdout is not None
+        text = self._process.stdout.readline()
+        if not text:
+            self._process.wait(END_S)
+            raise Failed(f"{self.name} ended with {self._process.returncode} instead of a result: {self._last_error()}")
+        told: dict[str, Any] = json.loads(text)
+        return told
+
+    def result(self) -> dict[str, Any]:
+        """The line that it prints in the end; raises `Failed`."""
+        try:
+            printed, _ = self._process.communicate(timeout=TIME_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{self.name} took more than {TIME_LIMIT_S} s") from None
+        if self._process.returncode or not printed:
+            raise Failed(f"{self.name} ended with {self._process.returncode}: {self._last_error()}")
+        told: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return told
+
+    def _last_error(self) -> str:
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line]  # Node says more behind it
+        return (errors or lines or ["it said nothing"])[-1]
+
+
+def python_program(name: str, order: Mapping[str, Any]) -> Program:
+    """A program of bench/contestants/."""
+    return Program([sys.executable, "-m", f"bench.contestants.{name}", json.dumps(order)])
+
+
+def node_program(node: str, name: str, order: Mapping[str, Any]) -> Program:
+    """A program of bench/node/."""
+    return Program([node, str(BENCH / "node" / f"{name}.js"), json.dumps(order)], {"NODE_PATH": str(NODE_MODULES)})
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time that a process has used so far, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def find_node() -> str:
+    """The path of Node, with its bee-queue installed; raises `Unavailable`."""
+    node = shutil.which("node")
+    if node is None:
+        raise Unavailable("there is no node on PATH")
+    npm_ci(NODE_MODULES.parent)
+    return node
+
+
+def npm_ci(directory: Path) -> None:
+    """Installs a directory's lock file, unless that is done; raises `Unavailable`."""
+    installed, lock = directory / "node_modules" / ".package-lock.json", directory / "package-lock.json"
+    if installed.exists() and installed.stat().st_mtime >= lock.stat().st_mtime:
+        return
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Unavailable("there is no npm on PATH")
+    install([npm, "ci", "--prefix", str(directory), "--no-audit", "--no-fund"])
+
+
+def install(command: list[str]) -> None:
+    """Runs a package client; raises `Unavailable` with the last line of what it said."""
+    print("installing:", " ".join(Path(part).name for part in command), file=sys.stderr, flush=True)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)  # noqa: S603 - ours
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if line.strip()]
+        raise Unavailable(f"it cannot be installed: {said[-1].strip() if said else error.returncode}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"its installation took more than {INSTALL_S} s") from None
