@@ -18,9 +18,9 @@ from bench.measures import MEASURES, NODE, OURS, ROWS
 from bench.peers import PeerResult
 from bench.programs import Failed, Program
 from bench.summary import Summary, paired_ratios, summarise
+from harness.original import NoOriginal, install
 from harness.server import NoServer, find_server, wheel_server
 from tests.conftest import skip
-from tests.node_peer import NoPeer, install
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +56,7 @@ def installed_server() -> None:
 def node() -> None:
     try:
         install()
-    except NoPeer as reason:
+    except NoOriginal as reason:
         skip(str(reason))
 
 
