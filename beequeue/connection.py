@@ -13,7 +13,7 @@ import asyncio
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -236,6 +236,14 @@ class Connection:
             )
         else:
             self._waiting.append(command)
+
+    def send_all(self, commands: Sequence[Command]) -> None:
+        """Issues commands one behind the other, in one write."""
+        if self.link is not None:
+            self.link.send_all(commands)
+        else:
+            for command in commands:
+                self.send(command)
 
     async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
         """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""

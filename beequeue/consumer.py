@@ -1,9 +1,8 @@
 """A worker: takes jobs, runs the handler, settles each job and takes the next in the same step.
 
-Shape of the hot path, because speed is decided here:
+Shape of the hot path, because speed is decided here and in `intake`:
 - replies are handled by callbacks, in the step that parses them; the only task is the handler's, and where Python can (3.12)
   it starts eagerly: a handler that never suspends is settled without one more turn of the loop;
-- while a slot is free there is exactly one blocking take;
 - finishing a job brings the next one in the same reply, so a busy slot needs one round trip a job;
 - one heartbeat for all running jobs; a timer for a job only when it has a time-out.
 
@@ -24,8 +23,6 @@ from typing import Any, Protocol
 from beequeue.decisions import fail, message_of, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
-    CommandError,
-    ConnectionLost,
     JobTimeout,
     LateFinish,
     OutcomeNotRecorded,
@@ -33,6 +30,7 @@ from beequeue.errors import (
     UnreadableData,
 )
 from beequeue.events import encode_event
+from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Command
 from beequeue.settings import QueueSettings
@@ -44,10 +42,8 @@ Handler = Callable[[Job], Any]
 """An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""
 
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-UNBLOCK_EVERY_S = 0.05
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
-LONGEST_REFUSAL_DELAY_MS = 15_000
 MORE_THREADS = 100
 """Threads beyond the concurrency: a time-out frees a slot, but does not stop the thread."""
 
@@ -96,87 +92,24 @@ class Consumer:
         self._store = store
         self._host = host
         self._settings = host.settings
-        self._concurrency = concurrency
         self._handler = handler
         self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
-        self._free = concurrency
-        self._take: Command | None = None
-        self._reading = 0
-        self._refused_in_a_row = 0
-        self._refusal_timer: asyncio.TimerHandle | None = None
         self._heart: asyncio.Task[None] | None = None
         self._starting = False
-        self._closing = False
-        self._cut_off = False
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._intake = Intake(store, host, concurrency, self._begin, self._changed)
 
     def start(self) -> None:
         """Begins to take jobs."""
         self._heart = asyncio.create_task(self._beat(), name="beequeue heartbeat")
-        self._pump()
+        self._intake.pump()
 
     def owns_current_task(self) -> bool:
         """Whether the caller is one of this worker's handlers."""
         task = asyncio.current_task()
         return self._starting or any(run.task is task for run in self._held)
-
-    # --- intake ----------------------------------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Keeps one blocking take open while a slot is free."""
-        if self._free and self._take is None and not self._reading and self._refusal_timer is None and not self._closing:
-            self._take = self._store.take_blocking(self._taken)
-
-    def _taken(self, reply: Any) -> None:
-        self._take = None
-        if isinstance(reply, BeeQueueError):
-            self._take_refused(reply)
-        elif reply is not None:
-            self._refused_in_a_row = 0
-            if self._closing:
-                self._held[Run(self, self._store.job_id(reply))] = None
-            else:
-                self._read(reply, self._free - 1)
-        self._pump()
-        self._changed.set()
-
-    def _read(self, job_id: bytes, more: int) -> None:
-        """Asks for the data of a job that was taken, and for more jobs to fill the free slots."""
-        self._reading += 1
-        self._store.take(job_id, more, self._was_read)
-
-    def _was_read(self, reply: Any) -> None:
-        self._reading -= 1
-        if isinstance(reply, BeeQueueError):
-            self._host._report(reply)
-            if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
-                self._closing = self._cut_off = True
-        else:
-            for taken in self._store.taken_from(reply):
-                self._free -= 1
-                self._begin(taken)
-        self._pump()
-        self._changed.set()
-
-    def _take_refused(self, error: BeeQueueError) -> None:
-        """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
-        code = error.code if isinstance(error, CommandError) else ""
-        if self._closing or code == "UNBLOCKED":
-            return
-        self._host._report(error)
-        self._refused_in_a_row += 1
-        first = self._settings.initial_redis_failure_retry_delay
-        delay = min(first * 2 ** (self._refused_in_a_row - 1), LONGEST_REFUSAL_DELAY_MS)
-        self._refusal_timer = self._loop.call_later(delay / 1000, self._after_refusal, code == "OOM")
-
-    def _after_refusal(self, full: bool) -> None:
-        self._refusal_timer = None
-        if full and self._free and not self._closing:
-            self._read(b"", self._free)
-        else:
-            self._pump()
 
     # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -184,7 +117,7 @@ class Consumer:
         """Occupies a slot with a job: runs the handler up to its first suspension, where Python can (3.12)."""
         run = Run(self, taken.id, taken.entry)
         self._held[run] = None
-        if self._closing:
+        if self._intake.closing:
             return  # to be handed back
         try:
             run.job = self._host._decode_job(taken.id, taken.entry)
@@ -193,12 +126,14 @@ class Consumer:
             self._settle(run, Settlement("failed", taken.entry, b""))
             return
         self.running += 1
+        self._intake.hold()
         self._starting = bool(EAGERLY)
         try:
             attempt = self._attempt(run, run.job)
             run.task = asyncio.Task(attempt, loop=self._loop, name="beequeue job", **EAGERLY)
         finally:
             self._starting = False
+            self._intake.pump_soon()
 
     async def _attempt(self, run: Run, job: Job) -> None:
         """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
@@ -219,9 +154,9 @@ class Consumer:
             self._settle(run, self._decide(run, job))
         except Exception as fault:  # ours; without a heartbeat the stall check brings the job back
             del self._held[run]
-            self._free += 1
+            self._intake.release()
             self._host._report(fault)
-            self._pump()
+            self._intake.pump()
 
     async def _within(self, limit: Any, run: Run, job: Job) -> Any:
         if not isinstance(limit, (int, float)) or limit <= 0:
@@ -271,7 +206,8 @@ class Consumer:
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""
         run.settlement = settlement
-        run.finish = self._store.finish(run.id, settlement, take_next=not self._closing, on_reply=run.finished)
+        run.finish = self._store.finish(run.id, settlement, take_next=not self._intake.closing, on_reply=run.finished)
+        self._intake.settle(run.finish)
 
     def finished(self, run: Run, reply: Any) -> None:
         """The end of a run: its slot goes to the job that Redis answered with, or is free."""
@@ -297,9 +233,9 @@ class Consumer:
         if following is not None:
             self._begin(following)
         else:
-            self._free += 1
-            self._pump()
-        if self._closing:
+            self._intake.release()
+            self._intake.pump()
+        if self._intake.closing:
             self._changed.set()
 
     def _announce(self, run: Run) -> None:
@@ -335,12 +271,10 @@ class Consumer:
         lose the job that is just arriving; handlers have until the time-out, then `async` ones are cancelled (a thread
         cannot be: its job stays in `active`); finishes under way are waited for; all that is still held goes back.
         """
-        self._closing = True
-        if self._refusal_timer is not None:
-            self._refusal_timer.cancel()
+        self._intake.close()
         deadline = self._loop.time() + timeout_s
-        answers = await self._end_intake(client_id, deadline)
-        in_time = await self._until(lambda: not self._under_way(), deadline) and (answers or self._cut_off)
+        answers = await self._intake.end(client_id, deadline, GRACE_S, self._until)
+        in_time = await self._until(lambda: not self._under_way(), deadline) and (answers or self._intake.cut_off)
         if not in_time:
             for run in self._under_way():
                 if run.finish is None and run.task is not None:
@@ -393,31 +327,6 @@ class Consumer:
         except TimeoutError:
             return condition()
         return True
-
-    async def _end_intake(self, client_id: int | None, deadline: float) -> bool:
-        """Returns when nothing is being taken any more; False when Redis does not answer by the deadline, or cannot be asked.
-
-        Where CLIENT UNBLOCK is not permitted a take runs its course, as long as Redis answers.
-        """
-        answered_at = self._loop.time()
-
-        def on_reply(reply: Any) -> None:
-            nonlocal answered_at
-            if isinstance(reply, QueueClosed):
-                self._cut_off = True
-            elif not isinstance(reply, ConnectionLost):
-                answered_at = self._loop.time()
-
-        while (self._take is not None or self._reading) and not self._cut_off:
-            if self._take is not None and self._store.withdraw_take(self._take):
-                self._take = None
-                continue
-            if self._loop.time() > max(deadline, answered_at + GRACE_S):
-                return False
-            # again and again: one that comes before the take does nothing
-            self._store.unblock(client_id if self._take is not None else None, on_reply)
-            await self._until(lambda: self._take is None and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
-        return not self._cut_off
 
     async def _hand_back(self) -> None:
         """Returns what is held and neither being settled nor in a thread that goes on."""

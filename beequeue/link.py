@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
@@ -92,17 +92,19 @@ class Link(asyncio.Protocol):
 
     def send(self, command: Command) -> None:
         """Issues a command: at once when nothing is in flight; else what one step of the loop issues leaves in one write."""
-        packed = hiredis.pack_command(command.args)
+        self.send_all((command,))
+
+    def send_all(self, commands: Sequence[Command]) -> None:
+        """Issues commands one behind the other, in one write."""
+        packed = [hiredis.pack_command(command.args) for command in commands]
         if not self._in_flight and not self.down:
             # nothing to join with: a later write would only cost the loop another turn
-            self._in_flight.append(command)
-            self._transport.write(packed)
-            return
-        unsent = self._unsent
-        if not unsent:
-            self._loop.call_soon(self._flush)
-        unsent.append(packed)
-        self._in_flight.append(command)
+            self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
+        else:
+            if not self._unsent:
+                self._loop.call_soon(self._flush)
+            self._unsent += packed
+        self._in_flight.extend(commands)
 
     def _flush(self) -> None:
         unsent = self._unsent

@@ -35,7 +35,7 @@ each before what it causes. What may be large or belongs to a worker goes on the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +110,11 @@ KEYS = ("id", "jobs", "stallBlock", "stalling", "waiting", "active", "succeeded"
 """All keys of a queue, below its prefix."""
 
 
+NEWEST = 4
+"""How many jobs the script behind a take reads, to find the one that was taken; see its header."""
+NEWEST_BYTES = 4096
+
+
 class Store:
     """One queue's data in Redis. Every method names its key or message."""
 
@@ -140,6 +145,7 @@ class Store:
         self._check_health = _head("check_health", waiting, active, succeeded, failed, delayed, key("id"))
         self._clean = {kind: _head("clean", key(kind), jobs_key) for kind in ("succeeded", "failed")}
         self._take = _head("take", jobs_key, waiting, active)
+        self._read_taken = _head("read_taken", jobs_key, waiting, active)
         self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
         self._check_stalled = _head("check_stalled_jobs", key("stallBlock"), self._stalling, waiting, active)
         self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
@@ -241,17 +247,39 @@ class Store:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    def take_blocking(self, on_reply: Reply) -> Command:
-        """Waits for a job and moves its id from `waiting` to `active`; the reply is the id, or None after 5 s."""
-        assert self._takes is not None
-        command = Command(self._blocking_take, on_reply, repeat=self._blocking_take)
-        self._takes.send(command)
-        return command
+    def take_blocking(self, settlements: Sequence[Command], more: int, on_id: Reply, on_jobs: Reply) -> tuple[Command, ...]:
+        """Waits for a job and moves its id from `waiting` to `active`; behind that reads it, and takes at most `more` besides.
 
-    def withdraw_take(self, command: Command) -> bool:
+        `on_id` gets the id, or None after 5 s; `on_jobs` what is for `taken_behind`. `settlements` go first, in the same write.
+        """
+        assert self._takes is not None
+        args = (*self._read_taken, more, NEWEST, NEWEST_BYTES)
+        take = (
+            Command(self._blocking_take, on_id, repeat=self._blocking_take),
+            Command(args, on_jobs, repeat=args, script=SCRIPTS["read_taken"].text),
+        )
+        if self._takes.link is None:
+            self.settle(settlements)
+            settlements = ()
+        self._takes.send_all((*settlements, *take))
+        return take
+
+    @staticmethod
+    def taken_behind(job_id: bytes | None, reply: Sequence[Any]) -> tuple[list[Taken], bytes | None]:
+        """The jobs of a blocking take that moved `job_id` (None: nothing); and `job_id`, if its data is not among the reply."""
+        newest = 1 + 2 * reply[0]
+        taken = [Taken(_text(reply[index]), reply[index + 1]) for index in range(newest, len(reply), 2)]
+        if job_id is None:
+            return taken, None
+        for index in range(1, newest, 2):
+            if reply[index] == job_id:
+                return [Taken(_text(job_id), reply[index + 1]), *taken], None
+        return taken, job_id
+
+    def withdraw_take(self, take: Sequence[Command]) -> bool:
         """Takes back a take that waits for its connection; False when Redis has it, or has answered."""
         assert self._takes is not None
-        return self._takes.withdraw(command)
+        return all(self._takes.withdraw(command) for command in take)
 
     def unblock(self, client_id: int | None, on_reply: Reply) -> None:
         """Ends a blocking take early (`CLIENT UNBLOCK`), or, without a client id, only asks whether Redis answers (`PING`)."""
@@ -271,13 +299,12 @@ class Store:
         return _text(reply)
 
     @staticmethod
-    def taken_from(reply: Sequence[bytes]) -> Iterator[Taken]:
+    def taken_from(reply: Sequence[bytes]) -> list[Taken]:
         """The jobs in a reply to `take`."""
-        for index in range(0, len(reply), 2):
-            yield Taken(_text(reply[index]), reply[index + 1])
+        return [Taken(_text(reply[index]), reply[index + 1]) for index in range(0, len(reply), 2)]
 
     def finish(self, job_id: str, settlement: Settlement, *, take_next: bool, on_reply: Reply) -> Command:
-        """Settles a job, publishes its event and takes the next one; the reply is for `finished_from`."""
+        """What settles a job, publishes its event and takes the next one; the reply is for `finished_from`. Not sent yet."""
         status, entry, message, retry_at = settlement
         if status != "retrying":
             how, when = "delete" if entry is None else "set", ""
@@ -288,9 +315,11 @@ class Store:
         settle = (*self._finish[status], _bytes(job_id), how, entry or b"", message, when)
         repeat = (*settle, b"0")
         args = (*settle, b"1") if take_next else repeat
-        command = Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text)
-        self._commands.send(command)
-        return command
+        return Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text)
+
+    def settle(self, settlements: Sequence[Command]) -> None:
+        """Sends what `finish` has made, in one write."""
+        self._commands.send_all(settlements)
 
     @staticmethod
     def finished_from(reply: Sequence[Any]) -> tuple[bool, Taken | None]:

@@ -17,6 +17,7 @@ ORDER = [
     "queue",
     "producer",
     "consumer",
+    "intake",
     "decisions",
     "maintenance",
     "tracker",

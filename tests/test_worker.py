@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from beequeue import (
     CommandError,
@@ -26,10 +27,11 @@ from beequeue import (
     Queue,
     UnreadableData,
 )
-from beequeue import consumer as consumer_module
+from beequeue import intake as intake_module
 from beequeue.consumer import Handler
 from beequeue.job import now_ms
 from beequeue.store import SCRIPTS
+from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import said
 from tests.relay import Line, Relay
@@ -160,7 +162,7 @@ async def test_the_way_of_the_ids(make_queue: MakeQueue, redis: Any, url: str) -
         checks = said(relay, _sha("check_stalled_jobs"))
         await until(lambda: said(relay, _sha("check_stalled_jobs")) >= checks + 5)
         assert said(relay, b"BRPOPLPUSH") == 2
-        assert said(relay, _sha("take")) == 1
+        assert (said(relay, _sha("read_taken")), said(relay, _sha("take"))) == (2, 0)
         await worker.close()
 
 
@@ -183,7 +185,7 @@ async def test_one_take_is_open_however_many_slots_are_free(make_queue: MakeQueu
         await _make_available(redis, worker, *"abcdefg")
         assert [job_id for (job_id,) in await started.reaches(5)] == [*"abcde"]
         assert await redis.lrange(worker.to_key("waiting"), 0, -1) == ["g", "f"]
-        assert (said(relay, b"BRPOPLPUSH"), said(relay, _sha("take"))) == (1, 1)
+        assert (said(relay, b"BRPOPLPUSH"), said(relay, _sha("read_taken")), said(relay, _sha("take"))) == (1, 1, 0)
         gate.set()
         await done.reaches(7)
         checks = said(relay, _sha("check_stalled_jobs"))
@@ -1242,8 +1244,8 @@ async def test_a_refused_take_is_one_refusal_for_all_slots(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QK-13: however many there are; the delay doubles, to 15 s at most"""
-    assert consumer_module.LONGEST_REFUSAL_DELAY_MS == 15_000
-    monkeypatch.setattr(consumer_module, "LONGEST_REFUSAL_DELAY_MS", 40)
+    assert intake_module.LONGEST_REFUSAL_DELAY_MS == 15_000
+    monkeypatch.setattr(intake_module, "LONGEST_REFUSAL_DELAY_MS", 40)
     queue = make_queue(initial_redis_failure_retry_delay=10)
     times: list[float] = []
     queue.on("error", lambda error: times.append(asyncio.get_running_loop().time()))
@@ -1322,3 +1324,31 @@ async def _everything(redis: Any, queue: Queue) -> dict[str, Any]:
         "delayed": await redis.zrange(queue.to_key("delayed"), 0, -1, withscores=True),
         "id": await redis.get(queue.to_key("id")),
     }
+
+
+@pytest.mark.parametrize("size", [1, 5000], ids=["small", "large"])
+async def test_a_take_finds_its_own_job_among_the_newest(make_queue: MakeQueue, own_server: Server, size: int) -> None:
+    """Many jobs move to `active` in one turn of Redis's loop: whoever took one has its data, at once or on asking again."""
+    seen, done = Seen(), Seen()
+    jobs = {str(number): str(number) * size for number in range(100, 150)}
+
+    async def handler(job: Job) -> None:
+        seen((job.id, job.data))
+
+    workers = [make_queue(redis=own_server.url, get_events=False) for _ in range(8)]
+    for worker in workers:
+        worker.on("succeeded", done)
+        worker.process(handler)
+    producer = make_queue(redis=own_server.url, is_worker=False)
+    async with Redis.from_url(own_server.url) as redis:
+        await until(lambda: _blocked(redis, len(workers)))
+        assert await producer.save_all(producer.create_job(data).set_id(job_id) for job_id, data in jobs.items()) == {}
+        await done.reaches(len(jobs))
+        assert sorted(call for (call,) in seen.calls) == sorted(jobs.items())
+        assert await redis.exists(*(producer.to_key(key) for key in ("active", "waiting"))) == 0
+    for queue in (*workers, producer):
+        await queue.close()
+
+
+async def _blocked(redis: Any, count: int) -> bool:
+    return bool((await redis.info("clients"))["blocked_clients"] == count)

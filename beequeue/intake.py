@@ -1,0 +1,189 @@
+"""What brings a worker its jobs: one blocking take while a slot is free, and what goes to Redis in the same write.
+
+Shape of the hot path, because speed is decided here:
+- a take is two commands in one write: BRPOPLPUSH, and behind it the script that reads what was taken, which Redis runs in the
+  moment in which the take is answered. So a job is here, data and all, after one trip;
+- the next take is issued when the runs that have just begun have made their first step. What they have settled by then goes in
+  front of it, in the same write. Behind a take that is open a settlement would be stuck; then it has the command connection.
+
+Knows nothing of handlers: `begin` gets each job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
+from beequeue.link import Command
+from beequeue.settings import QueueSettings
+from beequeue.store import Store, Taken
+
+UNBLOCK_EVERY_S = 0.05
+LONGEST_REFUSAL_DELAY_MS = 15_000
+
+Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
+"""Waits until a condition holds, or until a deadline in the loop's time."""
+
+
+class Host(Protocol):
+    """What the intake asks of its queue."""
+
+    settings: QueueSettings
+
+    def _report(self, error: Exception) -> None: ...
+
+
+class Intake:
+    """`free` slots, and the take that fills them. A slot is taken up when `begin` is called, and given back by `release`."""
+
+    def __init__(self, store: Store, host: Host, slots: int, begin: Callable[[Taken], None], changed: asyncio.Event) -> None:
+        self.closing = False
+        self.cut_off = False
+        self._free = slots
+        self._store = store
+        self._host = host
+        self._begin = begin
+        self._changed = changed
+        self._loop = asyncio.get_running_loop()
+        self._take: tuple[Command, ...] = ()
+        self._taken_id: Any = None
+        self._reading = 0
+        self._held = 0
+        self._settlements: list[Command] = []
+        self._refused_in_a_row = 0
+        self._refusal_timer: asyncio.TimerHandle | None = None
+
+    # --- what leaves -----------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Pumps no more, and keeps settlements, until `pump_soon` has been called as often."""
+        self._held += 1
+
+    def pump_soon(self) -> None:
+        """Lets go of a hold, when what has been scheduled so far has been done."""
+        self._loop.call_soon(self._let_go)
+
+    def _let_go(self) -> None:
+        self._held -= 1
+        self.pump()
+
+    def pump(self) -> None:
+        """Keeps one take open while a slot is free."""
+        if self._held:
+            return
+        settlements = self._settlements
+        if self._free and not (self._take or self._reading or self._refusal_timer or self.closing):
+            self._take = self._store.take_blocking(settlements, self._free - 1, self._answered, self._read_behind)
+        elif settlements:
+            self._store.settle(settlements)
+        settlements.clear()
+
+    def settle(self, settlement: Command) -> None:
+        """Sends a settlement: at once, or with what is pumped next."""
+        if self._held:
+            self._settlements.append(settlement)
+        else:
+            self._store.settle((settlement,))
+
+    def release(self) -> None:
+        """Gives a slot back."""
+        self._free += 1
+
+    # --- what comes in ---------------------------------------------------------------------------------------------------
+
+    def _answered(self, reply: Any) -> None:
+        """The take's own reply; that of the script follows."""
+        self._taken_id = reply
+
+    def _read_behind(self, reply: Any) -> None:
+        """The reply to the script behind the take: its job, and more for the other free slots."""
+        answer, self._taken_id, self._take = self._taken_id, None, ()
+        if isinstance(answer, BeeQueueError):
+            self._refused(answer)
+        elif answer is not None:
+            self._refused_in_a_row = 0
+        if isinstance(reply, BeeQueueError):
+            if isinstance(answer, bytes):
+                self._host._report(reply)
+                self._read(answer, 0)
+        else:
+            taken, missing = self._store.taken_behind(answer if isinstance(answer, bytes) else None, reply)
+            if missing is not None:
+                self._read(missing, 0)
+            self._fill(taken)
+        self.pump()
+        self._changed.set()
+
+    def _read(self, job_id: bytes, more: int) -> None:
+        """Asks for the data of a job that was taken (empty: none was), and for more jobs."""
+        self._reading += 1
+        self._store.take(job_id, more, self._was_read)
+
+    def _was_read(self, reply: Any) -> None:
+        self._reading -= 1
+        if isinstance(reply, BeeQueueError):
+            self._host._report(reply)
+            if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
+                self.closing = self.cut_off = True
+        else:
+            self._fill(self._store.taken_from(reply))
+        self.pump()
+        self._changed.set()
+
+    def _fill(self, taken: list[Taken]) -> None:
+        for each in taken:
+            self._free -= 1
+            self._begin(each)
+
+    def _refused(self, error: BeeQueueError) -> None:
+        """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
+        code = error.code if isinstance(error, CommandError) else ""
+        if self.closing or code == "UNBLOCKED":
+            return
+        self._host._report(error)
+        self._refused_in_a_row += 1
+        first = self._host.settings.initial_redis_failure_retry_delay
+        delay = min(first * 2 ** (self._refused_in_a_row - 1), LONGEST_REFUSAL_DELAY_MS)
+        self._refusal_timer = self._loop.call_later(delay / 1000, self._after_refusal, code == "OOM")
+
+    def _after_refusal(self, full: bool) -> None:
+        self._refusal_timer = None
+        if full and self._free and not self.closing:
+            self._read(b"", self._free)
+        else:
+            self.pump()
+
+    # --- the end ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """From now on there is no new take."""
+        self.closing = True
+        if self._refusal_timer is not None:
+            self._refusal_timer.cancel()
+
+    async def end(self, client_id: int | None, deadline: float, grace_s: float, until: Until) -> bool:
+        """Returns when nothing is being taken any more; False when Redis does not answer by the deadline, or cannot be asked.
+
+        Where CLIENT UNBLOCK is not permitted a take runs its course, as long as Redis answers.
+        """
+        answered_at = self._loop.time()
+
+        def on_reply(reply: Any) -> None:
+            nonlocal answered_at
+            if isinstance(reply, QueueClosed):
+                self.cut_off = True
+            elif not isinstance(reply, ConnectionLost):
+                answered_at = self._loop.time()
+
+        while (self._take or self._reading) and not self.cut_off:
+            if self._take and self._store.withdraw_take(self._take):
+                self._take = ()
+                continue
+            if self._loop.time() > max(deadline, answered_at + grace_s):
+                return False
+            # again and again: one that comes before the take does nothing
+            self._store.unblock(client_id if self._take else None, on_reply)
+            await until(lambda: not self._take and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
+        return not self.cut_off
