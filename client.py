@@ -14,6 +14,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from typing import Any
 
+import uvloop
+
 import config
 from beequeue import BeeQueueError, ConnectionLost, Queue, linear_backoff
 
@@ -218,7 +220,7 @@ if __name__ == "__main__":
     configuration = config.load()
     config.log_to_stderr()
     try:
-        asyncio.run(main(configuration))
+        uvloop.run(main(configuration))
     except BeeQueueError as error:
         config.fail(f"client: {error}")
     except BrokenPipeError:  # whoever read the stats has gone

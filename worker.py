@@ -7,6 +7,8 @@ import logging
 import signal
 from typing import Any
 
+import uvloop
+
 import config
 from beequeue import BeeQueueError, Job, OperationTimedOut, Queue
 
@@ -51,6 +53,6 @@ if __name__ == "__main__":
     configuration = config.load()
     config.log_to_stderr()
     try:
-        asyncio.run(main(configuration))
+        uvloop.run(main(configuration))
     except BeeQueueError as error:
         config.fail(f"worker: {error}")

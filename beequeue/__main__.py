@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
+import uvloop
+
 from beequeue.connection import Address, check_redis_url
 from beequeue.consumer import Handler, is_async
 from beequeue.errors import BeeQueueError, OperationTimedOut
@@ -168,7 +170,7 @@ def _worker(options: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
     try:
-        asyncio.run(_work(options))
+        uvloop.run(_work(options))
     except BeeQueueError as error:
         log.error("%s", _one_line(error))
         return 1
