@@ -62,10 +62,9 @@ class Host(Protocol):
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task", "worker")
+    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task")
 
-    def __init__(self, worker: Consumer, job_id: str, entry: bytes = b"") -> None:
-        self.worker = worker
+    def __init__(self, job_id: str, entry: bytes) -> None:
         self.id = job_id
         self.entry = entry
         self.abandoned = False
@@ -77,10 +76,6 @@ class Run:
         self.error: BaseException | None = None
         self.settlement: Settlement | None = None
         self.finish: Command | None = None
-
-    def finished(self, reply: Any) -> None:
-        """Takes the reply to `finish`."""
-        self.worker.finished(self, reply)
 
 
 class Consumer:
@@ -115,7 +110,7 @@ class Consumer:
 
     def _begin(self, taken: Taken) -> None:
         """Occupies a slot with a job: runs the handler up to its first suspension, where Python can (3.12)."""
-        run = Run(self, taken.id, taken.entry)
+        run = Run(taken.id, taken.entry)
         self._held[run] = None
         if self._intake.closing:
             return  # to be handed back
@@ -206,10 +201,11 @@ class Consumer:
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""
         run.settlement = settlement
-        run.finish = self._store.finish(run.id, settlement, take_next=not self._intake.closing, on_reply=run.finished)
+        on_reply = functools.partial(self._finished, run)
+        run.finish = self._store.finish(run.id, settlement, take_next=not self._intake.closing, on_reply=on_reply)
         self._intake.settle(run.finish)
 
-    def finished(self, run: Run, reply: Any) -> None:
+    def _finished(self, run: Run, reply: Any) -> None:
         """The end of a run: its slot goes to the job that Redis answered with, or is free."""
         del self._held[run]
         following = None

@@ -108,8 +108,9 @@ class Job(Emitter):
         self.id = job_id
         self.data: Any = {} if data is None else data
         self.options: dict[str, Any] = {} if options is None else options
-        self.options.setdefault("timestamp", now_ms())
-        if not isinstance(self.options.get("stacktraces"), list):
+        if "timestamp" not in self.options:
+            self.options["timestamp"] = now_ms()
+        if type(self.options.get("stacktraces")) is not list:
             self.options["stacktraces"] = []
         self.status = "created"
         self.uncertain = False

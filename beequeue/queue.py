@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -72,6 +73,7 @@ class Queue(Emitter):
         self._activator: DelayedActivator | None = None
         self._stall_checker: StallChecker
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._opening: asyncio.Task[None] | None = None
         self._opening_is_awaited = False
         self._closing: asyncio.Task[None] | None = None
@@ -201,6 +203,7 @@ class Queue(Emitter):
     def _open(self) -> None:
         self.client.attach(self._report)
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         settings = self.settings
         if settings.activate_delayed_jobs:
             self._activator = DelayedActivator(
@@ -257,7 +260,8 @@ class Queue(Emitter):
     def _check_usable(self) -> None:
         if self._closed:
             raise QueueClosed
-        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
+        # one loop runs in a thread at a time; asking asyncio for it costs a system call in Python 3.11
+        if self._loop is not None and not (self._loop.is_running() and self._thread == threading.get_ident()):
             raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is used from another one")
 
     # --- jobs ------------------------------------------------------------------------------------------------------------

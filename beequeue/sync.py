@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from beequeue.connection import RedisSetting
-from beequeue.errors import BeeQueueError, QueueClosed
+from beequeue.errors import BeeQueueError, ConnectionLost, QueueClosed
 from beequeue.job import Job
 from beequeue.queue import Queue as AsyncQueue
 from beequeue.settings import Duration, QueueOptions, milliseconds
@@ -196,17 +196,16 @@ class _Background:
             # whatever is handed over before the end is still run
             future = None if self._ended else asyncio.run_coroutine_threadsafe(work(), self._loop)
         try:
-            if future is not None:
-                return future.result()
-        except QueueClosed:
-            if not self._ended:
-                raise
+            if future is None:
+                raise QueueClosed
+            return future.result()
+        except (QueueClosed, ConnectionLost):
+            if self._ended and threading.current_thread().daemon:
+                threading.Event().wait()  # the interpreter is ending, and this thread with it: nobody is to hear of it
+            raise
         finally:
             if future is not None:
                 future.cancel()  # does something only when the wait was interrupted
-        if self._ended and threading.current_thread().daemon:
-            threading.Event().wait()  # the interpreter is ending, and this thread with it: nobody is to hear of it
-        raise QueueClosed
 
     async def close(self, queue: Queue, timeout: Duration) -> None:
         """Closes a queue, if it has been opened here, and forgets it."""
