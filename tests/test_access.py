@@ -85,7 +85,9 @@ class Access:
         await asyncio.wait((working, reported), timeout=20, return_when=asyncio.FIRST_COMPLETED)
         reported.cancel()
         assert working.done() or self.errors, "neither an end nor an error"
-        working.cancel()
+        while not working.done():
+            working.cancel()  # again and again: the driver may swallow one
+            await asyncio.wait((working,), timeout=0.05)
         (ended,) = await asyncio.gather(working, return_exceptions=True)
         return self.errors[0] if self.errors else ended
 
