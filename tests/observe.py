@@ -44,6 +44,11 @@ async def present(server: Server, count: int) -> bool:
     return len(await clients(server)) == count
 
 
+def takes_no_more(queue: Queue) -> bool:
+    """Whether a worker that is being closed has come to the end of its intake; `paused` is a few steps ahead of that."""
+    return queue._consumer is not None and queue._consumer._intake.closing
+
+
 async def calls_of(redis: Any, command: str) -> int:
     """How often a server of the test's own has run a command."""
     statistics = await redis.info("commandstats")

@@ -33,7 +33,7 @@ from beequeue.job import now_ms
 from beequeue.queue import first_error_wins
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, thaw
+from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
 from tests.relay import Relay
 from tests.test_opening import every_call
 
@@ -342,7 +342,7 @@ async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redi
         await until(lambda: redis.exists(producer.to_key("active")))
         await producer.create_job("behind").save()
         closing = asyncio.create_task(worker.close())
-        await until(lambda: worker.paused)
+        await until(lambda: takes_no_more(worker))
         relay.release("take")
         await closing
     assert await redis.lrange(producer.to_key("waiting"), 0, -1) == ["2", "1"]
