@@ -20,7 +20,7 @@ from beequeue.fsck import KINDS, check, repair
 from beequeue.job import now_ms
 from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, echo, until
-from tests.observe import soon
+from tests.observe import soon, takes_no_more
 from tests.test_fsck import command, entry, put
 from tests.test_readme import README
 
@@ -290,6 +290,7 @@ async def test_closing_with_an_open_take(access: Access, monkeypatch: pytest.Mon
     async with asyncio.timeout(20):
         if missing:
             closing = asyncio.create_task(queue.close())
+            await until(lambda: takes_no_more(queue))
             await until(lambda: refused_some(access))
             await producer.create_job(2).save()
             await closing
