@@ -35,10 +35,10 @@ class Command:
 
     `on_reply` gets the reply, or an exception: `CommandError`, or `ConnectionLost` when there will be no reply. `repeat` is
     what to send if the connection is lost before the reply (`repeated` then tells); None: it is not safe to repeat. `script`
-    is the text to send instead when the server does not know the script.
+    is the text to send instead when the server does not know the script; `resend` sends it, where this link may be blocked.
     """
 
-    __slots__ = ("args", "on_reply", "repeat", "repeated", "script")
+    __slots__ = ("args", "on_reply", "repeat", "repeated", "resend", "script")
 
     def __init__(
         self,
@@ -47,12 +47,14 @@ class Command:
         *,
         repeat: tuple[Any, ...] | None = None,
         script: str | None = None,
+        resend: Callable[[Command], None] | None = None,
     ) -> None:
         self.args = args
         self.on_reply = on_reply
         self.repeat = repeat
         self.repeated = False
         self.script = script
+        self.resend = resend
 
 
 class Link(asyncio.Protocol):
@@ -169,7 +171,7 @@ class Link(asyncio.Protocol):
         if command.script is not None and message.startswith("NOSCRIPT"):
             # EVAL runs the script and makes the server know it again
             command.args = (b"EVAL", command.script, *command.args[2:])
-            self.send(command)
+            (command.resend or self.send)(command)
         else:
             self._answer(command, CommandError(message))
 

@@ -315,7 +315,8 @@ class Store:
         settle = (*self._finish[status], _bytes(job_id), how, entry or b"", message, when)
         repeat = (*settle, b"0")
         args = (*settle, b"1") if take_next else repeat
-        return Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text)
+        # a take may stand behind it on its link: again it goes where nothing blocks
+        return Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send)
 
     def settle(self, settlements: Sequence[Command]) -> None:
         """Sends what `finish` has made, in one write."""

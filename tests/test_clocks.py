@@ -820,6 +820,26 @@ async def test_a_repetition_that_begins_while_the_queue_closes(make_queue: MakeQ
 # --- helpers -------------------------------------------------------------------------------------------------------------
 
 
+async def test_a_job_that_was_announced_while_nobody_could_hear(make_queue: MakeQueue, url: str) -> None:
+    """After a reconnect the delayed jobs are looked at: the announcement is not repeated, and the window is 20 minutes"""
+    async with Relay(url) as relay:
+        options: dict[str, Any] = {"get_events": False, "activate_delayed_jobs": True, "reconnect": lambda attempt: 10}
+        worker = await make_queue(redis=relay.url, **options).ready()
+        done = Seen()
+        worker.on("succeeded", done)
+        worker.process(echo)
+        relay.hold("event")
+        await (await make_queue(is_worker=False).ready()).create_job({}).delay_until(now_ms() + 50).save()
+        for line in relay.lines:
+            if line.role == "event":
+                line.cut()
+        relay.release("event")
+        await until(lambda: worker.reconnects == 1)
+        await done.reaches(1)
+        assert len(make_queue.claim(ConnectionLost)) == 1
+        await worker.close()
+
+
 VICTIM = """
 import asyncio, sys
 from beequeue import Queue

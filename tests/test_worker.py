@@ -1352,3 +1352,20 @@ async def test_a_take_finds_its_own_job_among_the_newest(make_queue: MakeQueue, 
 
 async def _blocked(redis: Any, count: int) -> bool:
     return bool((await redis.info("clients"))["blocked_clients"] == count)
+
+
+async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
+    make_queue: MakeQueue, own_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood in front of the take in one write, and is repeated on the connection that does not block."""
+    monkeypatch.setattr("beequeue.store.TAKE_WAIT_S", 3_600)
+    worker = await make_queue(redis=own_server.url, get_events=False).ready()
+    producer = await make_queue(redis=own_server.url, is_worker=False).ready()
+    worker.process(echo, 2)
+    for _ in range(3):
+        async with Redis.from_url(own_server.url) as redis:
+            await until(lambda: _blocked(redis, 1))
+            await redis.script_flush()
+        assert await (await producer.create_job("x").save()).result(5_000) == "x"
+    for queue in (worker, producer):
+        await queue.close()
