@@ -238,7 +238,7 @@ class Queue(Emitter):
             await link.call(b"SUBSCRIBE", self._store.events_channel)
         if self.settings.activate_delayed_jobs:
             await link.call(b"SUBSCRIBE", self._store.earlier_channel)
-            if self._activator is not None:  # this is a new link: what was announced meanwhile is not repeated
+            if self._ready and self._activator is not None:  # it is back: what was announced meanwhile is not repeated
                 self._activator.look_now()
         if self.settings.ordered:
             await self._tracker.settle_unseen(lambda job_ids: self._store.look_up(job_ids, link))
