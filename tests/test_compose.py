@@ -89,6 +89,13 @@ def containers(project: Path, compose: list[str]) -> list[str]:
     return run(*compose, "ps", "-q", cwd=project).stdout.split()
 
 
+def test_bases_are_pinned_by_a_version() -> None:
+    """a tag follows security updates, a digest would not"""
+    named = re.findall(r"^FROM (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    named += re.findall(r"^ +image: (\S+)$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
+    assert set(named) == {"python:3.13-slim", "redis:8-alpine", "issue-189"}
+
+
 @versions
 def test_no_warning(compose: list[str], project: Path) -> None:
     checked = run(*compose, "config", "--quiet", cwd=project)
@@ -138,15 +145,33 @@ def check_nobody_gets_in(compose: list[str], project: Path) -> None:
     assert len(running) == 8
     inspected = json.loads(run("docker", "inspect", *running).stdout)
     for container in inspected:
-        assert not container["HostConfig"]["PortBindings"]
+        host = container["HostConfig"]
+        assert not host["PortBindings"]
+        assert host["PublishAllPorts"] is False
         assert not any(container["NetworkSettings"]["Ports"].values())
-    ours = [container for container in inspected if container["Config"]["Image"] == "issue-189"]
-    assert len(ours) == 7
-    for container in ours:
-        assert container["HostConfig"]["ReadonlyRootfs"] is True
-        assert container["HostConfig"]["CapDrop"] == ["ALL"]
-        assert container["HostConfig"]["Init"] is True
-        assert run("docker", "exec", container["Id"], "id", "-u").stdout.strip() not in ("", "0")
+        assert host["ReadonlyRootfs"] is True
+        assert host["CapDrop"] == ["ALL"]
+        assert not host["CapAdd"]
+        assert host["Privileged"] is False
+        assert host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert container["Mounts"] == []  # nothing of the host, and nothing that outlives the container
+        check_powerless(container["Id"])
+    images = sorted(container["Config"]["Image"] for container in inspected)
+    assert images == ["issue-189"] * 7 + ["redis:8-alpine"]
+    for container in inspected:
+        if container["Config"]["Image"] == "issue-189":
+            assert container["HostConfig"]["Init"] is True
+
+
+def check_powerless(container: str) -> None:
+    """What the kernel says of the first process, and of a write."""
+    status = run("docker", "exec", container, "cat", "/proc/1/status").stdout
+    facts = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert "0" not in facts["Uid"].split()
+    assert {int(facts[name], 16) for name in facts if name.startswith("Cap")} == {0}
+    assert facts["NoNewPrivs"] == "1"
+    for place in ("/", "/usr/local/bin", "/etc"):
+        assert run("docker", "exec", "--user", "0", container, "touch", f"{place}/x").returncode != 0
 
 
 def check_it_ends_cleanly(up: Up, compose: list[str], project: Path) -> None:

@@ -1,0 +1,32 @@
+"""README's list of licences: what requirements.txt installs, and what each package says of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import table
+
+ROOT = Path(__file__).parent.parent
+LISTED = {row[0].split(",")[0]: row[1] for row in table("## Licences", "package")}
+PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+
+
+def test_all_that_is_needed_is_listed() -> None:
+    """and what those packages need in turn, whatever Python runs this"""
+    needed = {*PINNED}
+    for name in PINNED:
+        for requirement in importlib.metadata.requires(name) or []:
+            if "extra ==" not in requirement:
+                needed.add(re.split(r"[^\w-]", requirement)[0])
+    assert {*LISTED} == needed
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_the_licence_is_the_packages_own(name: str) -> None:
+    told = importlib.metadata.metadata(name)
+    assert told["Version"] == PINNED[name]
+    assert LISTED[name] == (told["License-Expression"] or told["License"])

