@@ -209,6 +209,10 @@ class Field:
             if client["name"] != ONLOOKER and client["flags"] not in ("S", "M")
         ]
 
+    async def all_are_connected(self) -> bool:
+        """Whether the producer's two connections are up, and each worker's three."""
+        return len(await self.clients()) == 2 + 3 * len(self.crew.alive)
+
     async def kill(self, clients: Iterable[dict[str, str]]) -> None:
         """CLIENT KILL."""
         for client in clients:
