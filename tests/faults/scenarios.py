@@ -128,10 +128,14 @@ async def kill_each_connection(field: Field) -> None:
 
 
 async def pause_clients(field: Field) -> None:
-    """CLIENT PAUSE for longer than the stall interval, then for writes alone."""
+    """CLIENT PAUSE for longer than the stall interval, then for writes alone: no connection is given up for it."""
+    await field.until(field.all_are_connected)
+    reconnects = field.producer.reconnects
     await field.redis.client_pause(2 * STALL_INTERVAL_MS)
     await field.more()
     await field.redis.client_pause(2 * STALL_INTERVAL_MS, all=False)
+    await field.more()
+    assert field.producer.reconnects == reconnects
 
 
 async def relay_cuts(field: Field) -> None:

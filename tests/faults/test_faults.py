@@ -15,10 +15,29 @@ from tests.faults import worker
 from tests.faults.field import Field
 from tests.faults.scenarios import FAULTS
 
-SEED = int(os.environ.get("SEED", "189"))
-ROUNDS = int(os.environ.get("ROUNDS", "1"))
-TIMES = int(os.environ.get("TIMES", "1"))
-CHOSEN = os.environ.get("FAULTS", "").split() or list(FAULTS)
+
+def number(variable: str, default: int, *, at_least: int) -> int:
+    """An int from the environment; a wrong one ends the run with one line."""
+    given = os.environ.get(variable) or str(default)
+    if not given.isdecimal() or int(given) < at_least:
+        pytest.exit(f"{variable} must be a whole number of at least {at_least}, not {given!r}", returncode=2)
+    return int(given)
+
+
+def chosen() -> list[str]:
+    """The faults that FAULTS names, or all."""
+    given = os.environ.get("FAULTS", "").split()
+    for fault in given:
+        if fault not in FAULTS:
+            pytest.exit(f"FAULTS must name some of {', '.join(FAULTS)}; not {fault!r}", returncode=2)
+    return given or list(FAULTS)
+
+
+SEED = number("SEED", 189, at_least=0)
+ROUNDS = number("ROUNDS", 1, at_least=1)
+TIMES = number("TIMES", 1, at_least=1)
+"""How often each fault happens in a row when it is alone."""
+CHOSEN = chosen()
 MIXED = 4
 """How many faults there are in a mixed run."""
 
@@ -31,7 +50,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def suffer(name: str, seed: int, faults: list[str], times: int = 1) -> None:
     """Lets faults happen under load, and settles; a failure says how to repeat it."""
-    print(f"to repeat: make faults SEED={SEED} FAULTS='{' '.join(faults)}' ROUNDS={ROUNDS} TIMES={TIMES}")
+    print(f"to repeat: make faults SEED={seed} ROUNDS=1 TIMES={TIMES} FAULTS='{' '.join(CHOSEN)}'; this is {', '.join(faults)}")
     async with Field(name, seed) as field:
         await field.more()
         for fault in faults:
@@ -50,7 +69,7 @@ async def test_alone(name: str, fault: str) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", range(ROUNDS))
-async def test_mixed(name: str, number: int) -> None:
-    chance = random.Random(SEED + number)
-    await suffer(name, SEED + number, chance.sample(CHOSEN, min(MIXED, len(CHOSEN))))
+@pytest.mark.parametrize("seed", range(SEED, SEED + ROUNDS))
+async def test_mixed(name: str, seed: int) -> None:
+    chance = random.Random(seed)
+    await suffer(name, seed, chance.sample(CHOSEN, min(MIXED, len(CHOSEN))))
