@@ -8,7 +8,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart test lint behaviours proof bench clean
+.PHONY: help up local compare chart test lint behaviours proof faults bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ lint: $(VENV)/.test ## ruff and mypy
 
 proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply ever behind its job's event
 	ROUNDS=$${ROUNDS:-1000000} $(VENV)/bin/python -m pytest tests/test_proof.py
+
+faults: $(VENV)/.test ## nothing is lost when workers, Redis and connections fail: SEED=1 ROUNDS=10 TIMES=3 FAULTS="kill-workers"
+	SEED=$${SEED:-189} ROUNDS=$${ROUNDS:-10} TIMES=$${TIMES:-3} FAULTS="$(FAULTS)" $(VENV)/bin/python -m pytest -s tests/faults
 
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours

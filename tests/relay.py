@@ -1,12 +1,14 @@
-"""A relay between a queue and its Redis that a test can make slow, silent or dead. It changes no byte."""
+"""A relay between queues and their Redis that a test can make slow, silent or dead. It changes no byte."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
+
+Distort = Callable[["Line", bytes], Awaitable[bytes]]
 
 
 class Line:
@@ -14,6 +16,8 @@ class Line:
 
     def __init__(self, inner: asyncio.StreamWriter, outer: asyncio.StreamWriter) -> None:
         self.said = b""
+        self.dead = False
+        """From now on nothing comes through, in either direction, and neither side is told."""
         self._inner = inner
         self._outer = outer
 
@@ -23,16 +27,26 @@ class Line:
             return "event"
         return "take" if b"BRPOPLPUSH" in self.said or b"CLIENT" in self.said else "command"
 
+    @property
+    def is_open(self) -> bool:
+        return not (self.dead or self._outer.transport.is_closing() or self._inner.transport.is_closing())
+
     def cut(self) -> None:
         self._inner.transport.abort()
         self._outer.transport.abort()
 
+    async def pass_back(self, data: bytes) -> None:
+        """Gives the queue what Redis has said."""
+        self._outer.write(data)
+        await self._outer.drain()
+
 
 class Relay:
-    """Listens on a unix socket and passes everything on to `target`."""
+    """Listens on a unix socket and passes everything on to `target`; of what is said it keeps `remember` bytes a connection."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, remember: int | None = None) -> None:
         self._target = urlsplit(target)
+        self._remember = remember
         self._directory = tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")
         self._path = Path(self._directory.name) / "relay.sock"
         self._gates: dict[str, asyncio.Event] = {}
@@ -42,6 +56,8 @@ class Relay:
         self.lines: list[Line] = []
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
         """called with what a queue says, before it is passed on"""
+        self.distort: Distort | None = None
+        """Awaited with what Redis says, which it may delay, pass on in part, or cut; what it returns is passed on."""
         self.url = f"unix://{self._path}"
 
     async def __aenter__(self) -> Relay:
@@ -73,11 +89,19 @@ class Relay:
         """Cuts the next connection of a role on which Redis says `words`, when all before them has been passed on."""
         self._last_words[role] = words
 
+    def lead_to(self, target: str) -> None:
+        """Passes new connections on to another Redis; those that are open stay with theirs."""
+        self._target = urlsplit(target)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._target.scheme == "unix":
-            inner_reader, inner_writer = await asyncio.open_unix_connection(self._target.path)
-        else:
-            inner_reader, inner_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 6379)
+        try:
+            if self._target.scheme == "unix":
+                inner_reader, inner_writer = await asyncio.open_unix_connection(self._target.path)
+            else:
+                inner_reader, inner_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 6379)
+        except OSError:  # Redis is down
+            writer.transport.abort()
+            return
         line = Line(inner_writer, writer)
         self.lines.append(line)
         for source, sink, to_redis in ((reader, inner_writer, True), (inner_reader, writer, False)):
@@ -88,8 +112,11 @@ class Relay:
     async def _pass_on(self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool) -> None:
         try:
             while data := await source.read(2**20):
+                if line.dead:
+                    continue
                 if to_redis:
-                    line.said += data
+                    if self._remember is None or len(line.said) < self._remember:
+                        line.said += data
                     self.said_on(line, data)
                 else:
                     while (gate := self._gates.get(line.role)) is not None:
@@ -115,8 +142,13 @@ class Relay:
                             sink.write(data[index : index + 1])
                             await asyncio.sleep(0)  # lets the other side read it
                         continue
+                    if self.distort is not None:
+                        data = await self.distort(line, data)
+                        if line.dead:
+                            continue
                 sink.write(data)
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
-            sink.close()
+            if not line.dead:
+                sink.close()

@@ -1,0 +1,302 @@
+"""Where faults happen: a Redis, two workers as processes, a producer, and the load between them.
+
+Everything but the onlooker goes through a relay: `to_producer` and `to_workers`. A fault waits on progress (`more`), never on
+the clock. `settle` ends the load and makes the ledger add up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from redis.asyncio import Redis
+
+from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Job, Queue
+from beequeue.events import load_json
+from beequeue.fsck import check
+from beequeue.job import now_ms
+from harness.server import Server, find_server, running_server
+from tests.conftest import until
+from tests.faults.crew import Crew
+from tests.faults.ledger import ENDS, Ledger, Stored, discrepancies, end_of, is_delayed, retries_of, summary
+from tests.faults.worker import soon
+from tests.observe import ONLOOKER, beequeue_tasks
+from tests.relay import Distort, Line, Relay
+
+STALL_INTERVAL_MS = 400
+PATIENCE_S = 30
+"""How long anything may take that has to happen."""
+PASSWORD = "old"
+OPTIONS = (
+    "--bind",
+    "127.0.0.1",
+    "--requirepass",
+    PASSWORD,
+    "--masterauth",
+    PASSWORD,
+    "--appendonly",
+    "yes",
+    "--appendfsync",
+    "always",
+    "--repl-diskless-sync-delay",
+    "0",
+)
+AT_ONCE = 12
+"""How many jobs the load keeps under way."""
+PLACES = ("waiting", "active", "delayed", "stalling", *ENDS)
+
+TWICE = """
+local seen, twice = {}, {}
+local function count(ids)
+  for _, id in ipairs(ids) do
+    if seen[id] then twice[#twice + 1] = id end
+    seen[id] = true
+  end
+end
+count(redis.call('LRANGE', KEYS[1], 0, -1))
+count(redis.call('LRANGE', KEYS[2], 0, -1))
+count(redis.call('ZRANGE', KEYS[3], 0, -1))
+count(redis.call('SMEMBERS', KEYS[4]))
+count(redis.call('SMEMBERS', KEYS[5]))
+return twice
+"""
+
+
+class Field:
+    """`seed` decides all that is left to chance."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name = name
+        self.chance = random.Random(seed)
+        self.ledger = Ledger()
+        self.unexpected: list[Exception] = []
+        self.refusals: list[ConnectionRefused] = []
+        self.save_errors: Counter[str] = Counter()
+        """Of the load: by class and, for what Redis said, its first word."""
+        self._stack = AsyncExitStack()
+        self._load: list[asyncio.Task[None]] = []
+        self._ended = asyncio.Event()
+        self._running = True
+
+    async def __aenter__(self) -> Self:
+        enter = self._stack.enter_async_context
+        try:
+            await self._set_up()
+            self.producer = await enter(Queue(self.name, with_password(self.to_producer.url), is_worker=False, reconnect=soon))
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self.producer.on("error", self._error)
+        self.producer.on("job succeeded", self._published)
+        self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": number_in(str(error))}))
+        self._load = [asyncio.create_task(self._keep_going()) for _ in range(AT_ONCE)]
+        return self
+
+    async def _set_up(self) -> None:
+        enter = self._stack.enter_async_context
+        directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")))
+        self.server: Server = self._stack.enter_context(running_server(find_server(os.environ), *OPTIONS))
+        self.to_producer = await enter(Relay(self.server.url, remember=2**16))
+        self.to_workers = await enter(Relay(self.server.url, remember=2**16))
+        self.redis = await enter(self.onlooker(self.server.url))
+        self.crew = Crew(with_password(self.to_workers.url), self.name, directory, STALL_INTERVAL_MS)
+        self._stack.push_async_callback(self.crew.bury)
+        for _ in range(2):
+            await self.crew.hire()
+        await self.crew.ready()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running = False
+        for task in self._load:
+            task.cancel()
+        await asyncio.gather(*self._load, return_exceptions=True)
+        await self._stack.aclose()
+
+    def another_server(self) -> Server:
+        """A second Redis, like the first."""
+        return self._stack.enter_context(running_server(find_server(os.environ), *OPTIONS))
+
+    @staticmethod
+    def onlooker(url: str) -> Any:
+        """A plain client that goes past the relays."""
+        return Redis.from_url(with_password(url), decode_responses=True, client_name=ONLOOKER)
+
+    async def look_on(self, url: str) -> None:
+        """From now on looks at another Redis."""
+        self.redis = await self._stack.enter_async_context(self.onlooker(url))
+
+    # --- load ------------------------------------------------------------------------------------------------------------
+
+    def new_job(self, *, due: int | None = None, ms: int | None = None) -> tuple[int, Job, asyncio.Future[None]]:
+        """A job that is entered in the ledger when it ends; its number, and what completes then."""
+        number = self.ledger.issue()
+        data = {"number": number, "end": end_of(number), "ms": self.chance.randrange(2, 20) if ms is None else ms}
+        job = self.producer.create_job(data).retries(retries_of(number))
+        if due is not None or is_delayed(number):
+            job.delay_until(due or now_ms() + 30)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def end(event: str, value: Any) -> None:
+            self.ledger.tell(number, event, value)
+            self._ended.set()
+            if not ended.done():
+                ended.set_result(None)
+
+        for event in (*ENDS, "unknown"):
+            job.on(event, lambda value, event=event: end(event, value))
+        return number, job, ended
+
+    async def save_all(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
+        """Saves what `new_job` has made, in bulk; every save must work."""
+        assert await self.producer.save_all(job for _, job, _ in jobs) == {}
+        for number, job, _ in jobs:
+            assert job.id is not None
+            self.ledger.saved[number] = job.id
+
+    async def _keep_going(self) -> None:
+        while self._running:
+            number, job, ended = self.new_job()
+            try:
+                await job.save()
+            except BeeQueueError as error:
+                self.ledger.save_failed(number, error)
+                self.save_errors[f"{type(error).__name__} {getattr(error, 'code', '')}".strip()] += 1
+                await asyncio.sleep(0.01)  # as a producer would
+            else:
+                assert job.id is not None
+                self.ledger.saved[number] = job.id
+                await ended
+
+    async def more(self, count: int = 40) -> None:
+        """Returns when so many more jobs have ended."""
+        wanted = len(self.ledger.told) + count
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.ledger.told) < wanted:
+                self._ended.clear()
+                await self._ended.wait()
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Waits for a condition."""
+        await until(condition, PATIENCE_S)
+
+    def _published(self, job_id: str, result: Any) -> None:
+        self.ledger.published[result["number"]] += 1
+
+    def _error(self, error: Exception) -> None:
+        if isinstance(error, ConnectionRefused):
+            self.refusals.append(error)
+        elif not isinstance(error, ConnectionLost):
+            self.unexpected.append(error)
+
+    # --- Redis -----------------------------------------------------------------------------------------------------------
+
+    async def clients(self) -> list[dict[str, str]]:
+        """The connections of producer and workers."""
+        return [
+            client
+            for client in await self.redis.client_list()
+            if client["name"] != ONLOOKER and client["flags"] not in ("S", "M")
+        ]
+
+    async def all_are_connected(self) -> bool:
+        """Whether the producer's two connections are up, and each worker's three."""
+        return len(await self.clients()) == 2 + 3 * len(self.crew.alive)
+
+    async def kill(self, clients: Iterable[dict[str, str]]) -> None:
+        """CLIENT KILL."""
+        for client in clients:
+            await self.redis.client_kill_filter(_id=client["id"])
+
+    async def restart(self, *, wipe: bool) -> None:
+        """Kills the server and starts it again, with what it has written down or without; returns when it answers."""
+        reconnects = self.producer.reconnects
+        self.server.stop()
+        if wipe:
+            self.ledger.redis_is_wiped()
+            shutil.rmtree(self.server.directory / "appendonlydir")
+        self.server.start()
+        await self.until(lambda: self.producer.reconnects > reconnects)
+
+    def lines(self) -> list[Line]:
+        """The open connections of both relays."""
+        return [line for relay in (self.to_producer, self.to_workers) for line in relay.lines if line.is_open]
+
+    def distort(self, distort: Distort | None) -> None:
+        """Lets both relays do this to what Redis says."""
+        self.to_producer.distort = self.to_workers.distort = distort
+
+    async def assert_no_two_states(self) -> None:
+        """At this one moment."""
+        key = self.producer.to_key
+        places = ("waiting", "active", "delayed", "succeeded", "failed")
+        assert await self.redis.eval(TWICE, len(places), *map(key, places)) == []
+
+    async def stored(self) -> Stored:
+        """What Redis holds."""
+        key, redis = self.producer.to_key, self.redis
+        jobs = {}
+        for job_id, entry in (await redis.hgetall(key("jobs"))).items():
+            job = load_json(entry.encode(), "stored job")
+            jobs[job_id] = (job["data"]["number"], job["status"])
+        places = {
+            kind: await redis.zrange(key(kind), 0, -1)
+            if kind == "delayed"
+            else await redis.lrange(key(kind), 0, -1)
+            if kind in ("waiting", "active")
+            else list(await redis.smembers(key(kind)))
+            for kind in PLACES
+        }
+        return Stored(jobs, places)
+
+    async def _at_rest(self) -> bool:
+        key, redis = self.producer.to_key, self.redis
+        return not await redis.exists(*(key(kind) for kind in PLACES if kind not in ENDS))
+
+    # --- the end ---------------------------------------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Ends the load, waits until all is at rest, and asserts that the ledger adds up and nothing is left."""
+        self._running = False
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.gather(*self._load)
+        except TimeoutError:
+            pass  # the ledger names them
+        await self._rest()
+        notes, stored = self.crew.look(), await self.stored()
+        reconnects = self.producer.reconnects
+        found = discrepancies(self.ledger, notes, stored, tracked=self.producer.tracked, reconnects=reconnects)
+        print(summary(self.ledger, notes))
+        assert not found, "\n".join(found)
+        assert (await check(self.producer)).findings == []
+        assert self.unexpected == []
+        assert set(await self.crew.dismiss()) == {0}
+        await self.producer.close()
+        assert beequeue_tasks() == []
+        assert self.crew.complaints.read_text().count("Traceback") == 0
+
+    async def _rest(self) -> None:
+        try:
+            await until(self._at_rest, PATIENCE_S)
+        except TimeoutError:
+            pass  # the ledger names what is left
+
+
+def with_password(url: str) -> str:
+    return url.replace("unix://", f"unix://:{PASSWORD}@")
+
+
+def number_in(message: str) -> int:
+    """The number in the message of a job that failed."""
+    return int(message.removeprefix("bad "))

@@ -1,0 +1,310 @@
+"""The faults: each a function that lets it happen once, under load, and returns when its effect has shown.
+
+Each asserts that it has happened at all; that nothing was lost is the ledger's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from beequeue import CommandError
+from beequeue.job import now_ms
+from tests.faults.field import AT_ONCE, PASSWORD, STALL_INTERVAL_MS, Field
+from tests.observe import ONLOOKER
+from tests.relay import Line
+
+Fault = Callable[[Field], Awaitable[None]]
+
+
+async def kill_workers(field: Field) -> None:
+    """kill -9 in the middle of jobs: they are run again by others. Another worker comes in its place."""
+    left: set[int] = set()
+    while not left:  # it may have ended its jobs just before
+        victim = field.chance.choice(field.crew.alive)
+        await field.until(victim.running)
+        victim.kill()
+        field.crew.alive.remove(victim)
+        await victim.bury()
+        left = {number for _, number in victim.running()}
+        await field.crew.hire()
+    await field.until(lambda: left <= field.crew.look().finished.keys())
+    await field.crew.ready()
+
+
+async def stop_a_worker(field: Field) -> None:
+    """SIGSTOP until its jobs have been brought back, then SIGCONT: it finishes late. One job is removed meanwhile."""
+    worker = field.chance.choice(field.crew.alive)
+    while True:
+        await field.until(lambda: len(worker.running()) > 1)
+        await worker.stop()
+        if len(held := worker.running()) > 1:
+            break
+        worker.go_on()
+    late = field.crew.notes.errors["LateFinish"]
+    stalled = field.crew.look().stalled.copy()
+    removed_id, removed = held.pop()
+    await field.producer.remove_job(removed_id)
+    field.ledger.removed.add(removed)
+    await field.until(lambda: all(field.crew.look().stalled[job_id] > stalled[job_id] for job_id, _ in held))
+    worker.go_on()
+    await field.until(lambda: not set(worker.running()) & {*held, (removed_id, removed)})
+    await field.until(lambda: field.crew.look().errors["LateFinish"] > late)
+
+
+async def restart_with_aof(field: Field) -> None:
+    """Redis is killed and comes back with all that it had confirmed."""
+    await field.restart(wipe=False)
+
+
+async def restart_without_aof(field: Field) -> None:
+    """Redis is killed and comes back empty: ids start anew, and each tracked job ends as unknown."""
+    # ids that are not given again soon: a run of an old job must not meet a new job of its id, which nobody could tell apart
+    await field.redis.incrby(field.producer.to_key("id"), 1_000_000)
+    await field.more()
+    unknown = field.ledger.unknown
+    await field.restart(wipe=True)
+    await field.until(lambda: not field.ledger.unsettled & field.ledger.forgotten)
+    assert field.ledger.unknown > unknown
+
+
+async def flush_scripts(field: Field) -> None:
+    """SCRIPT FLUSH, again and again, under load."""
+    refused = await _refusals(field, "NOSCRIPT")
+    for _ in range(8):
+        await field.redis.script_flush()
+        await field.more(6)
+    assert await _refusals(field, "NOSCRIPT") > refused
+
+
+async def flush_scripts_in_save_all(field: Field) -> None:
+    """SCRIPT FLUSH while one call saves many jobs: all are saved."""
+    refused = await _refusals(field, "NOSCRIPT")
+    jobs = [field.new_job(ms=0) for _ in range(2_500)]
+    saving = asyncio.create_task(field.save_all(jobs))
+    while not saving.done():
+        await field.redis.script_flush()
+    await saving
+    assert await _refusals(field, "NOSCRIPT") > refused
+    await asyncio.gather(*(ended for _, _, ended in jobs))
+
+
+async def cut_behind_finishes(field: Field) -> None:
+    """The connection is cut between a finish and its reply: the finish is repeated, and counts once."""
+    cuts = 0
+
+    async def distort(line: Line, data: bytes) -> bytes:
+        nonlocal cuts
+        for words in _FINISHED[line.role]:
+            if cuts < 3 and words in data:
+                cuts += 1
+                await line.pass_back(data[: data.index(words)])
+                line.cut()
+                return b""
+        return data
+
+    lost, unrecorded = field.crew.look().errors["ConnectionLost"], field.crew.notes.errors["OutcomeNotRecorded"]
+    field.to_workers.distort = distort
+    await field.until(lambda: cuts == 3 and field.crew.look().errors["ConnectionLost"] >= lost + 3)
+    field.to_workers.distort = None
+    assert field.crew.notes.errors["OutcomeNotRecorded"] == unrecorded
+
+
+async def kill_each_connection(field: Field) -> None:
+    """CLIENT KILL of every connection in turn: the producer's two, and each worker's three."""
+    await field.until(field.all_are_connected)
+    clients = await field.clients()
+    lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
+    field.chance.shuffle(clients)
+    for client in clients:
+        await field.kill([client])
+        await field.more(8)
+    await field.until(lambda: field.crew.look().errors["ConnectionLost"] >= lost + len(clients) - 2)
+    await field.until(lambda: field.producer.reconnects >= reconnects + 2)
+
+
+async def pause_clients(field: Field) -> None:
+    """CLIENT PAUSE for longer than the stall interval, then for writes alone: no connection is given up for it."""
+    await field.until(field.all_are_connected)
+    reconnects = field.producer.reconnects
+    await field.redis.client_pause(2 * STALL_INTERVAL_MS)
+    await field.more()
+    await field.redis.client_pause(2 * STALL_INTERVAL_MS, all=False)
+    await field.more()
+    assert field.producer.reconnects == reconnects
+
+
+async def relay_cuts(field: Field) -> None:
+    """Connections are cut at any moment."""
+    lost = field.crew.look().errors["ConnectionLost"] + field.producer.reconnects
+    for _ in range(8):
+        field.chance.choice(field.lines()).cut()
+        await field.more(6)
+    await field.until(lambda: field.crew.look().errors["ConnectionLost"] + field.producer.reconnects >= lost + 6)
+
+
+async def relay_delays(field: Field) -> None:
+    """All that Redis says comes late, on one connection later than on another."""
+
+    async def distort(line: Line, data: bytes) -> bytes:
+        await asyncio.sleep(field.chance.uniform(0, 0.03))
+        return data
+
+    field.distort(distort)
+    await field.more(60)
+    field.distort(None)
+
+
+async def relay_halves(field: Field) -> None:
+    """What Redis says comes in two pieces, and at times the connection is cut between them, in the middle of a reply."""
+    cuts = 0
+
+    async def distort(line: Line, data: bytes) -> bytes:
+        nonlocal cuts
+        middle = field.chance.randrange(len(data))
+        await line.pass_back(data[:middle])
+        if middle and cuts < 4 and field.chance.random() < 0.03:
+            cuts += 1
+            line.cut()
+            return b""
+        await asyncio.sleep(0.001)  # the other side reads what there is
+        return data[middle:]
+
+    field.distort(distort)
+    await field.until(lambda: cuts == 4)
+    await field.more()
+    field.distort(None)
+
+
+async def relay_goes_silent(field: Field) -> None:
+    """Every connection is half-open: nothing comes through, and neither side is told. Redis still serves the takes of it."""
+    lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
+    await field.until(field.all_are_connected)
+    for line in (lines := field.lines()):
+        line.dead = True
+    await field.until(lambda: field.crew.look().errors["ConnectionLost"] >= lost + 2 * len(field.crew.alive))
+    await field.until(lambda: field.producer.reconnects > reconnects)
+    await field.producer.check_health()  # on the connection that nothing else has found to be dead
+    for line in lines:
+        line.cut()
+
+
+async def memory_runs_out(field: Field) -> None:
+    """maxmemory: saves are refused, the queue drains itself, and it goes on when there is memory."""
+    refused = field.save_errors["CommandError OOM"]
+    await field.redis.config_set("maxmemory", 1)
+    await field.until(lambda: field.save_errors["CommandError OOM"] > refused + AT_ONCE)
+    key = field.producer.to_key
+
+    async def is_drained() -> bool:
+        return not await field.redis.exists(key("waiting"), key("active"))
+
+    await field.until(is_drained)
+    await field.redis.config_set("maxmemory", 0)
+
+
+async def password_changes(field: Field) -> None:
+    """The password is changed and all connections are killed: they are refused until it is changed back."""
+    await field.redis.config_set("requirepass", "another")
+    refused, refusals = field.crew.look().errors["ConnectionRefused"], len(field.refusals)
+    await field.more()  # who is in stays in
+    await field.kill(await field.clients())
+    await field.until(lambda: field.crew.look().errors["ConnectionRefused"] > refused)
+    await field.until(lambda: len(field.refusals) > refusals)
+    await field.redis.config_set("requirepass", PASSWORD)
+    await field.until(field.all_are_connected)
+
+
+async def replica_promoted(field: Field) -> None:
+    """A planned failover: old connections say UNBLOCKED or READONLY until they are killed, and find the new one."""
+    old, replica = field.redis, field.another_server()
+    await field.look_on(replica.url)
+    ports = free_ports(2)
+    for redis, port in zip((old, field.redis), ports, strict=True):
+        await redis.config_set("port", port)
+    await field.redis.replicaof("127.0.0.1", ports[0])
+
+    async def is_online() -> bool:
+        told = await old.info("replication")
+        replicas = [told[f"slave{index}"] for index in range(told["connected_slaves"])]
+        return any(each["port"] == ports[1] and each["state"] == "online" for each in replicas)
+
+    await field.until(is_online)
+    unrecorded = field.crew.look().errors["CommandError READONLY"]
+    await old.execute_command("FAILOVER", "TO", "127.0.0.1", ports[1], "TIMEOUT", 10_000)
+
+    async def is_demoted() -> bool:
+        return bool((await old.info("replication"))["role"] == "slave")
+
+    await field.until(is_demoted)
+    number, job, _ = field.new_job()  # the load may have come to a stand: what has run cannot be recorded
+    with pytest.raises(CommandError, match="^READONLY ") as refused:
+        await job.save()
+    field.ledger.save_failed(number, refused.value)
+    await field.until(lambda: field.crew.look().errors["CommandError READONLY"] > unrecorded)
+    for relay in (field.to_producer, field.to_workers):
+        relay.lead_to(replica.url)
+    for client in await old.client_list():
+        if client["name"] != ONLOOKER and client["flags"] not in ("S", "M"):
+            await old.client_kill_filter(_id=client["id"])
+    field.server = replica
+
+
+async def ten_thousand_due(field: Field) -> None:
+    """10,000 delayed jobs are due at once."""
+    jobs = [field.new_job(due=now_ms() + 3_600_000, ms=0) for _ in range(10_000)]
+    await field.save_all(jobs)
+    key = field.producer.to_key
+    assert await field.redis.zcard(key("delayed")) >= len(jobs)
+    now = now_ms()
+    await field.redis.zadd(key("delayed"), {job.id: now for _, job, _ in jobs}, xx=True)
+    await field.redis.publish(key("earlierDelayed"), now)
+    await asyncio.gather(*(ended for _, _, ended in jobs))
+
+
+_FINISHED = {"command": (b"*3\r\n:1\r\n", b"*1\r\n:1\r\n"), "take": (b"*1\r\n:1\r\n",), "event": ()}
+"""How the reply to a finish begins that has settled its job, where no other reply does."""
+
+
+async def _refusals(field: Field, code: str) -> int:
+    """How often Redis has said so."""
+    refusals: int = (await field.redis.info("errorstats")).get(f"errorstat_{code}", {"count": 0})["count"]
+    return refusals
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+FAULTS: dict[str, Fault] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        kill_workers,
+        stop_a_worker,
+        restart_with_aof,
+        restart_without_aof,
+        flush_scripts,
+        flush_scripts_in_save_all,
+        cut_behind_finishes,
+        kill_each_connection,
+        pause_clients,
+        relay_cuts,
+        relay_delays,
+        relay_halves,
+        relay_goes_silent,
+        memory_runs_out,
+        password_changes,
+        replica_promoted,
+        ten_thousand_due,
+    )
+}
+"""By name; alone in this order."""
