@@ -12,7 +12,7 @@ from tests.test_readme import table
 
 ROOT = Path(__file__).parent.parent
 LISTED = {row[0].split(",")[0]: row[1] for row in table("## Licences", "package")}
-PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+PINNED = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 
 
 def test_all_that_is_needed_is_listed() -> None:

@@ -56,7 +56,6 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
         get_events=False,
         activate_delayed_jobs=True,
         delayed_debounce=20,
-        near_term_window=500,  # a word of a delayed job is not repeated after a reconnect; this is how late it is found then
         stall_interval=stall_interval,
         initial_redis_failure_retry_delay=50,
         reconnect=soon,
