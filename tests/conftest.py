@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import redis as sync_redis
 from redis.asyncio import Redis
 
-from beequeue import BeeQueueError, Job, Queue
+from beequeue import BeeQueueError, Job, Queue, sync
 from harness.server import Server, find_server, redis_url, running_server
 
 KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock", "stalls"}
@@ -139,3 +140,18 @@ async def until(condition: Callable[[], Any], deadline_s: float = 10) -> None:
             if result:
                 return
             await asyncio.sleep(0.005)
+
+
+def sync_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "beequeue sync"]
+
+
+@pytest.fixture
+def own_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A background thread of the test's own, which ends as at the interpreter's exit; tests without it have none."""
+    monkeypatch.setattr(sync, "_background", sync._Background())
+    yield
+    started = sync._background.is_started()
+    sync._background.end()
+    assert sync_threads() == []
+    assert not started or sync._background._loop.is_closed()

@@ -141,6 +141,7 @@ async def test_a_refusal(case: str, servers: Servers, log: pytest.LogCaptureFixt
     assert_kept(caught.value)
 
 
+@pytest.mark.usefixtures("own_thread")
 @pytest.mark.parametrize("case", REFUSED)
 async def test_a_refusal_without_a_loop(case: str, servers: Servers, log: pytest.LogCaptureFixture) -> None:
     url = REFUSED[case][0](servers)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -27,27 +27,17 @@ from beequeue import (
     JobFailed,
     OutcomeUnknown,
     QueueClosed,
-    sync,
 )
 from beequeue.sync import Queue
 from harness.server import Server, find_server, running_server
-from tests.conftest import MakeQueue
+from tests.conftest import MakeQueue, sync_threads
 
 ROOT = Path(__file__).parent.parent
 STRICT = ("-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning")  # forks with threads are meant
 
 MakeSync = Callable[..., Queue]
 
-
-@pytest.fixture(autouse=True)
-def own_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A background thread of the test's own, which ends as at the interpreter's exit; the other tests have none."""
-    monkeypatch.setattr(sync, "_background", sync._Background())
-    yield
-    started = sync._background.is_started()
-    sync._background.end()
-    assert threads() == []
-    assert not started or sync._background._loop.is_closed()
+pytestmark = pytest.mark.usefixtures("own_thread")
 
 
 @pytest.fixture
@@ -60,10 +50,6 @@ def make_sync(make_queue: MakeQueue) -> MakeSync:
         return Queue(name or make_queue.name, redis or make_queue.url, **settings)
 
     return make
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "beequeue sync"]
 
 
 def until(condition: Callable[[], Any], deadline_s: float = 10) -> None:
@@ -192,7 +178,7 @@ def test_a_listener_cannot_call_a_queue(make_sync: MakeSync) -> None:
     queue.save(job)
     queue.remove_job("mine")
     message = "a listener cannot call a synchronous queue: the call would wait for the listener"
-    assert heard == [(*threads(), message)] * 3
+    assert heard == [(*sync_threads(), message)] * 3
     assert other.check_health().waiting == 0  # it was not closed
 
 
@@ -215,10 +201,10 @@ def test_nothing_starts_before_the_first_call(make_sync: MakeSync) -> None:
     queue = make_sync()
     queue.create_job()
     queue.close()
-    assert threads() == []
+    assert sync_threads() == []
     with pytest.raises(QueueClosed, match="^closed$"):
         queue.check_health()
-    assert threads() == []
+    assert sync_threads() == []
 
 
 async def test_nothing_connects_in_the_callers_loop(make_sync: MakeSync) -> None:
@@ -229,8 +215,8 @@ async def test_nothing_connects_in_the_callers_loop(make_sync: MakeSync) -> None
 def test_all_queues_share_one_thread(make_sync: MakeSync, name: str) -> None:
     one, other = make_sync(), make_sync(f"{name}-other")
     assert one.save(one.create_job(1)).id == other.save(other.create_job(2)).id == "1"
-    assert len(threads()) == 1
-    assert threads()[0].daemon
+    assert len(sync_threads()) == 1
+    assert sync_threads()[0].daemon
 
 
 def test_many_threads_at_once(make_sync: MakeSync) -> None:
@@ -245,7 +231,7 @@ def test_many_threads_at_once(make_sync: MakeSync) -> None:
         ids = [job_id for some in pool.map(save_many, range(8)) for job_id in some]
     assert sorted(map(int, filter(None, ids))) == list(range(1, 801))
     assert len({tuple(job.data) for job in queue.get_jobs("waiting", 0, -1)}) == 800
-    assert len(threads()) == 1
+    assert len(sync_threads()) == 1
 
 
 def test_an_interrupt_cancels_the_call(make_sync: MakeSync) -> None:
@@ -361,7 +347,7 @@ def test_closing_while_it_opens(own_server: Server, make_sync: MakeSync) -> None
     queue = make_sync(redis=own_server.url)
     with ThreadPoolExecutor(1) as pool:
         saving = pool.submit(queue.save, queue.create_job())
-        until(threads)
+        until(sync_threads)
         queue.close()
         with pytest.raises(QueueClosed):
             saving.result(10)
