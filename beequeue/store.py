@@ -34,6 +34,7 @@ each before what it causes. What may be large or belongs to a worker goes on the
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -379,6 +380,5 @@ def _bytes(job_id: str) -> bytes:
 
 
 async def load_scripts(link: Link) -> None:
-    """Makes the server know every script (`SCRIPT LOAD`)."""
-    for script in SCRIPTS.values():
-        await link.call(b"SCRIPT", b"LOAD", script.text)
+    """Makes the server know every script (`SCRIPT LOAD`), in one round trip."""
+    await asyncio.gather(*(link.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))
