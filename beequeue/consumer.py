@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from beequeue.decisions import fail, message_of, retry_delay, succeed
+from beequeue.decisions import fail, fail_as_stored, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
     JobTimeout,
@@ -29,7 +29,6 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.events import encode_event
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Command
@@ -195,8 +194,7 @@ class Consumer:
         try:
             return fail(job, run.error, None, now_ms(), self._settings)
         except TypeError:  # nested so deep that it could be read, but not be written
-            message = encode_event(run.id, "failed", message_of(run.error)) if self._settings.send_events else b""
-            return Settlement("failed", None if self._settings.remove_on_failure else run.entry, message)
+            return fail_as_stored(run.id, run.entry, run.error, self._settings)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""

@@ -212,7 +212,7 @@ class Queue(Emitter):
                 near_term_window_ms=settings.near_term_window,
                 debounce_ms=settings.delayed_debounce,
             )
-        self._stall_checker = StallChecker(self._store, self, stall_interval_ms=settings.stall_interval)
+        self._stall_checker = StallChecker(self._store, self)
         self._opening = self._spawn(self._connect(), "opening")
 
     async def _connect(self) -> None:
@@ -427,6 +427,8 @@ class Queue(Emitter):
     async def check_stalled_jobs(self, interval: Duration | None = None) -> int:
         """Moves the jobs of silent workers from `active` to `waiting` (`stalled`, id, for each); returns how many.
 
+        With `max_stalls`, one that was brought back that often already goes to `failed` and is not counted (`failed` and
+        `failed:fatal`, job, `JobStalled`, here; `job failed` everywhere).
         With an `interval` (ms or `timedelta`, above 0) it is repeated that long after each check, until `close()`, in place
         of a worker's automatic check. At most one check in each `stall_interval` does anything, whoever asks; it takes two to
         find a job. Raises what Redis answered to the first one; later failures are reported through `error`.

@@ -14,7 +14,8 @@ The data model, all keys and channels below `<prefix>:<name>:`
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
     stallBlock      string      "1", expires: one stall check an interval stall check
-    stalls          hash        nothing yet; destroyed with the rest
+    stalls          hash        id -> "count sha1": how often a job has   stall check, with max_stalls; expires
+                                stalled as the job JSON with that SHA-1
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
     earlierDelayed  channel     epoch ms: look again at this time         add, finish
 
@@ -34,6 +35,8 @@ each before what it causes. What may be large or belongs to a worker goes on the
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,9 +44,13 @@ from typing import Any, NamedTuple
 
 from beequeue.connection import Connection
 from beequeue.link import Command, Link
+from beequeue.link import settle as complete
 
 TAKE_WAIT_S = 5
 """How long Redis holds a take open: finite, so that a half-open socket is noticed."""
+
+STALLS_KEPT_MS = 7 * 24 * 3_600_000
+"""How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
 Reply = Callable[[Any], None]
 
@@ -147,7 +154,17 @@ class Store:
         self._take = _head("take", jobs_key, waiting, active)
         self._read_taken = _head("read_taken", jobs_key, waiting, active)
         self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
-        self._check_stalled = _head("check_stalled_jobs", key("stallBlock"), self._stalling, waiting, active)
+        self._check_stalled = _head(
+            "check_stalled_jobs",
+            key("stallBlock"),
+            self._stalling,
+            waiting,
+            active,
+            jobs_key,
+            key("stalls"),
+            succeeded,
+            failed,
+        )
         self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
         self._blocking_take = (b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode())
 
@@ -341,11 +358,24 @@ class Store:
 
     # --- the two clocks ----------------------------------------------------------------------------------------------
 
-    async def check_stalled(self, stall_interval_ms: int) -> list[str]:
-        """Moves the jobs of silent workers from `active` to `waiting`; returns their ids."""
-        args = (*self._check_stalled, stall_interval_ms)
+    async def check_stalled(self, stall_interval_ms: int, max_stalls: int | None) -> tuple[list[str], list[Taken]]:
+        """Moves the jobs of silent workers from `active` to `waiting`; returns their ids.
+
+        And those that have stalled more than `max_stalls` times: they stay in `active`, and are for `settle_stalled`.
+        """
+        limit = b"" if max_stalls is None else max_stalls
+        args = (*self._check_stalled, stall_interval_ms, limit, STALLS_KEPT_MS)
         reply = await self._commands.call(*args, repeatable=True, script=SCRIPTS["check_stalled_jobs"].text)
-        return [_text(job_id) for job_id in reply]
+        stalled, too_often = reply
+        return [_text(job_id) for job_id in stalled], self.taken_from(too_often)
+
+    async def settle_stalled(self, job_id: str, settlement: Settlement) -> bool:
+        """Settles a job whose worker is gone; False when that, or anybody, has settled, removed or handed it on meanwhile."""
+        future = asyncio.get_running_loop().create_future()
+        on_reply = functools.partial(complete, future)
+        self.settle((self.finish(job_id, settlement, take_next=False, on_reply=on_reply),))
+        settled, _ = self.finished_from(await future)
+        return settled
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
         """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left)."""
