@@ -29,6 +29,7 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
+from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Command
@@ -50,6 +51,7 @@ MORE_THREADS = 100
 class Host(Protocol):
     """What a worker asks of its queue."""
 
+    name: str
     settings: QueueSettings
     backoff_strategies: dict[str, Strategy]
 
@@ -89,7 +91,8 @@ class Consumer:
         self._handler = handler
         self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
-        self._heart: asyncio.Task[None] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._heart = Heart(store, host.name, handler, lambda: list(self._held), host.settings.stall_interval)
         self._starting = False
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -97,7 +100,8 @@ class Consumer:
 
     def start(self) -> None:
         """Begins to take jobs."""
-        self._heart = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._beating = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._heart.start()
         self._intake.pump()
 
     def owns_current_task(self) -> bool:
@@ -250,6 +254,7 @@ class Consumer:
         """Reports all running jobs at once, twice in each stall interval."""
         while True:
             await asyncio.sleep(self._settings.stall_interval / 2000)
+            self._heart.sign()
             if self._held:
                 try:
                     await self._store.heartbeat({run.id for run in self._held})
@@ -277,9 +282,10 @@ class Consumer:
             await self._until(lambda: not left(), self._loop.time() + GRACE_S)
         if answers:
             await self._hand_back()
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.wait((self._heart,))
+        await self._heart.stop(GRACE_S)
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait((self._beating,))
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         return in_time

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beequeue.connection import Connection
+from beequeue.connection import BlockingConnection, Connection
 from beequeue.link import Command, Link
 from beequeue.link import settle as complete
 
@@ -349,6 +349,14 @@ class Store:
     async def heartbeat(self, job_ids: Iterable[str]) -> None:
         """Reports running jobs: takes their ids out of `stalling`."""
         await self._commands.call(b"SREM", self._stalling, *map(_bytes, job_ids), repeatable=True)
+
+    def blocking_connection(self, timeout_s: float) -> BlockingConnection:
+        """For a thread, beside the connections of the event loop; not open yet."""
+        return BlockingConnection(self._commands.address, timeout_s)
+
+    def heartbeat_blocking(self, connection: BlockingConnection, job_ids: Iterable[str]) -> None:
+        """As `heartbeat`, in a thread."""
+        connection.call(b"SREM", self._stalling, *map(_bytes, job_ids))
 
     async def hand_back(self, job_ids: Sequence[str]) -> int:
         """Returns jobs from `active` to where `waiting` is taken, the one taken last first; how many it were."""

@@ -17,6 +17,7 @@ ORDER = [
     "queue",
     "producer",
     "consumer",
+    "heart",
     "intake",
     "maintenance",
     "decisions",
