@@ -32,9 +32,10 @@ from beequeue.errors import (
 from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
-from beequeue.link import Command
+from beequeue.link import Command, Link
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement, Store, Taken
+from beequeue.store import NOTHING_SETTLED, Settlement, Store, Taken
+from beequeue.strangers import strangers
 
 log = logging.getLogger("beequeue")
 
@@ -63,7 +64,7 @@ class Host(Protocol):
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task")
+    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "stranger", "task")
 
     def __init__(self, job_id: str, entry: bytes) -> None:
         self.id = job_id
@@ -77,6 +78,8 @@ class Run:
         self.error: BaseException | None = None
         self.settlement: Settlement | None = None
         self.finish: Command | None = None
+        self.stranger = False
+        """Its id is another job's now, or nobody's: nothing is said to Redis about it any more."""
 
 
 class Consumer:
@@ -92,7 +95,7 @@ class Consumer:
         self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
         self._beating: asyncio.Task[None] | None = None
-        self._heart = Heart(store, host.name, handler, lambda: list(self._held), host.settings.stall_interval)
+        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
         self._starting = False
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -203,6 +206,9 @@ class Consumer:
     def _settle(self, run: Run, settlement: Settlement) -> None:
         """Tells Redis, which answers with the next job if one is waiting."""
         run.settlement = settlement
+        if run.stranger:
+            self._finished(run, NOTHING_SETTLED)
+            return
         on_reply = functools.partial(self._finished, run)
         run.finish = self._store.finish(run.id, settlement, take_next=not self._intake.closing, on_reply=on_reply)
         self._intake.settle(run.finish)
@@ -255,11 +261,23 @@ class Consumer:
         while True:
             await asyncio.sleep(self._settings.stall_interval / 2000)
             self._heart.sign()
-            if self._held:
+            if own := self._own():
                 try:
-                    await self._store.heartbeat({run.id for run in self._held})
+                    await self._store.heartbeat({run.id for run in own})
                 except BeeQueueError as error:
                     self._host._report(error)
+
+    def _own(self) -> list[Run]:
+        """The runs whose job is here; also for the heart's thread."""
+        return [run for run in list(self._held) if not run.stranger]
+
+    async def disown_strangers(self, link: Link) -> None:
+        """Before anything else is sent on a new `link`: a run whose id has become another job's is not settled any more."""
+        held = list(self._held)
+        for run in await strangers(self._store, link, held):
+            run.stranger = True
+            if run.finish is not None and self._store.withdraw(run.finish):
+                run.finish.on_reply(NOTHING_SETTLED)
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
@@ -330,7 +348,8 @@ class Consumer:
 
     async def _hand_back(self) -> None:
         """Returns what is held and neither being settled nor in a thread that goes on."""
-        held = [run.id for run in reversed(self._held) if run.finish is None and (run.call is None or run.call.cancelled())]
+        can_go = (run for run in reversed(self._own()) if run.finish is None and (run.call is None or run.call.cancelled()))
+        held = [run.id for run in can_go]
         if not held:
             return
         try:

@@ -201,7 +201,7 @@ class Queue(Emitter):
         return self
 
     def _open(self) -> None:
-        self.client.attach(self._report)
+        self.client.attach(self._report, self._look_at_held)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         settings = self.settings
@@ -232,6 +232,12 @@ class Queue(Emitter):
             if getattr(error, "code", None) != "NOPERM":
                 raise
             self._client_id = None  # closing then waits for the open take instead of ending it
+        await self._look_at_held(link)
+
+    async def _look_at_held(self, link: Link) -> None:
+        """A connection on which jobs are settled is being set up."""
+        if self._consumer is not None:
+            await self._consumer.disown_strangers(link)
 
     async def _subscribe(self, link: Link) -> None:
         if self.settings.get_events:

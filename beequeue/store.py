@@ -120,6 +120,8 @@ KEYS = ("id", "jobs", "stallBlock", "stalling", "waiting", "active", "succeeded"
 NEWEST = 4
 """How many jobs the script behind a take reads, to find the one that was taken; see its header."""
 NEWEST_BYTES = 4096
+NOTHING_SETTLED = (0,)
+"""The reply to `finish` when there was nothing to settle, for one that is not sent."""
 
 
 class Store:
@@ -246,6 +248,12 @@ class Store:
         entries = await self._commands.call(b"HMGET", self._jobs_key, *map(_bytes, job_ids), repeatable=True)
         return entries
 
+    async def entries_on(self, link: Link, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The same, on a link that is still being set up; with no right that a worker does not need anyway."""
+        asking = [link.call(b"HGET", self._jobs_key, _bytes(job_id)) for job_id in job_ids]
+        entries: list[bytes | None] = await asyncio.gather(*asking)
+        return entries
+
     async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
         """Deletes those of `job_ids` that are in `kind` and were created until then (epoch ms); how many."""
         args = (*self._clean[kind], created_until, at_most, *map(_bytes, job_ids))
@@ -338,6 +346,10 @@ class Store:
     def settle(self, settlements: Sequence[Command]) -> None:
         """Sends what `finish` has made, in one write."""
         self._commands.send_all(settlements)
+
+    def withdraw(self, settlement: Command) -> bool:
+        """Takes back a settlement that waits for its connection; False when it has been sent, or answered."""
+        return self._commands.withdraw(settlement) or (self._takes is not None and self._takes.withdraw(settlement))
 
     @staticmethod
     def finished_from(reply: Sequence[Any]) -> tuple[bool, Taken | None]:

@@ -18,6 +18,7 @@ ORDER = [
     "producer",
     "consumer",
     "heart",
+    "strangers",
     "intake",
     "maintenance",
     "decisions",
