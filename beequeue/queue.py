@@ -51,8 +51,9 @@ class Queue(Emitter):
     opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.
 
     Events: `ready`; `error` (error); on the worker `succeeded` (job, result), `retrying`, `failed`, `failed:fatal` (job,
-    error); `stalled` (id); `raised jobs` (count); and for every job of the queue, whoever made it: `job succeeded` (id,
-    result), `job failed`, `job retrying` (id, error), `job progress` (id, value).
+    error), the last two also where a check finds that a job has stalled too often; `stalled` (id); `raised jobs` (count); and
+    for every job of the queue, whoever made it: `job succeeded` (id, result), `job failed`, `job retrying` (id, error), `job
+    progress` (id, value).
     """
 
     def __init__(self, name: str, redis: RedisSetting | Client = None, **settings: Unpack[QueueOptions]) -> None:

@@ -81,6 +81,20 @@ def survives(client: Any, queue: Queue, job_id: str | None, checks: int = 3) -> 
         wait_blocking(lambda: not client.sismember(stalling, job_id))
 
 
+async def hold(queue: Queue) -> tuple[Job, asyncio.Event]:
+    """A job that runs on the queue until the event is set."""
+    gate, started = asyncio.Event(), Seen()
+
+    async def handler(job: Job) -> None:
+        started()
+        await gate.wait()
+
+    job = await queue.create_job("x").save()
+    queue.process(handler)
+    await started.reaches(1)
+    return job, gate
+
+
 async def test_a_handler_that_blocks_the_loop_keeps_its_job(
     make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,15 +137,7 @@ async def test_what_blocks_need_not_be_a_handler(
 ) -> None:
     """the jobs are reported all the same; no job is blamed"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
-    gate, started = asyncio.Event(), Seen()
-
-    async def handler(job: Job) -> None:
-        started()
-        await gate.wait()
-
-    job = await queue.create_job("x").save()
-    queue.process(handler)
-    await started.reaches(1)
+    job, gate = await hold(queue)
     with sync_redis.Redis.from_url(url, decode_responses=True) as client, Other(name, url) as other:
         survives(client, queue, job.id)
         gate.set()
@@ -148,15 +154,7 @@ async def test_a_loop_that_lives_costs_nothing(
     """no connection more, and no heartbeat but the loop's own"""
     async with Relay(own_server.url) as relay:
         queue = make_queue(redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
-        gate, started = asyncio.Event(), Seen()
-
-        async def handler(job: Job) -> None:
-            started()
-            await gate.wait()
-
-        await queue.create_job("x").save()
-        queue.process(handler)
-        await started.reaches(1)
+        _, gate = await hold(queue)
         begun = asyncio.get_running_loop().time()
         beats = said(relay, b"SREM")
         await until(lambda: said(relay, b"SREM") == beats + 4)
@@ -172,15 +170,7 @@ async def test_a_loop_that_waits_for_redis_is_not_blocked(
 ) -> None:
     """its heartbeat does not come, but it lives"""
     queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
-    gate, started = asyncio.Event(), Seen()
-
-    async def handler(job: Job) -> None:
-        started()
-        await gate.wait()
-
-    await queue.create_job("x").save()
-    queue.process(handler)
-    await started.reaches(1)
+    _, gate = await hold(queue)
     freeze(own_server)
     try:
         assert queue._consumer is not None

@@ -203,7 +203,7 @@ class Field:
         if "stalled more than" not in message:
             return int(message.removeprefix("bad "))
         job_id = message.split()[1]
-        return next(number for number in self.ledger.killers if self.ledger.saved.get(number) == job_id)
+        return max(number for number in self.ledger.killers if self.ledger.saved.get(number) == job_id)
 
     def _published(self, job_id: str, result: Any) -> None:
         self.ledger.published[result["number"]] += 1
