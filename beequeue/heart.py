@@ -65,7 +65,10 @@ class Heart:
 
     def start(self) -> None:
         """Begins to watch the loop."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system gives no thread: the loop's own heartbeat is there
+            log.warning("queue %s: nothing watches the event loop: %s", self._queue, error)
 
     def sign(self) -> None:
         """The loop lives."""
@@ -75,6 +78,8 @@ class Heart:
         """Ends the thread, and waits so long for it; one that Redis keeps waiting ends within `LONGEST_CALL_S`."""
         self._stop.set()
         self._connection.close()
+        if not self._thread.is_alive():
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._ended.wait()
