@@ -393,7 +393,9 @@ class Store:
         """Settles a job whose worker is gone; False when that, or anybody, has settled, removed or handed it on meanwhile."""
         future = asyncio.get_running_loop().create_future()
         on_reply = functools.partial(complete, future)
-        self.settle((self.finish(job_id, settlement, take_next=False, on_reply=on_reply),))
+        command = self.finish(job_id, settlement, take_next=False, on_reply=on_reply)
+        command.repeat = None  # the next check finds it again, if it is still there
+        self.settle((command,))
         settled, _ = self.finished_from(await future)
         return settled
 

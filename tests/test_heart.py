@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import shutil
 import socket
 import threading
@@ -22,7 +21,7 @@ import trustme
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue
 from beequeue.connection import Address, BlockingConnection
-from harness.server import Server, find_server, running_server
+from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, skip, until
 from tests.observe import freeze, said, thaw
 from tests.relay import Relay
@@ -275,7 +274,7 @@ def secured(tmp_path: Path, authority: trustme.CA) -> Iterator[Server]:
     certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
     options = ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "ca.pem"]
     paths = [str(tmp_path / option) if option.endswith(".pem") else option for option in options]
-    with running_server(find_server(os.environ), *paths, "--tls-auth-clients", "no") as server:
+    with running_server(Path(binary or ""), *paths, "--tls-auth-clients", "no") as server:
         yield server
 
 
