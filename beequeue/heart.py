@@ -29,6 +29,8 @@ log = logging.getLogger("beequeue")
 
 LEAST_S = 0.1
 """The shortest time in which a loop must give a sign; a stall interval below three times as much is too short for this."""
+MOST_S = 86_400.0
+"""The longest stall interval that this goes by; the system's waits have an end."""
 LONGEST_CALL_S = 2.0
 """How long the thread waits for Redis."""
 _PACKAGE = os.path.dirname(__file__) + os.sep
@@ -51,10 +53,11 @@ class Heart:
         self._queue = queue
         self._handler = handler
         self._held = held
+        interval_s = min(interval_ms / 1000, MOST_S)
         # the loop beats each half interval: there is a quarter left when the thread knows that it does not
-        self._calm_s = max(interval_ms / 1000 * 5 / 8, LEAST_S)
-        self._answer_s = max(interval_ms / 1000 / 8, LEAST_S)
-        self._repeat_s = max(interval_ms / 1000 / 2, LEAST_S)
+        self._calm_s = max(interval_s * 5 / 8, LEAST_S)
+        self._answer_s = max(interval_s / 8, LEAST_S)
+        self._repeat_s = max(interval_s / 2, LEAST_S)
         self._connection = store.blocking_connection(min(LONGEST_CALL_S, self._repeat_s))
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -123,19 +126,25 @@ class Heart:
         last_sign, warned = self._sign_at, False
         while self._sign_at == last_sign and self._loop.is_running():
             if held := list(self._held()):
+                failure = self._report(held)  # before a line is logged: that may wait for what blocks the loop
                 if not warned:
                     log.warning("queue %s: %s", self._queue, self._what_blocks(held))
                     warned = True
-                try:
-                    self._store.heartbeat_blocking(self._connection, {run.id for run in held})
-                except Exception as error:
-                    if not self._stop.is_set():
-                        log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._queue, error)
+                if failure is not None and not self._stop.is_set():
+                    log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._queue, failure)
             if self._stop.wait(self._repeat_s):
                 return
         self._connection.close()
         if warned:
             log.warning("queue %s: the event loop is back after %.1f s", self._queue, self._sign_at - last_sign)
+
+    def _report(self, held: list[Held]) -> Exception | None:
+        """Tells Redis; what went wrong, if anything did."""
+        try:
+            self._store.heartbeat_blocking(self._connection, {run.id for run in held})
+        except Exception as error:  # whatever the driver makes of a socket that `stop` has closed
+            return error
+        return None
 
     def _what_blocks(self, held: list[Held]) -> str:
         """One line: whose handler it is, for how long, and where it is now."""
@@ -164,4 +173,4 @@ def _inner_frames(frame: FrameType | None) -> list[FrameType]:
 
 def _name_of(handler: Any) -> str:
     named = handler if hasattr(handler, "__qualname__") else type(handler)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"

@@ -63,6 +63,9 @@ async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: A
     assert (entry["status"], entry["options"]["retries"]) == ("failed", 5)
     assert entry["options"]["stacktraces"] == [f"beequeue.errors.JobStalled: {message}\n"]
     assert await queue.check_health() == (0, 0, 0, 1, 0, 1)
+    await job.retry()
+    assert await lose(redis, queue) == bool(limit)  # it begins anew
+    assert await counts(redis, queue) == {"1": 1}
 
 
 async def test_a_failure_by_stalls_may_leave_nothing(make_queue: MakeQueue, redis: Any) -> None:
