@@ -84,6 +84,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", metavar="N", type=_at_least_one, default=1, help="jobs at once (default: 1)")
     _add_connection_arguments(parser)
     add("--stall-interval", metavar="MS", type=_at_least_one, default=defaults.stall_interval, help="the same across a fleet")
+    add("--max-stalls", metavar="N", type=_at_least_one, help="fail a job that loses its worker more often than N times")
     add("--remove-on-success", action="store_true", help="delete succeeded jobs")
     add("--remove-on-failure", action="store_true", help="delete failed jobs")
     add("--no-delayed", dest="activate_delayed_jobs", action="store_false", help="leave delayed jobs to others")

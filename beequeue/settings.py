@@ -69,12 +69,13 @@ class QueueOptions(TypedDict, total=False):
     initial_redis_failure_retry_delay: Duration
     ordered_events: bool
     stalled_check_interval: Duration | None
+    max_stalls: int | None
     reconnect: Backoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """bee-queue 2.0.0's settings under Python names, and three of our own at the end."""
+    """bee-queue 2.0.0's settings under Python names, and four of our own at the end."""
 
     prefix: str = "bq"
     """First part of every key and channel."""
@@ -112,6 +113,8 @@ class QueueSettings:
     """Saves travel on the event connection (RESP3), so that no job misses its own events."""
     stalled_check_interval: int | None = None
     """ms between a worker's own stall checks; None: `stall_interval`; 0: one check only."""
+    max_stalls: int | None = None
+    """How often this queue's stall checks bring a job back; the next time it fails. None: again and again."""
     reconnect: Backoff = linear_backoff
     """ms to wait before each reconnection attempt."""
 
@@ -149,4 +152,6 @@ def _checked(name: str, default: Any, value: Any) -> Any:
         return value
     if name == "redis_scan_count":
         return whole_number(name, value, at_least=1)
+    if name == "max_stalls":
+        return whole_number(name, value, at_least=0)
     return milliseconds(name, value, at_least=_AT_LEAST.get(name, 1))
