@@ -32,7 +32,12 @@ class Event(NamedTuple):
     @classmethod
     def decode(cls, payload: bytes) -> Event:
         """Reads a message; raises `UnreadableData` when it is not one."""
-        message = load_json(payload, "message")
+        try:
+            message = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            message = None
+        if message is None:
+            message = load_json(payload, "message")
         if (
             type(message) is not dict
             or type(job_id := message.get("id")) is not str
@@ -79,7 +84,10 @@ def _as_plain(value: Any) -> Any:
 
 
 def load_json(text: bytes, what: str) -> Any:
-    """Reads JSON as Node writes it, lone surrogates too; raises `UnreadableData` naming `what`."""
+    """Reads JSON as Node writes it, lone surrogates too; raises `UnreadableData` naming `what`.
+
+    The error has the beginning of the text and no more: whoever keeps it does not keep the text.
+    """
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -87,7 +95,10 @@ def load_json(text: bytes, what: str) -> Any:
     try:
         return json.loads(text, parse_int=_int_or_float)
     except (ValueError, RecursionError) as error:
-        raise UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}") from None
+        unreadable = UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}")
+    del text
+    # behind the handlers: the reader's own error has the whole text, and would be its context
+    raise unreadable
 
 
 def _int_or_float(digits: str) -> int | float:

@@ -61,7 +61,7 @@ class Tracker:
         try:
             event = Event.decode(payload)
         except UnreadableData as error:
-            self._host._report(error)
+            self._host._report(error.with_traceback(None))  # whose frames have the whole message
             return
         # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
         job = self.jobs.get(event.id) if self._ordered else None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
 from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json
 
@@ -47,6 +50,33 @@ def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:
     """QK-38"""
     with pytest.raises(UnreadableData):
         Event.decode(payload)
+
+
+@pytest.mark.parametrize(
+    "payload", [b'"' + b"a" * 100_000, b"\xff" * 100_000, b"[" * 100_000, b"9" * 100_000, b"[1]" + b" " * 100_000]
+)
+def test_an_error_keeps_no_message(payload: bytes) -> None:
+    """neither itself nor by the errors that led to it; its traceback is told apart, below"""
+    with pytest.raises(UnreadableData) as caught:
+        Event.decode(payload)
+    error: BaseException = caught.value.with_traceback(None)
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    assert len(str(error)) < 1_000
+    assert [len(str(held)) for held in gc.get_referents(error) if len(str(held)) > 2_000] == []
+
+
+async def test_an_error_that_is_reported_keeps_no_message() -> None:
+    queue = Queue("q", auto_connect=False)
+    errors: list[Exception] = []
+    queue.on("error", errors.append)
+    payload = b"[" * 100_000
+    before = sys.getrefcount(payload)
+    queue._tracker.read(payload)
+    (error,) = errors
+    assert isinstance(error, UnreadableData)
+    assert error.__traceback__ is None
+    assert sys.getrefcount(payload) == before
 
 
 def test_encoding_keeps_the_order_of_members() -> None:
