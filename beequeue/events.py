@@ -50,6 +50,18 @@ class Event(NamedTuple):
         return cls(job_id, name, data)
 
 
+_HEAD = re.compile(rb'\{"id":"([^"\\]{1,1000})","event":"([^"\\]{1,100})"')
+
+
+def peek(payload: bytes) -> tuple[str, str] | None:
+    """Job and name of an event whose members stand in bee-queue's order, without decoding it; None: it cannot be told."""
+    head = _HEAD.match(payload)
+    try:
+        return None if head is None else (head[1].decode(), head[2].decode())
+    except UnicodeDecodeError:
+        return None
+
+
 def encode_event(job_id: str, name: str, data: Any = None) -> bytes:
     """The message for the events channel, members in bee-queue's order; no `data` member for None.
 
@@ -142,6 +154,10 @@ class Emitter:
             raise TypeError(f"the listener of {event!r} must be callable, not {listener!r}")
         self.on(event, _Once(self, event, listener))
         return listener
+
+    def _listens_to(self, event: str) -> bool:
+        """Whether anybody would be told of `event`."""
+        return bool((self._listeners or {}).get(event))
 
     def off(self, event: str, listener: Callable[..., Any]) -> None:
         """Stops calling `listener` at `event`; nothing happens when it was not listening."""

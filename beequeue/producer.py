@@ -282,12 +282,12 @@ class Producer:
         """`Job.result`: waits for the job's last event."""
         if job.last_event is not None:
             return job.last_event
-        store = await self._host._usable()
+        await self._host._usable()
         if not self._host.settings.get_events or not self._store_jobs:
             raise BeeQueueError("result() needs a queue with get_events and store_jobs")
         if job.last_event is None and (job.id is None or self._tracker.jobs.get(job.id) is not job):
             raise BeeQueueError("result() is for a job that this queue has saved or fetched")
-        return await self._tracker.end_of(job, store.look_up)
+        return await self._tracker.end_of(job)
 
     # --- many jobs ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions
 
 
 def test_defaults() -> None:
-    """bee-queue's own, and three of the port"""
+    """bee-queue's own, and four of the port"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
@@ -35,6 +35,7 @@ def test_defaults() -> None:
         "ordered_events": True,
         "stalled_check_interval": None,
         "reconnect": linear_backoff,
+        "max_event_bytes": 16_000_000,
     }
 
 
