@@ -40,6 +40,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beequeue.connection import Connection
+from beequeue.job import id_as_bytes as _bytes
+from beequeue.job import id_as_text as _text
 from beequeue.link import Command, Link
 
 TAKE_WAIT_S = 5
@@ -54,6 +56,11 @@ class Script(NamedTuple):
     name: str
     text: str
     sha: str
+
+    def head(self, *keys: str | bytes) -> tuple[bytes, ...]:
+        """A call of it (EVALSHA) up to its arguments, encoded once."""
+        encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
+        return (b"EVALSHA", self.sha.encode(), str(len(keys)).encode(), *encoded)
 
 
 def _read(path: Path) -> Script:
@@ -345,18 +352,7 @@ class Store:
 
 
 def _head(script: str, *keys: str | bytes) -> tuple[bytes, ...]:
-    """A script call up to its arguments, encoded once."""
-    encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
-    return (b"EVALSHA", SCRIPTS[script].sha.encode(), str(len(keys)).encode(), *encoded)
-
-
-def _text(job_id: bytes) -> str:
-    """An id as a string; what is not UTF-8 survives the way back."""
-    return job_id.decode("utf-8", "surrogateescape")
-
-
-def _bytes(job_id: str) -> bytes:
-    return job_id.encode("utf-8", "surrogateescape")
+    return SCRIPTS[script].head(*keys)
 
 
 async def load_scripts(link: Link) -> None:
