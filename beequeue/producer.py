@@ -12,10 +12,10 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
+from beequeue.errors import BeeQueueError, ConnectionLost, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.job import Job, id_from, now_ms
-from beequeue.link import settle
+from beequeue.link import Command, settle
 from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
 from beequeue.store import Store
 from beequeue.tracker import Tracker, summary
@@ -67,8 +67,8 @@ class Producer:
         if await answered:
             self._stored(job, form)
 
-    async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
-        """`Queue.save_all`: the same for each job, many in one round trip."""
+    async def save_all(self, jobs: Iterable[Job], timeout_ms: int | None = None) -> dict[Job, Exception]:
+        """`Queue.save_all`: the same for each job, many in one round trip. Past `timeout_ms` it waits for none of them."""
         jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, Job):
@@ -77,12 +77,24 @@ class Producer:
                 raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
         jobs = list(dict.fromkeys(jobs))
         errors: dict[Job, Exception] = {}
-        store = await self._host._usable()
+        now = asyncio.get_running_loop().time
+        deadline = None if timeout_ms is None else now() + timeout_ms / 1000
+        try:
+            async with asyncio.timeout_at(deadline):
+                store = await self._host._usable()
+        except TimeoutError:
+            return dict.fromkeys(jobs, _late(False))
         for start in range(0, len(jobs), AT_ONCE):
-            await self._save_at_once(store, jobs[start : start + AT_ONCE], errors)
+            some = jobs[start : start + AT_ONCE]
+            if deadline is not None and start > 0 and now() >= deadline:
+                errors.update(dict.fromkeys(some, _late(False)))
+            else:
+                await self._save_at_once(store, some, errors, None if deadline is None else max(0.0, deadline - now()))
         return errors
 
-    async def _save_at_once(self, store: Store, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
+    async def _save_at_once(
+        self, store: Store, jobs: Sequence[Job], errors: dict[Job, Exception], timeout_s: float | None
+    ) -> None:
         forms = {}
         for job in jobs:
             try:
@@ -97,19 +109,23 @@ class Producer:
             if len(outcomes) == len(forms):
                 settle(all_answered, None)
 
+        commands = {}
         for job, form in forms.items():
             job.saving = True
-            self._add(store, job, form, functools.partial(answered, job))
+            commands[job] = self._add(store, job, form, functools.partial(answered, job))
         if forms:
-            await all_answered
+            await asyncio.wait((all_answered,), timeout=timeout_s)
         for job, form in forms.items():
-            outcome = outcomes[job]
+            outcome = outcomes.get(job)
+            if outcome is None:  # past the time-out; what has not been sent must not be sent later
+                job.saving = not store.withdraw(commands[job])
+                outcome = _late(job.saving)
             if isinstance(outcome, BeeQueueError):
                 errors[job] = outcome
             elif outcome:
                 self._stored(job, form)
 
-    def _add(self, store: Store, job: Job, form: _Form, answered: Callable[[Outcome], None]) -> None:
+    def _add(self, store: Store, job: Job, form: _Form, answered: Callable[[Outcome], None]) -> Command:
         def on_reply(reply: Any) -> None:
             job.saving = False
             if isinstance(reply, BeeQueueError):
@@ -125,7 +141,7 @@ class Producer:
                     self._bind(job)
                 answered(True)
 
-        store.add(form.id, form.entry, form.delay, on_reply)
+        return store.add(form.id, form.entry, form.delay, on_reply)
 
     def _stored(self, job: Job, form: _Form) -> None:
         """What can wait until the caller of `save` goes on."""
@@ -343,6 +359,12 @@ class _Form(NamedTuple):
     """Empty: the next automatic one."""
     entry: bytes
     delay: float | None
+
+
+def _late(maybe_applied: bool) -> ConnectionLost:
+    if maybe_applied:
+        return ConnectionLost("Redis did not answer within the time-out; the job may have been saved", maybe_applied=True)
+    return ConnectionLost("Redis was not there within the time-out; the job was not saved", maybe_applied=False)
 
 
 def _form_to_save(job: Job) -> _Form:

@@ -160,10 +160,10 @@ class Store:
 
     # --- producers ---------------------------------------------------------------------------------------------------
 
-    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> None:
+    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> Command:
         """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
 
-        An empty `job_id` asks for the next automatic one.
+        Returns what `withdraw` takes. An empty `job_id` asks for the next automatic one.
         """
         if delay is None:
             command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
@@ -171,6 +171,11 @@ class Store:
             args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
+        return command
+
+    def withdraw(self, command: Command) -> bool:
+        """Takes back what `add` has not sent yet, since Redis is down; False when it has been sent."""
+        return self._jobs.withdraw(command)
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
