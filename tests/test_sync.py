@@ -386,8 +386,8 @@ def test_a_save_with_a_time_out_while_redis_is_silent(own_server: Server, make_s
     with pytest.raises(BeeQueueError, match="is being saved already"):
         queue.save(jobs[0])
     thaw(own_server)
-    until(lambda: queue.check_health().waiting == 3)
-    assert [job.id for job in jobs] == ["1", "2", "3"]
+    until(lambda: [job.id for job in jobs] == ["1", "2", "3"])
+    assert queue.check_health().waiting == 3
     assert queue.save(jobs[0], timeout=5_000) is jobs[0]
     queue.close()
 
