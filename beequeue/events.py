@@ -81,10 +81,16 @@ def dump_json(value: Any) -> bytes:
         if not str(refused).endswith(("surrogates not allowed", "Recursion limit reached")):
             raise
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_as_plain)
+        text = _dump(value)
+        if "NaN" in text or "Infinity" in text:  # which may stand in a string
+            text = _dump(json.loads(text, parse_constant=lambda name: None))
     except (ValueError, RecursionError) as error:
         raise TypeError(f"JSON cannot carry it: {error}") from None
     return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_as_plain)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import sys
 from collections.abc import Awaitable
 from datetime import UTC, datetime
@@ -83,6 +84,24 @@ def test_encoding_keeps_the_order_of_members() -> None:
     assert encode_event("1", "progress", {"b": 1, "a": "ü"}) == '{"id":"1","event":"progress","data":{"b":1,"a":"ü"}}'.encode()
     assert encode_event("1", "succeeded") == b'{"id":"1","event":"succeeded"}'
     assert encode_event("1", "succeeded", float("nan")) == b'{"id":"1","event":"succeeded","data":null}'
+
+
+def test_what_is_no_number_is_null_beside_lone_surrogates_too() -> None:
+    """as Node writes it; text that says so is text"""
+    value = {
+        "\ud800": [math.nan, math.inf, {"a": -math.inf}],
+        "NaN": "-Infinity",
+        "at": datetime(2026, 1, 2, tzinfo=UTC),
+        "big": 2**70,
+    }
+    written = dump_json(value)
+    told = b'{"\\ud800":[null,null,{"a":null}],"NaN":"-Infinity","at":"2026-01-02T00:00:00+00:00","big":1180591620717411303424}'
+    assert written == told
+    assert encode_event("1", "succeeded", ["\ud800", math.nan]) == b'{"id":"1","event":"succeeded","data":["\\ud800",null]}'
+    circle: list[Any] = ["\ud800", math.nan]
+    circle.append(circle)
+    with pytest.raises(TypeError, match="^JSON cannot carry it: Circular reference detected$"):
+        dump_json(circle)
 
 
 class Collecting(Emitter):
