@@ -39,7 +39,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hiredis import ReplyError
+
 from beequeue.connection import Connection
+from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
 from beequeue.link import Command, Link
@@ -136,11 +139,12 @@ class Store:
         self._stalling = key("stalling")
         waiting, active, jobs_key = key("waiting"), key("active"), key("jobs")
         self._add_job = _head("add_job", key("id"), jobs_key, waiting)
+        self._add_jobs = _head("add_jobs", key("id"), jobs_key, waiting)
         self._add_delayed_job = _head("add_delayed_job", key("id"), jobs_key, key("delayed"), self.earlier_channel)
         self._jobs_key = jobs_key.encode()
         succeeded, failed, delayed = key("succeeded"), key("failed"), key("delayed")
-        states = (active, self._stalling, jobs_key, waiting, succeeded, failed, delayed)
-        self._finish = _head("finish", *states, self.events_channel, self.earlier_channel)
+        events, earlier = self.events_channel, self.earlier_channel
+        self._finish = _head("finish", active, self._stalling, jobs_key, waiting, succeeded, failed, delayed, events, earlier)
         self._look_up = _head("look_up", jobs_key, succeeded, failed)
         self._get_job = _head("get_job", jobs_key, succeeded, failed)
         self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
@@ -174,8 +178,25 @@ class Store:
         return command
 
     def withdraw(self, command: Command) -> bool:
-        """Takes back what `add` has not sent yet, since Redis is down; False when it has been sent."""
+        """Takes back what `add` or `add_all` has not sent yet, since Redis is down; False when it has been sent."""
         return self._jobs.withdraw(command)
+
+    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
+        """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
+
+        def on_replies(replies: Any) -> None:
+            on_reply(
+                [CommandError(str(reply)) if isinstance(reply, ReplyError) else reply for reply in replies]
+                if isinstance(replies, list)
+                else replies
+            )
+
+        args = [*self._add_jobs]
+        for job_id, entry in jobs:
+            args += (_bytes(job_id), entry)
+        command = Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text)
+        self._jobs.send(command)
+        return command
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""

@@ -91,6 +91,8 @@ class Queue:
         With one it raises `ConnectionLost` by then, whose `maybe_applied` is False when the job was not sent, and will not
         be: it can be saved again. It is True when Redis did not answer, and the job may have been saved.
         """
+        if timeout is None:
+            return self._call(lambda queue: self._own(job, queue).save())
         errors = self.save_all((job,), timeout)
         if job in errors:
             raise errors[job]
