@@ -356,6 +356,7 @@ URLS: dict[str, Callable[[Servers], str]] = {
     "wrong password": lambda on: f"unix://:{ENCODED}1@{on.locked.socket}",
     "unreachable": lambda on: f"redis://Zq7:{ENCODED}@127.0.0.1:{free_port()}/1",
     "wrong database": lambda on: f"redis://:{ENCODED}@h/x",
+    "not encoded": lambda on: f"redis://:{PASSWORD}@h:6379/1",
     "unknown certificate": lambda on: f"rediss://:{ENCODED}@localhost:{on.tls_port}",
 }
 
