@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -155,28 +156,46 @@ def check_redis_url(url: str) -> None:
 
 
 def _from_url(url: str) -> dict[str, Any]:
+    shown = _without_secrets(url)
+    hint = "; in a password / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D" if "@" in url else ""
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ValueError(f"must be a URL: {error}") from None
-    shown = f"{parts.scheme}://…@{parts.hostname or ''}{parts.path}" if "@" in parts.netloc else url
+    except ValueError:  # what it says quotes a part of the password, if that was taken for something else
+        raise ValueError(f"must be a URL whose port is a number from 1 to 65535{hint}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError(f"must be a redis://, rediss:// or unix:// URL, not {shown!r}")
-    if parts.scheme == "unix" and not parts.path:
-        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}")
+    # a password that is cut in two here would be taken for a port, a host or a path, and shown as such ever after
+    if "#" in url or ("@" not in parts.netloc and "@" in parts.query.partition("=")[0]):
+        raise ValueError(f"must have no #, and no @ before the first = of its query{hint}")
+    if parts.scheme == "unix" and (not parts.path or (parts.netloc and not parts.netloc.endswith("@"))):
+        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}{hint}")
     if parts.scheme != "unix" and port == 0:
         raise ValueError(f"must have a port from 1 to 65535, not {shown!r}")
     try:
         (parts.hostname or "").encode("idna")
     except UnicodeError:
-        raise ValueError(f"must name a host, not {parts.hostname!r}") from None
+        raise ValueError(f"must name a host, not {shown!r}") from None
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
-        raise ValueError(f"must name its database by a number, not {shown!r}")
+        raise ValueError(f"must name its database by a number, not {shown!r}{hint}")
     try:
         return dict(parse_url(url))
-    except ValueError as error:
+    except ValueError as error:  # names an option, never its value
         raise ValueError(f"must be a URL: {error}") from None
+
+
+def _without_secrets(url: str) -> str:
+    """What may be shown of a URL, also of one that is written wrongly: neither a user's part nor a query."""
+    scheme = _SCHEME.match(url)
+    start = scheme[0] if scheme else ""
+    head, at, tail = url.rpartition("@")
+    if at and ("?" in head or "#" in head):  # a query that has an @, or a password that has one of these
+        return f"{start}…"
+    return f"{start}…@{_QUERY.sub('', tail)}" if at else _QUERY.sub("", url)
+
+
+_SCHEME = re.compile("[a-z]+://", re.IGNORECASE)
+_QUERY = re.compile("[?#].*", re.DOTALL)
 
 
 def _class_for(arguments: Mapping[str, Any]) -> Any:

@@ -65,7 +65,7 @@ class Queue(Emitter):
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
         self.paused = False
-        self._tracker = Tracker(self, ordered=self.settings.ordered)
+        self._tracker = Tracker(self, ordered=self.settings.ordered, max_event_bytes=self.settings.max_event_bytes)
         self._producer = Producer(self, self._tracker)
         self._connect_parts(redis)
         self._client_id: int | None = None
@@ -113,6 +113,7 @@ class Queue(Emitter):
         commands = self.client.connection
         jobs = self._subscription if settings.ordered and self._subscription is not None else commands
         self._store = Store(self.key_prefix, commands, self._takes, jobs)
+        self._tracker.look_up = self._store.look_up
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"

@@ -46,6 +46,8 @@ from hiredis import ReplyError
 
 from beequeue.connection import BlockingConnection, Connection
 from beequeue.errors import CommandError
+from beequeue.job import id_as_bytes as _bytes
+from beequeue.job import id_as_text as _text
 from beequeue.link import Command, Link
 from beequeue.link import settle as complete
 
@@ -64,6 +66,11 @@ class Script(NamedTuple):
     name: str
     text: str
     sha: str
+
+    def head(self, *keys: str | bytes) -> tuple[bytes, ...]:
+        """A call of it (EVALSHA) up to its arguments, encoded once."""
+        encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
+        return (b"EVALSHA", self.sha.encode(), str(len(keys)).encode(), *encoded)
 
 
 def _read(path: Path) -> Script:
@@ -174,10 +181,10 @@ class Store:
 
     # --- producers ---------------------------------------------------------------------------------------------------
 
-    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> None:
+    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> Command:
         """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
 
-        An empty `job_id` asks for the next automatic one.
+        Returns what `withdraw` takes. An empty `job_id` asks for the next automatic one.
         """
         if delay is None:
             command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
@@ -185,8 +192,13 @@ class Store:
             args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
+        return command
 
-    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> None:
+    def withdraw(self, command: Command) -> bool:
+        """Takes back what `add` or `add_all` has not sent yet, since Redis is down; False when it has been sent."""
+        return self._jobs.withdraw(command)
+
+    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
         """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
 
         def on_replies(replies: Any) -> None:
@@ -199,7 +211,9 @@ class Store:
         args = [*self._add_jobs]
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
-        self._jobs.send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
+        command = Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text)
+        self._jobs.send(command)
+        return command
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
@@ -414,18 +428,7 @@ class Store:
 
 
 def _head(script: str, *keys: str | bytes) -> tuple[bytes, ...]:
-    """A script call up to its arguments, encoded once."""
-    encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
-    return (b"EVALSHA", SCRIPTS[script].sha.encode(), str(len(keys)).encode(), *encoded)
-
-
-def _text(job_id: bytes) -> str:
-    """An id as a string; what is not UTF-8 survives the way back."""
-    return job_id.decode("utf-8", "surrogateescape")
-
-
-def _bytes(job_id: str) -> bytes:
-    return job_id.encode("utf-8", "surrogateescape")
+    return SCRIPTS[script].head(*keys)
 
 
 async def load_scripts(link: Link) -> None:

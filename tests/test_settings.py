@@ -36,6 +36,7 @@ def test_defaults() -> None:
         "stalled_check_interval": None,
         "max_stalls": None,
         "reconnect": linear_backoff,
+        "max_event_bytes": 16_000_000,
     }
 
 
