@@ -234,7 +234,7 @@ class Intake(Generic[AnySettling]):
                 answered_at = self._loop.time()
 
         while (self._take or self._reading) and not self.cut_off:
-            if self._take and self._store.withdraw_take(self._take):
+            if self._take and self._store.withdraw(*self._take):
                 self._take = ()
                 continue
             if self._loop.time() > max(deadline, answered_at + grace_s):
