@@ -181,10 +181,14 @@ async def run(queue: Queue, settings: config.Config) -> None:
 
     chains.fill()
     tick, end = started, started + (settings.duration or math.inf)
+    restarted = 0
     try:
         while (tick := tick + settings.stats_interval) < end:
             await asyncio.sleep(tick - time.monotonic())
             chains.give_up_vanished()
+            if chains.restarted > restarted:
+                log.warning("client: %d chains started anew", chains.restarted - restarted)
+                restarted = chains.restarted
             print_stats()
         await asyncio.sleep(end - time.monotonic())
     finally:

@@ -1,0 +1,88 @@
+"""Under faults client and workers live on, say in a line each what happened, and return to seven live chains by themselves."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from harness.server import find_server, running_server
+from tests.conftest import until
+from tests.faults.harness import BACK_S, CHAINS, OF_REDIS, OF_THE_HARNESS, Ground, Harness
+from tests.observe import ONLOOKER
+from tests.relay import Relay
+
+pytestmark = pytest.mark.timeout(150)
+
+FAULTS = OF_REDIS | OF_THE_HARNESS
+CUT = {"restart-with-aof", "restart-without-aof", "kill-each-connection", "relay-goes-silent"}
+"""Those in which every connection is lost."""
+LINES = (
+    r"(client|worker): connected; .*",
+    r"(client|worker): (command|event|take) connection to \S+ lost: .*",
+    r"(command|event|take) connection to \S+ is back",
+    r"(command|event|take) connection: .*; next attempt in \d+ ms",
+    r"worker: job \d+ had lost its worker",
+    r"worker: job \d+ had been settled, removed or handed on before its handler ended",
+    r"client: \d+ chains started anew",
+    r"(client|worker): stopped",
+)
+"""All that they may say."""
+
+
+@pytest.fixture
+async def ground() -> AsyncIterator[Ground]:
+    options = ("--appendonly", "yes", "--appendfsync", "always")
+    with running_server(find_server(os.environ), *options) as server:
+        async with (
+            Redis.from_url(server.url, decode_responses=True, client_name=ONLOOKER) as redis,
+            Relay(server.url, remember=2**16) as relay,
+            Harness(relay.url, redis) as harness,
+        ):
+            yield Ground(server, relay, redis, harness, random.Random(189))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_it_lives_on(ground: Ground, fault: str) -> None:
+    harness = ground.harness
+    await harness.recovered()
+    connections = {name: (2 if name == "client" else 3) if fault in CUT else 0 for name in harness.said}
+    await FAULTS[fault](ground)
+    await harness.recovered()
+
+    lost = dict.fromkeys(harness.said, 0) | connections  # a worker may have been hired
+    await until(lambda: harness.count(r" is back$") == lost)
+    assert harness.count(r" lost: ") == lost
+    await seven_are_left(harness)
+
+    last = harness.stats[-1]
+    assert last["numReconnects"] == lost["client"]
+    if fault == "restart-without-aof":
+        assert last["numRestarted"] > 0  # whose jobs had vanished
+    elif fault not in CUT:
+        assert last["numRestarted"] == last["numJobSaveError"] == 0
+    await until(lambda: said_to_be_restarted(harness) == last["numRestarted"])
+    await harness.end()
+    for line in (line for lines in harness.said.values() for line in lines):
+        assert any(re.fullmatch(form, line) for form in LINES), line
+
+
+def said_to_be_restarted(harness: Harness) -> int:
+    return sum(int(line.split()[1]) for line in harness.said["client"] if "started anew" in line)
+
+
+async def seven_are_left(harness: Harness) -> None:
+    """Without workers nothing ends: what the client keeps alive stands in Redis, and it is seven jobs, no more and no fewer."""
+    await harness.stop_workers()
+
+    async def all_wait() -> bool:
+        return len(await harness.jobs()) == CHAINS
+
+    await until(all_wait, BACK_S)
+    lines = len(harness.stats)
+    await until(lambda: len(harness.stats) > lines + 1)
+    assert (harness.stats[-1]["numAlive"], harness.stats[-1]["numTracked"], len(await harness.jobs())) == (CHAINS,) * 3
