@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from harness.server import find_server, running_server
 from tests.conftest import until
-from tests.faults.harness import BACK_S, CHAINS, OF_REDIS, OF_THE_HARNESS, Ground, Harness
+from tests.faults.harness import OF_REDIS, OF_THE_HARNESS, Ground, Harness
 from tests.observe import ONLOOKER
 from tests.relay import Relay
 
@@ -57,7 +57,7 @@ async def test_it_lives_on(ground: Ground, fault: str) -> None:
     lost = dict.fromkeys(harness.said, 0) | connections  # a worker may have been hired
     await until(lambda: harness.count(r" is back$") == lost)
     assert harness.count(r" lost: ") == lost
-    await seven_are_left(harness)
+    await harness.seven_are_left()
 
     last = harness.stats[-1]
     assert last["numReconnects"] == lost["client"]
@@ -71,18 +71,19 @@ async def test_it_lives_on(ground: Ground, fault: str) -> None:
         assert any(re.fullmatch(form, line) for form in LINES), line
 
 
+async def test_a_worker_that_is_stopped_leaves_its_jobs_to_the_others(ground: Ground) -> None:
+    """at once: no stall check has anything to bring back"""
+    harness = ground.harness
+    for worker in harness.workers.copy():
+        await harness.recovered()
+        await harness.retire(worker)
+        await harness.hire()
+    await harness.recovered()
+    await harness.seven_are_left()
+    await harness.end()
+    assert harness.stats[-1]["numRestarted"] == 0
+    assert set(harness.count("lost its worker").values()) == {0}
+
+
 def said_to_be_restarted(harness: Harness) -> int:
     return sum(int(line.split()[1]) for line in harness.said["client"] if "started anew" in line)
-
-
-async def seven_are_left(harness: Harness) -> None:
-    """Without workers nothing ends: what the client keeps alive stands in Redis, and it is seven jobs, no more and no fewer."""
-    await harness.stop_workers()
-
-    async def all_wait() -> bool:
-        return len(await harness.jobs()) == CHAINS
-
-    await until(all_wait, BACK_S)
-    lines = len(harness.stats)
-    await until(lambda: len(harness.stats) > lines + 1)
-    assert (harness.stats[-1]["numAlive"], harness.stats[-1]["numTracked"], len(await harness.jobs())) == (CHAINS,) * 3

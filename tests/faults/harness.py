@@ -21,6 +21,7 @@ from typing import Any, Self
 from harness.member import Member
 from harness.server import Server
 from tests.conftest import until
+from tests.observe import answers
 from tests.relay import Relay
 
 CHAINS = 7
@@ -82,6 +83,11 @@ class Harness:
         await worker.ended()
         self.workers.remove(worker)
 
+    async def retire(self, worker: Member) -> None:
+        """SIGTERM."""
+        assert await worker.end() == 0
+        self.workers.remove(worker)
+
     async def jobs(self) -> list[str]:
         """The ids of all that is waiting or active, at one moment."""
         ids: list[str] = await self.redis.eval(LOOK, 2, self._key("waiting"), self._key("active"))
@@ -98,6 +104,18 @@ class Harness:
 
         await until(all_are_new, BACK_S)
         await until(lambda: any(line["numAlive"] == CHAINS for line in self.stats[lines:]), BACK_S)
+
+    async def seven_are_left(self) -> None:
+        """Stops the workers. What the client keeps alive stands in Redis then: seven jobs, no more and no fewer."""
+        await self.stop_workers()
+
+        async def all_wait() -> bool:
+            return len(await self.jobs()) == CHAINS
+
+        await until(all_wait, BACK_S)
+        lines = len(self.stats)
+        await until(lambda: len(self.stats) > lines + 1)
+        assert (self.stats[-1]["numAlive"], self.stats[-1]["numTracked"], len(await self.jobs())) == (CHAINS,) * 3
 
     async def stop_workers(self) -> None:
         """SIGTERM; each must end well, having left its jobs to the others."""
@@ -134,7 +152,7 @@ class Ground:
         if wipe:
             shutil.rmtree(self.server.directory / "appendonlydir")
         self.server.start()
-        await self.redis.connection_pool.disconnect()  # the onlooker's own, which it would find to be cut
+        await answers(self.redis)
 
 
 async def kill_workers(ground: Ground) -> None:
