@@ -272,19 +272,18 @@ def restart_redis(compose: list[str], project: Path, up: Up, chains: Chains) -> 
 
 def kill_a_worker(compose: list[str], project: Path, up: Up, chains: Chains) -> None:
     """Compose does not start it again by itself; the others bring its jobs back, and `up` brings it back."""
-    victim = run(*compose, "ps", "-q", "worker", cwd=project).stdout.split()[0]
-    assert run("docker", "kill", victim).returncode == 0
+    assert run("docker", "kill", running_workers(project)[0]).returncode == 0
     chains.are_back()
     until_a_line(up, lambda last: last["numAlive"] == CHAINS)
-    assert len(running_workers(compose, project)) == 5
+    assert len(running_workers(project)) == 5
     again = run(*compose, "up", "--detach", "--scale", "worker=6", cwd=project, **VARIABLES)
     assert again.returncode == 0, again.stderr
-    assert len(running_workers(compose, project)) == 6
+    assert len(running_workers(project)) == 6
 
 
-def running_workers(compose: list[str], project: Path) -> list[str]:
-    found = run(*compose, "ps", "-q", "worker", cwd=project).stdout.split()
-    return [each for each in found if run("docker", "inspect", "-f", "{{.State.Running}}", each).stdout.strip() == "true"]
+def running_workers(project: Path) -> list[str]:
+    labels = (f"label=com.docker.compose.project={project.name}", "label=com.docker.compose.service=worker")
+    return run("docker", "ps", "-q", "--filter", labels[0], "--filter", labels[1]).stdout.split()
 
 
 def pause_redis(compose: list[str], project: Path, up: Up, chains: Chains) -> None:

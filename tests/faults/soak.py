@@ -57,9 +57,9 @@ class Plan:
         """Raises `ValueError` with the line to show."""
         found = {}
         for name, default in (("MINUTES", "30"), ("EVERY", "20"), ("SEED", "189")):
-            given = environment.get(name) or default
-            if not given.replace(".", "", name != "SEED").isdecimal():
-                raise ValueError(f"{name} must be a number, not {given!r}")
+            given, whole = environment.get(name) or default, name == "SEED"
+            if not given.replace(".", "", not whole).isdecimal():
+                raise ValueError(f"{name} must be a {'whole ' * whole}number, not {given!r}")
             found[name] = float(given)
         faults = tuple(environment.get("FAULTS", "").split()) or SOAKED
         for fault in faults:
@@ -87,7 +87,7 @@ class Figures:
         """Adds a page of the ledger, which was right."""
         books, notes = ground.ledger, ground.crew.notes
         self.faults[fault] += 1
-        self.ledger += Counter(
+        self.ledger.update(
             {
                 "saved": len(books.saved),
                 "uncertain": len(books.uncertain),
@@ -142,11 +142,12 @@ async def soak(plan: Plan) -> Figures:
         async with Harness(with_password(relay.url), load.redis, workers=6, STATS_INTERVAL="1") as harness:
             ground = Ground(load.server, relay, load.redis, harness, chance)
             await harness.recovered()
-            due = time.monotonic()
+            due, to_come = time.monotonic(), list[str]()
             while time.monotonic() < started + 60 * plan.minutes:
                 due = max(due + plan.every, time.monotonic())
                 await asyncio.sleep(due - time.monotonic())
-                fault = chance.choice(plan.faults)
+                to_come = to_come or chance.sample(plan.faults, len(plan.faults))
+                fault = to_come.pop()
                 say(started, f"{fault}:")
                 back = await strike(fault, load, ground)
                 counts = await load.balance()
