@@ -1,8 +1,8 @@
 """A worker: takes jobs, runs the handler, settles each job and takes the next in the same step.
 
 Shape of the hot path, because speed is decided here and in `intake`:
-- replies are handled by callbacks, in the step that parses them; the only task is the handler's, and where Python can (3.12)
-  it starts eagerly: a handler that never suspends is settled without one more turn of the loop;
+- replies are handled by callbacks, in the step that parses them; the only tasks are the handlers', and handlers that never
+  suspend share one, which starts eagerly where Python can (3.12);
 - finishing a job brings the next one in the same reply, so a busy slot needs one round trip a job;
 - one heartbeat for all running jobs; a timer for a job only when it has a time-out.
 
@@ -16,8 +16,10 @@ import functools
 import inspect
 import logging
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Protocol
 
 from beequeue.decisions import fail, message_of, retry_delay, succeed
@@ -62,14 +64,17 @@ class Host(Protocol):
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task")
+    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task", "under_way")
 
     def __init__(self, job_id: str, entry: bytes) -> None:
         self.id = job_id
         self.entry = entry
-        self.abandoned = False
         self.job: Job | None = None
+        self.under_way = False
+        """Whether its handler is to run or runs, or its settlement waits for its answer."""
+        self.abandoned = False
         self.task: asyncio.Task[None] | None = None
+        """What runs its handler now."""
         self.call: Future[Any] | None = None
         """Where the handler is a plain function: what its thread does."""
         self.result: Any = None
@@ -90,48 +95,71 @@ class Consumer:
         self._handler = handler
         self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
+        self._begun: deque[Run] = deque()
+        """The runs whose handler has not been called yet."""
+        self._runner_is_due = False
         self._heart: asyncio.Task[None] | None = None
-        self._starting = False
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._intake = Intake(store, host, concurrency, self._begin, self._changed)
+        self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
 
     def start(self) -> None:
         """Begins to take jobs."""
         self._heart = asyncio.create_task(self._beat(), name="beequeue heartbeat")
-        self._intake.pump()
+        self._intake.pump_soon()
 
     def owns_current_task(self) -> bool:
         """Whether the caller is one of this worker's handlers."""
         task = asyncio.current_task()
-        return self._starting or any(run.task is task for run in self._held)
+        return any(run.task is task for run in self._held)
 
     # --- a run -----------------------------------------------------------------------------------------------------------
 
-    def _begin(self, taken: Taken) -> None:
-        """Occupies a slot with a job: runs the handler up to its first suspension, where Python can (3.12)."""
-        run = Run(taken.id, taken.entry)
-        self._held[run] = None
-        if self._intake.closing:
-            return  # to be handed back
-        try:
-            run.job = self._host._decode_job(taken.id, taken.entry)
-        except UnreadableData as unreadable:
-            self._host._report(unreadable)
-            self._settle(run, Settlement("failed", taken.entry, b""))
-            return
-        self.running += 1
-        self._intake.hold()
-        self._starting = bool(EAGERLY)
-        try:
-            attempt = self._attempt(run, run.job)
-            run.task = asyncio.Task(attempt, loop=self._loop, name="beequeue job", **EAGERLY)
-        finally:
-            self._starting = False
-            self._intake.pump_soon()
+    def _begin(self, taken: list[Taken]) -> None:
+        """Occupies a slot with each job."""
+        for job_id, entry in taken:
+            run = Run(job_id, entry)
+            self._held[run] = None
+            if self._intake.closing:
+                continue  # to be handed back
+            run.under_way = True
+            try:
+                run.job = self._host._decode_job(job_id, entry)
+            except UnreadableData as unreadable:
+                self._host._report(unreadable)
+                self._settle(run, Settlement("failed", entry, b""))
+                continue
+            self.running += 1
+            self._begun.append(run)
+        self._have_them_run()
 
-    async def _attempt(self, run: Run, job: Job) -> None:
+    def _have_them_run(self) -> None:
+        if self._begun and not self._runner_is_due:
+            self._runner_is_due = True
+            asyncio.Task(self._run_all(), loop=self._loop, name="beequeue job", **EAGERLY)
+
+    async def _run_all(self) -> None:
+        """Runs what has begun, one after the other as long as no handler suspends; the rest then has the next runner.
+
+        So a handler that never suspends costs neither a task nor a turn of the loop. No job sees what another one has left in
+        the task: a handler that changed its context, or asked for its own cancellation, was the task's last.
+        """
+        self._runner_is_due = False
+        task = asyncio.current_task()
+        assert task is not None
+        context = copy_context()
+        while self._begun:
+            run = self._begun.popleft()
+            run.task = task
+            self._have_them_run()
+            await self._attempt(run, run.job)
+            if task.cancelling() or copy_context() != context:
+                break
+        self._have_them_run()
+
+    async def _attempt(self, run: Run, job: Job | None) -> None:
         """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
+        assert job is not None
         try:
             limit = job.options.get("timeout")
             if limit:
@@ -140,10 +168,11 @@ class Consumer:
                 run.result = await self._call(run, job)
         except BaseException as raised:
             if run.abandoned:  # its job goes back
-                self.running -= 1
+                self._leave(run)
                 self._changed.set()
                 raise
             run.error = raised
+        run.task = None
         self.running -= 1
         try:
             self._settle(run, self._decide(run, job))
@@ -151,7 +180,11 @@ class Consumer:
             del self._held[run]
             self._intake.release()
             self._host._report(fault)
-            self._intake.pump()
+
+    def _leave(self, run: Run) -> None:
+        run.under_way = False
+        run.task = None
+        self.running -= 1
 
     async def _within(self, limit: Any, run: Run, job: Job) -> Any:
         if not isinstance(limit, (int, float)) or limit <= 0:
@@ -199,40 +232,27 @@ class Consumer:
             return Settlement("failed", None if self._settings.remove_on_failure else run.entry, message)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:
-        """Tells Redis, which answers with the next job if one is waiting."""
         run.settlement = settlement
-        on_reply = functools.partial(self._finished, run)
-        run.finish = self._store.finish(run.id, settlement, take_next=not self._intake.closing, on_reply=on_reply)
-        self._intake.settle(run.finish)
+        self._intake.settle(run)
 
-    def _finished(self, run: Run, reply: Any) -> None:
-        """The end of a run: its slot goes to the job that Redis answered with, or is free."""
+    def _ended(self, run: Run, outcome: bool | BeeQueueError) -> None:
+        """The end of a run: whether Redis has settled its job, or what it said instead."""
         del self._held[run]
-        following = None
-        if isinstance(reply, BeeQueueError):
+        if outcome is True:
+            self._announce(run)
+        elif outcome is not False:
             assert run.settlement is not None
             failure = OutcomeNotRecorded(f"unable to update the status of {run.settlement.status} job {run.id}")
-            failure.__cause__ = reply
+            failure.__cause__ = outcome
             self._host._report(failure)
+        elif run.finish is not None and run.finish.repeated:
+            # the reply that was lost may have been this settlement's own
+            if run.job is not None:
+                run.job.uncertain = True
+            self._announce(run)
         else:
-            settled, following = self._store.finished_from(reply)
-            if settled:
-                self._announce(run)
-            elif run.finish is not None and run.finish.repeated:
-                # the reply that was lost may have been this settlement's own
-                if run.job is not None:
-                    run.job.uncertain = True
-                self._announce(run)
-            else:
-                self.late_finishes += 1
-                self._host._report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
-        if following is not None:
-            self._begin(following)
-        else:
-            self._intake.release()
-            self._intake.pump()
-        if self._intake.closing:
-            self._changed.set()
+            self.late_finishes += 1
+            self._host._report(LateFinish(f"job {run.id} had been settled, removed or handed on before its handler ended"))
 
     def _announce(self, run: Run) -> None:
         job, error = run.job, run.error
@@ -272,9 +292,8 @@ class Consumer:
         answers = await self._intake.end(client_id, deadline, GRACE_S, self._until)
         in_time = await self._until(lambda: not self._under_way(), deadline) and (answers or self._intake.cut_off)
         if not in_time:
-            for run in self._under_way():
-                if run.finish is None and run.task is not None:
-                    self._abandon(run)
+            for run in self._handlers():
+                self._abandon(run)
             left = self._under_way if answers else self._handlers
             await self._until(lambda: not left(), self._loop.time() + GRACE_S)
         if answers:
@@ -288,7 +307,10 @@ class Consumer:
 
     def _abandon(self, run: Run) -> None:
         """Cancels a run's handler; a thread cannot be, so what it comes to is reported."""
-        assert run.task is not None
+        if run.task is None:  # it has not been called yet
+            self._begun.remove(run)
+            self._leave(run)
+            return
         run.abandoned = True
         if run.call is not None and not run.call.cancel():
             run.call.add_done_callback(functools.partial(self._ended_too_late, run.id))
@@ -306,12 +328,12 @@ class Consumer:
             log.error("%s", failure)
 
     def _under_way(self) -> list[Run]:
-        """The runs whose handler runs, or whose settlement has not been answered."""
-        return [run for run in self._held if run.finish is not None or (run.task is not None and not run.task.done())]
+        """The runs whose handler is to run or runs, or whose settlement has not been answered."""
+        return [run for run in self._held if run.under_way]
 
     def _handlers(self) -> list[Run]:
-        """The runs whose handler runs."""
-        return [run for run in self._held if run.task is not None and not run.task.done()]
+        """The runs whose handler is to run or runs."""
+        return [run for run in self._held if run.under_way and run.settlement is None]
 
     async def _until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Waits until `condition` holds, looking whenever something changed; False when the deadline came first."""
@@ -326,7 +348,7 @@ class Consumer:
 
     async def _hand_back(self) -> None:
         """Returns what is held and neither being settled nor in a thread that goes on."""
-        held = [run.id for run in reversed(self._held) if run.finish is None and (run.call is None or run.call.cancelled())]
+        held = [run.id for run in reversed(self._held) if not run.under_way and (run.call is None or run.call.cancelled())]
         if not held:
             return
         try:

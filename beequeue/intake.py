@@ -1,27 +1,32 @@
-"""What brings a worker its jobs: one blocking take while a slot is free, and what goes to Redis in the same write.
+"""What brings a worker its jobs and carries off what has become of them: one blocking take while a slot is free, one script
+for all runs that end together.
 
 Shape of the hot path, because speed is decided here:
 - a take is two commands in one write: BRPOPLPUSH, and behind it the script that reads what was taken, which Redis runs in the
   moment in which the take is answered. So a job is here, data and all, after one trip;
+- runs that end in one step of the loop are settled by one script, which brings the next jobs for their slots;
 - the next take is issued when the runs that have just begun have made their first step. What they have settled by then goes in
   front of it, in the same write. Behind a take that is open a settlement would be stuck; then it has the command connection.
 
-Knows nothing of handlers: `begin` gets each job.
+Knows nothing of handlers: `begin` gets the jobs, `ended` each run whose settlement was answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
 from beequeue.link import Command
 from beequeue.settings import QueueSettings
-from beequeue.store import Store, Taken
+from beequeue.store import Settlement, Store, Taken
 
 UNBLOCK_EVERY_S = 0.05
 LONGEST_REFUSAL_DELAY_MS = 15_000
+AT_ONCE = 64
+"""How many runs one script settles at most, so that it does not hold Redis up."""
 
 Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
 """Waits until a condition holds, or until a deadline in the loop's time."""
@@ -35,61 +40,85 @@ class Host(Protocol):
     def _report(self, error: Exception) -> None: ...
 
 
-class Intake:
-    """`free` slots, and the take that fills them. A slot is taken up when `begin` is called, and given back by `release`."""
+class Settling(Protocol):
+    """What the intake needs of a run that has ended."""
 
-    def __init__(self, store: Store, host: Host, slots: int, begin: Callable[[Taken], None], changed: asyncio.Event) -> None:
+    id: str
+    settlement: Settlement | None
+    finish: Command | None
+    """The command that settles it, once that has been issued."""
+
+
+AnySettling = TypeVar("AnySettling", bound=Settling)
+
+
+class Intake(Generic[AnySettling]):
+    """`free` slots, and the take that fills them. A slot is taken up by each job that `begin` gets, and given back when its
+    settlement has been answered, or by `release`."""
+
+    def __init__(
+        self,
+        store: Store,
+        host: Host,
+        slots: int,
+        begin: Callable[[list[Taken]], None],
+        ended: Callable[[AnySettling, bool | BeeQueueError], None],
+        changed: asyncio.Event,
+    ) -> None:
         self.closing = False
         self.cut_off = False
         self._free = slots
         self._store = store
         self._host = host
         self._begin = begin
+        self._ended = ended
         self._changed = changed
         self._loop = asyncio.get_running_loop()
         self._take: tuple[Command, ...] = ()
         self._taken_id: Any = None
         self._reading = 0
-        self._held = 0
-        self._settlements: list[Command] = []
+        self._pump_is_due = False
+        self._settling: list[AnySettling] = []
         self._refused_in_a_row = 0
         self._refusal_timer: asyncio.TimerHandle | None = None
 
     # --- what leaves -----------------------------------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """Pumps no more, and keeps settlements, until `pump_soon` has been called as often."""
-        self._held += 1
-
     def pump_soon(self) -> None:
-        """Lets go of a hold, when what has been scheduled so far has been done."""
-        self._loop.call_soon(self._let_go)
+        """Pumps, when what has been scheduled so far has been done."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self._loop.call_soon(self._pump)
 
-    def _let_go(self) -> None:
-        self._held -= 1
-        self.pump()
-
-    def pump(self) -> None:
-        """Keeps one take open while a slot is free."""
-        if self._held:
-            return
-        settlements = self._settlements
+    def _pump(self) -> None:
+        """Sends what has been settled, and keeps one take open while a slot is free."""
+        self._pump_is_due = False
+        finishes = []
+        while self._settling:
+            runs, self._settling = self._settling[:AT_ONCE], self._settling[AT_ONCE:]
+            finishes.append(self._finish(runs))
         if self._free and not (self._take or self._reading or self._refusal_timer or self.closing):
-            self._take = self._store.take_blocking(settlements, self._free - 1, self._answered, self._read_behind)
-        elif settlements:
-            self._store.settle(settlements)
-        settlements.clear()
+            self._take = self._store.take_blocking(finishes, self._free - 1, self._answered, self._read_behind)
+        elif finishes:
+            self._store.settle(finishes)
 
-    def settle(self, settlement: Command) -> None:
-        """Sends a settlement: at once, or with what is pumped next."""
-        if self._held:
-            self._settlements.append(settlement)
-        else:
-            self._store.settle((settlement,))
+    def _finish(self, runs: list[AnySettling]) -> Command:
+        settlements = [(run.id, run.settlement) for run in runs if run.settlement]
+        on_reply = functools.partial(self._finished, runs)
+        finish = self._store.finish(settlements, take=0 if self.closing else len(runs), on_reply=on_reply)
+        for run in runs:
+            run.finish = finish
+        return finish
+
+    def settle(self, run: AnySettling) -> None:
+        """Settles a run that has its settlement, with all others that end in the same step."""
+        self._settling.append(run)
+        self.pump_soon()
 
     def release(self) -> None:
         """Gives a slot back."""
         self._free += 1
+        self.pump_soon()
 
     # --- what comes in ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +142,7 @@ class Intake:
             if missing is not None:
                 self._read(missing, 0)
             self._fill(taken)
-        self.pump()
+        self.pump_soon()
         self._changed.set()
 
     def _read(self, job_id: bytes, more: int) -> None:
@@ -129,13 +158,25 @@ class Intake:
                 self.closing = self.cut_off = True
         else:
             self._fill(self._store.taken_from(reply))
-        self.pump()
+        self.pump_soon()
         self._changed.set()
 
+    def _finished(self, runs: list[AnySettling], reply: Any) -> None:
+        """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
+        refused = isinstance(reply, BeeQueueError)
+        for index, run in enumerate(runs):
+            self._ended(run, reply if refused else reply[index] == 1)
+        self._free += len(runs)
+        if not refused and len(reply) > len(runs):
+            self._fill(self._store.taken_from(reply, len(runs)))
+        self.pump_soon()
+        if self.closing:
+            self._changed.set()
+
     def _fill(self, taken: list[Taken]) -> None:
-        for each in taken:
-            self._free -= 1
-            self._begin(each)
+        if taken:
+            self._free -= len(taken)
+            self._begin(taken)
 
     def _refused(self, error: BeeQueueError) -> None:
         """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
@@ -153,7 +194,7 @@ class Intake:
         if full and self._free and not self.closing:
             self._read(b"", self._free)
         else:
-            self.pump()
+            self.pump_soon()
 
     # --- the end ---------------------------------------------------------------------------------------------------------
 

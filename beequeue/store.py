@@ -130,14 +130,10 @@ class Store:
         waiting, active, jobs_key = key("waiting"), key("active"), key("jobs")
         self._add_job = _head("add_job", key("id"), jobs_key, waiting)
         self._add_delayed_job = _head("add_delayed_job", key("id"), jobs_key, key("delayed"), self.earlier_channel)
-        self._finish = {
-            status: _head(
-                "finish", active, self._stalling, jobs_key, waiting, key(where), self.events_channel, self.earlier_channel
-            )
-            for status, where in (("succeeded", "succeeded"), ("failed", "failed"), ("retrying", "delayed"))
-        }
         self._jobs_key = jobs_key.encode()
         succeeded, failed, delayed = key("succeeded"), key("failed"), key("delayed")
+        states = (active, self._stalling, jobs_key, waiting, succeeded, failed, delayed)
+        self._finish = _head("finish", *states, self.events_channel, self.earlier_channel)
         self._look_up = _head("look_up", jobs_key, succeeded, failed)
         self._get_job = _head("get_job", jobs_key, succeeded, failed)
         self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
@@ -247,10 +243,10 @@ class Store:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    def take_blocking(self, settlements: Sequence[Command], more: int, on_id: Reply, on_jobs: Reply) -> tuple[Command, ...]:
+    def take_blocking(self, finishes: Sequence[Command], more: int, on_id: Reply, on_jobs: Reply) -> tuple[Command, ...]:
         """Waits for a job and moves its id from `waiting` to `active`; behind that reads it, and takes at most `more` besides.
 
-        `on_id` gets the id, or None after 5 s; `on_jobs` what is for `taken_behind`. `settlements` go first, in the same write.
+        `on_id` gets the id, or None after 5 s; `on_jobs` what is for `taken_behind`. `finishes` go first, in the same write.
         """
         assert self._takes is not None
         args = (*self._read_taken, more, NEWEST, NEWEST_BYTES)
@@ -259,16 +255,16 @@ class Store:
             Command(args, on_jobs, repeat=args, script=SCRIPTS["read_taken"].text),
         )
         if self._takes.link is None:
-            self.settle(settlements)
-            settlements = ()
-        self._takes.send_all((*settlements, *take))
+            self.settle(finishes)
+            finishes = ()
+        self._takes.send_all((*finishes, *take))
         return take
 
     @staticmethod
     def taken_behind(job_id: bytes | None, reply: Sequence[Any]) -> tuple[list[Taken], bytes | None]:
         """The jobs of a blocking take that moved `job_id` (None: nothing); and `job_id`, if its data is not among the reply."""
         newest = 1 + 2 * reply[0]
-        taken = [Taken(_text(reply[index]), reply[index + 1]) for index in range(newest, len(reply), 2)]
+        taken = Store.taken_from(reply, newest)
         if job_id is None:
             return taken, None
         for index in range(1, newest, 2):
@@ -299,35 +295,29 @@ class Store:
         return _text(reply)
 
     @staticmethod
-    def taken_from(reply: Sequence[bytes]) -> list[Taken]:
-        """The jobs in a reply to `take`."""
-        return [Taken(_text(reply[index]), reply[index + 1]) for index in range(0, len(reply), 2)]
+    def taken_from(reply: Sequence[Any], start: int = 0) -> list[Taken]:
+        """The jobs in a reply to `take`, or, from `start` on, to `finish`."""
+        return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, len(reply), 2)]
 
-    def finish(self, job_id: str, settlement: Settlement, *, take_next: bool, on_reply: Reply) -> Command:
-        """What settles a job, publishes its event and takes the next one; the reply is for `finished_from`. Not sent yet."""
-        status, entry, message, retry_at = settlement
-        if status != "retrying":
-            how, when = "delete" if entry is None else "set", ""
-        elif retry_at is None:
-            how, when = "retry now", ""
-        else:
-            how, when = "retry later", str(retry_at)
-        settle = (*self._finish[status], _bytes(job_id), how, entry or b"", message, when)
-        repeat = (*settle, b"0")
-        args = (*settle, b"1") if take_next else repeat
+    def finish(self, runs: Iterable[tuple[str, Settlement]], *, take: int, on_reply: Reply) -> Command:
+        """What settles jobs, publishes their events and takes at most `take` others; the reply is for `taken_from`, behind
+        one number for each run: 1 if it was settled. Not sent yet."""
+        args = [*self._finish, take]
+        for job_id, (status, entry, message, retry_at) in runs:
+            if status == "retrying":
+                how = "retry now" if retry_at is None else "retry later"
+            else:
+                how = "delete" if entry is None else status
+            args += (_bytes(job_id), how, entry or b"", message, b"" if retry_at is None else retry_at)
+        again = args.copy()
+        again[len(self._finish)] = 0
         # a take may stand behind it on its link: again it goes where nothing blocks
-        return Command(args, on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send)
+        text = SCRIPTS["finish"].text
+        return Command(tuple(args), on_reply, repeat=tuple(again), script=text, resend=self._commands.send)
 
-    def settle(self, settlements: Sequence[Command]) -> None:
+    def settle(self, finishes: Sequence[Command]) -> None:
         """Sends what `finish` has made, in one write."""
-        self._commands.send_all(settlements)
-
-    @staticmethod
-    def finished_from(reply: Sequence[Any]) -> tuple[bool, Taken | None]:
-        """Whether `finish` settled the job, and the job that it took."""
-        if len(reply) == 1:
-            return reply[0] == 1, None
-        return reply[0] == 1, Taken(_text(reply[1]), reply[2])
+        self._commands.send_all(finishes)
 
     async def heartbeat(self, job_ids: Iterable[str]) -> None:
         """Reports running jobs: takes their ids out of `stalling`."""

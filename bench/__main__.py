@@ -17,7 +17,7 @@ import redis
 from bench import growth, machine, paired, peers, table
 from bench.measures import MEASURES, QUICK, Sizes
 from bench.programs import Failed, Unavailable, find_node
-from harness.server import NoServer, find_server, running_server
+from harness.server import NoServer, find_server
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +47,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--rounds", type=at_least_one, metavar="N", help="how often the sides alternate (default: 5)")
     parser.add_argument("--only", type=measures, metavar="MEASURE,…", help=f"some of: {', '.join(MEASURES)}")
+    parser.add_argument(
+        "--unix", action="store_true", help="reach Redis by a unix socket instead of TCP over the loopback (for all)"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the other queues")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and one round, to try it out; its numbers mean little"
@@ -56,14 +59,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
     """What the numbers will be measured on; raises `NoServer` for a server whose speed tells nothing."""
-    with running_server(setup.server) as server:
-        with redis.Redis.from_url(server.url) as client:
+    with paired.own_server(setup) as url:
+        with redis.Redis.from_url(url) as client:
             allocator = client.info("memory")["mem_allocator"]
         if not allocator.startswith("jemalloc"):
             raise NoServer(
                 f"bench needs an installed redis-server, built with jemalloc as Debian's is: {setup.server} uses {allocator}"
             )
-        return machine.describe(server.url, setup.node, arguments)
+        return machine.describe(url, setup.node, arguments)
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
@@ -75,7 +78,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
     except Unavailable as reason:
         left_out["bee-queue on Node"] = str(reason)
     sizes = QUICK if options.quick else Sizes()
-    setup = paired.Setup(find_server(os.environ), sizes, options.rounds or (1 if options.quick else 5), node)
+    setup = paired.Setup(
+        find_server(os.environ), sizes, options.rounds or (1 if options.quick else 5), node, tcp=not options.unix
+    )
     results = table.Results(check_server(setup, arguments), setup.rounds, left_out=left_out)
     for name in options.only or MEASURES:
         try:

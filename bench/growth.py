@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import redis
 
 from bench.measures import BATCH, GROWTH_BOUND
-from bench.paired import Setup, own_queue, rate, store
+from bench.paired import Setup, own_queue, own_server, rate, store
 from bench.programs import python_program
 from bench.summary import Summary, paired_ratios, summarise
-from harness.server import running_server
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _levels(
     with ExitStack() as open_:
         places = []
         for jobs in levels:
-            url = open_.enter_context(running_server(setup.server)).url
+            url = open_.enter_context(own_server(setup))
             queue = open_.enter_context(own_queue(url))
             fill(url, queue, jobs)
             places.append((jobs, url, queue))
@@ -109,11 +108,11 @@ def _memory(setup: Setup) -> list[Level]:
     title = "Redis's memory for a waiting job"
     values = []
     for jobs in setup.sizes.waiting_for_memory:
-        with running_server(setup.server) as server, own_queue(server.url) as queue:
-            store(server.url, queue, BATCH)  # what the queue itself takes, and the scripts
-            before = _used_memory(server.url)
-            store(server.url, queue, jobs)
-            values.append((_used_memory(server.url) - before) / jobs)
+        with own_server(setup) as url, own_queue(url) as queue:
+            store(url, queue, BATCH)  # what the queue itself takes, and the scripts
+            before = _used_memory(url)
+            store(url, queue, jobs)
+            values.append((_used_memory(url) - before) / jobs)
         print(f"growth, {title}: {jobs:,}: {values[-1]:.0f} bytes", file=sys.stderr, flush=True)
     pairs = zip(setup.sizes.waiting_for_memory, values, strict=True)
     return [Level(title, "bytes", jobs, [value], [value / values[0]], False) for jobs, value in pairs]

@@ -35,7 +35,7 @@ def describe(url: str, node: str | None, arguments: list[str]) -> dict[str, str]
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "server": f"{kind} {info.get('valkey_version', info['redis_version'])}, {info['mem_allocator']}",
-        "sockets": "unix, for all",
+        "sockets": "unix, for all" if url.startswith("unix:") else "TCP over the loopback, for all",
         "redis-py": redis.__version__,
     }
     if node is not None:

@@ -7,6 +7,7 @@ measure has started. The stored jobs of a drain come from beequeue's producer fo
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,12 +36,28 @@ class Setup:
     rounds: int
     node: str | None
     """the path of Node, or None: nothing to compare with"""
+    tcp: bool = True
+    """TCP over the loopback, as under Compose and with nearly every Redis; else a unix socket"""
 
     def program(self, side: str, name: str, order: dict[str, Any]) -> Program:
         if side == OURS:
             return python_program(name, order)
         assert self.node is not None
         return node_program(self.node, name, order)
+
+
+@contextmanager
+def own_server(setup: Setup) -> Iterator[str]:
+    """The URL of a server that runs until the end of the block; raises `NoServer`."""
+    if setup.tcp:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with running_server(setup.server, "--bind", "127.0.0.1", "--port", str(port)):
+            yield f"redis://127.0.0.1:{port}/0"
+    else:
+        with running_server(setup.server) as server:
+            yield server.url
 
 
 @contextmanager
@@ -137,10 +154,10 @@ def measure(setup: Setup, name: str) -> Samples:
     if setup.node is None and NODE in sides:
         sides.remove(NODE)
     samples: Samples = {row.key: {side: [] for side in sides} for row in rows}
-    with running_server(setup.server) as server:
+    with own_server(setup) as url:
         for number in range(setup.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
-                values = RUNS[name](setup, side, server.url)
+                values = RUNS[name](setup, side, url)
                 for row in rows:
                     samples[row.key][side].append(values[row.key])
                 told = ", ".join(f"{row.key} {values[row.key]:,.4g} {row.unit}" for row in rows)

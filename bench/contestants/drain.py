@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import uvloop
+
 from beequeue import Job, Queue
 from bench.contestants.result import order, report
 
@@ -49,4 +51,4 @@ async def main() -> None:
     await queue.close()
 
 
-asyncio.run(main())
+uvloop.run(main())

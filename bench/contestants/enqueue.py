@@ -10,6 +10,8 @@ import asyncio
 import time
 from collections.abc import Iterator
 
+import uvloop
+
 from beequeue import Queue
 from bench.contestants.result import order, report
 
@@ -41,4 +43,4 @@ async def main() -> None:
         report(jobs, time.perf_counter() - started)
 
 
-asyncio.run(main())
+uvloop.run(main())

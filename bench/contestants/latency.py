@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import uvloop
+
 from beequeue import Queue
 from bench.contestants.result import order, report
 
@@ -33,4 +35,4 @@ async def main() -> None:
         report(jobs, sum(latencies), p50_us=latencies[jobs // 2] * 1e6, p99_us=latencies[jobs * 99 // 100] * 1e6)
 
 
-asyncio.run(main())
+uvloop.run(main())

@@ -3,7 +3,8 @@
 // The order that a contestant gets, and the line that it prints: what bench/contestants/result.py is for Python.
 
 const order = JSON.parse(process.argv[2]);
-const redis = {path: new URL(order.url).pathname};
+const {protocol, pathname, hostname, port} = new URL(order.url);
+const redis = protocol === 'unix:' ? {path: pathname} : {host: hostname, port: Number(port)};
 
 function report(jobs, seconds, more) {
   const {user, system} = process.cpuUsage();

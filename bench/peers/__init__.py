@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measures import BATCH, OURS
-from bench.paired import Setup, own_queue, rate
+from bench.paired import Setup, own_queue, own_server, rate
 from bench.programs import Failed, Program, Unavailable, install, npm_ci, python_program
-from harness.server import running_server
 
 HERE = Path(__file__).parent
 
@@ -84,8 +83,8 @@ def best_python_drain(peers: Sequence[PeerResult]) -> PeerResult | None:
 
 def _ours(setup: Setup) -> PeerResult:
     jobs = setup.sizes.drain
-    with running_server(setup.server) as server, own_queue(server.url) as queue:
-        order = {"url": server.url, "queue": queue, "jobs": jobs}
+    with own_server(setup) as url, own_queue(url) as queue:
+        order = {"url": url, "queue": queue, "jobs": jobs}
         with python_program("enqueue", {**order, "batch": BATCH}) as producer:
             enqueued = rate(producer.result())
         with python_program("drain", {**order, "concurrency": 10}) as worker:
@@ -97,8 +96,8 @@ def _peer(setup: Setup, peer: Peer) -> PeerResult:
     """On a server of its own, so that nothing of a peer has to be known to remove it."""
     interpreter = _environment(setup, peer)
     jobs = setup.sizes.peers if peer.concurrency > 1 else setup.sizes.peers_at_1
-    with running_server(setup.server) as server:
-        order = {"url": server.url, "queue": "bench", "jobs": jobs, "concurrency": peer.concurrency}
+    with own_server(setup) as url:
+        order = {"url": url, "queue": "bench", "jobs": jobs, "concurrency": peer.concurrency}
         enqueued = _step(interpreter, peer, {**order, "step": "enqueue"})
         drained = _step(interpreter, peer, {**order, "step": "drain"})
     version = str(drained["version"])

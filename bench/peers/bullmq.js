@@ -7,7 +7,11 @@ const {Queue, Worker} = require('bullmq');
 const {version} = require('bullmq/package.json');
 
 const order = JSON.parse(process.argv[2]);
-const connection = {path: new URL(order.url).pathname, maxRetriesPerRequest: null};
+const {protocol, pathname, hostname, port} = new URL(order.url);
+const connection = {
+  ...(protocol === 'unix:' ? {path: pathname} : {host: hostname, port: Number(port)}),
+  maxRetriesPerRequest: null,
+};
 const BATCH = 1_000;
 
 function report(started) {
