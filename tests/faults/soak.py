@@ -90,10 +90,10 @@ class Figures:
         self.ledger.update(
             {
                 "saved": len(books.saved),
+                "settled": len(books.told),
+                "of them unknown": books.unknown,
                 "uncertain": len(books.uncertain),
                 "refused": len(books.refused),
-                "settled": len(books.told),
-                "unknown": books.unknown,
                 "run again": sum(notes.again().values()),
                 "stalled": sum(notes.stalled.values()),
                 "lost replies": notes.cuts - notes.killed,
