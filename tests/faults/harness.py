@@ -200,6 +200,15 @@ async def pause_clients(ground: Ground) -> None:
     await ground.redis.client_pause(2_000)
 
 
+async def memory_runs_out(ground: Ground) -> None:
+    """maxmemory, until saves are refused."""
+    harness = ground.harness
+    failed = harness.count("a save failed: OOM")["client"]
+    await ground.redis.config_set("maxmemory", 1)
+    await until(lambda: harness.count("a save failed: OOM")["client"] > failed, BACK_S)
+    await ground.redis.config_set("maxmemory", 0)
+
+
 Fault = Callable[[Ground], Awaitable[None]]
 
 
@@ -209,5 +218,5 @@ def _named(*functions: Fault) -> dict[str, Fault]:
 
 OF_THE_HARNESS = _named(kill_workers, kill_each_connection, relay_goes_silent)
 """By name: what reaches the harness alone."""
-OF_REDIS = _named(restart_with_aof, restart_without_aof, flush_scripts, pause_clients)
+OF_REDIS = _named(restart_with_aof, restart_without_aof, flush_scripts, pause_clients, memory_runs_out)
 """By name: what reaches all that use this Redis."""

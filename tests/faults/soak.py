@@ -33,7 +33,6 @@ SOAKED = (
     "cut-behind-finishes",
     "relay-cuts",
     "relay-halves",
-    "memory-runs-out",
     "password-changes",
 )
 """The faults that leave this Redis where it is."""
