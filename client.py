@@ -60,7 +60,7 @@ class Chains:
         for job_id in [job_id for job_id, saved_at in self._saved.items() if saved_at < horizon]:
             self._vanished(job_id)
         if self._vanished_jobs:
-            log.warning("client: %d jobs had vanished; their chains were started anew", self._vanished_jobs)
+            log.warning("client: %d jobs had vanished or ended unseen; their chains were started anew", self._vanished_jobs)
             self._vanished_jobs = 0
 
     async def wind_down(self) -> None:

@@ -13,9 +13,11 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import beequeue.link
 from config import fail
@@ -133,16 +135,16 @@ async def strike(fault: str, load: Field, ground: Ground) -> float:
     return time.monotonic() - over
 
 
-async def soak(plan: Plan) -> Figures:
+async def soak(plan: Plan, figures: Figures) -> None:
     """Runs it; raises what was wrong."""
-    chance, figures, started = random.Random(plan.seed), Figures(), time.monotonic()
+    chance, started = random.Random(plan.seed), time.monotonic()
     load = Field("soak", plan.seed)
     async with load, Relay(load.server.url, remember=2**16) as relay:
         async with Harness(with_password(relay.url), load.redis, workers=6, STATS_INTERVAL="1") as harness:
             ground = Ground(load.server, relay, load.redis, harness, chance)
             await harness.recovered()
             due, to_come = time.monotonic(), list[str]()
-            while time.monotonic() < started + 60 * plan.minutes:
+            while not figures.faults or time.monotonic() < started + 60 * plan.minutes:
                 due = max(due + plan.every, time.monotonic())
                 await asyncio.sleep(due - time.monotonic())
                 to_come = to_come or chance.sample(plan.faults, len(plan.faults))
@@ -158,9 +160,8 @@ async def soak(plan: Plan) -> Figures:
                 say(started, f"{fault}: seven chains {back:.1f} s later; ledger right: {counts}")
             await harness.seven_are_left()
             await harness.end()
-            show(figures, harness)
+            print(totals(harness.stats[-1]))
         await load.settle()
-    return figures
 
 
 def say(started: float, line: str) -> None:
@@ -169,19 +170,21 @@ def say(started: float, line: str) -> None:
     print(f"{minutes:2}:{seconds:02}  {line}", flush=True)
 
 
-def show(figures: Figures, harness: Harness) -> None:
-    """The end of the report."""
-    last = harness.stats[-1]
-    print("", figures.table(), "", sep="\n")
-    grown = ", ".join(f"{name} {mb:+.1f}" for name, mb in figures.growth().items())
-    print(f"growth after the first third of each life, MB: {grown}")
-    print(f"faults: {sum(figures.faults.values())}: {', '.join(f'{name} {n}' for name, n in figures.faults.items())}")
-    print(
+def totals(last: Mapping[str, Any]) -> str:
+    """The client's last line, in words."""
+    return (
         f"harness: {last['numQueueSucceeded']:,} jobs, {CHAINS} chains alive, {last['numRestarted']} started anew, "
-        f"{last['numJobSaveError']} saves failed, {last['numSucceededLost']} of the jobs did not hear of their end, "
+        f"{last['numJobSaveError']} saves failed, {last['numSucceededLost']} jobs did not hear of their own end, "
         f"{last['numReconnects']} connections came back"
     )
-    print(f"ledger: {', '.join(f'{count:,} {what}' for what, count in figures.ledger.items())}", flush=True)
+
+
+def show(figures: Figures) -> None:
+    """The end of the report."""
+    grown = ", ".join(f"{name} {mb:+.1f}" for name, mb in figures.growth().items())
+    print(f"ledger: {', '.join(f'{count:,} {what}' for what, count in figures.ledger.items())}")
+    print(f"faults: {sum(figures.faults.values())}: {', '.join(f'{name} {n}' for name, n in figures.faults.items())}")
+    print("", figures.table(), "", f"growth after the first third of each life, MB: {grown}", sep="\n")
 
 
 def main() -> int:
@@ -191,10 +194,17 @@ def main() -> int:
         fail(str(error), code=2)
     beequeue.link.TICK_S = worker.TICK_S  # the field's producer, like its workers, finds a silent connection soon
     logging.getLogger("beequeue").setLevel(logging.ERROR)  # each attempt to connect
-    figures = asyncio.run(soak(plan))
-    leaks = [f"{name} grew by {mb:.1f} MB" for name, mb in figures.growth().items() if mb > GROWTH_MB]
-    print(f"wrong: {', '.join(leaks)}" if leaks else "right: nothing lost, seven chains, memory flat")
-    return 1 if leaks else 0
+    figures, wrong = Figures(), []
+    try:
+        asyncio.run(soak(plan, figures))
+    except Exception:  # whatever it was, what had been right until then is still told
+        traceback.print_exc()
+        wrong.append("it did not come to its end")
+    if figures.faults:
+        show(figures)
+    wrong += [f"{name} grew by {mb:.1f} MB" for name, mb in figures.growth().items() if mb > GROWTH_MB]
+    print(f"wrong: {', '.join(wrong)}" if wrong else "right: nothing lost, seven chains, memory flat")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
