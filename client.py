@@ -72,7 +72,6 @@ class Chains:
     async def _save(self) -> None:
         job = self._queue.create_job({"timestamp": int(time.time() * 1000)})
         job.on("succeeded", partial(self._job_succeeded, time.monotonic()))
-        job.on("unknown", lambda error: self._vanished(job.id))
         try:
             await job.save()
         except BeeQueueError as error:
@@ -82,6 +81,7 @@ class Chains:
                 log.info("client: saves work again")
             self._failures = 0
             self.counts["numJobSaveSuccess"] += 1
+            job.on("unknown", partial(self._vanished, job.id))
             if job.id in self._early:
                 self._early.remove(job.id)
             else:
@@ -111,7 +111,7 @@ class Chains:
             self._early.add(job_id)
         self.fill()
 
-    def _vanished(self, job_id: str | None) -> None:
+    def _vanished(self, job_id: str | None, error: BeeQueueError | None = None) -> None:
         if self._saved.pop(job_id, None) is not None:
             self._vanished_jobs += 1
             self.restarted += 1

@@ -4,9 +4,20 @@ One root, `BeeQueueError`; the first docstring line of each class says when it i
 Wrong arguments are not here: they raise `ValueError` or `TypeError` that name the argument.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class BeeQueueError(Exception):
-    """The root of every error that beequeue raises by itself."""
+    """The root of every error that beequeue raises by itself. Each can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (type(self), self.args), self.__dict__
+
+
+def _remake(kind: type[BeeQueueError], args: tuple[Any, ...]) -> BeeQueueError:
+    return kind.__new__(kind, *args)
 
 
 class QueueClosed(BeeQueueError):

@@ -166,6 +166,7 @@ class Intake(Generic[AnySettling]):
         refused = isinstance(reply, BeeQueueError)
         for index, run in enumerate(runs):
             self._ended(run, reply if refused else reply[index] == 1)
+            run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
         self._free += len(runs)
         if not refused and len(reply) > len(runs):
             self._fill(self._store.taken_from(reply, len(runs)))

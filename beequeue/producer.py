@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple, Protocol
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
@@ -22,6 +23,8 @@ from beequeue.tracker import Tracker, summary
 
 AT_ONCE = 1_000
 """How many jobs a bulk save has in flight, and how many entries one read asks for."""
+IN_A_CALL, BYTES_IN_A_CALL = 100, 2**16
+"""How many jobs, and of what size, one script stores before others have their turn in Redis."""
 
 ENDED = ("succeeded", "failed")
 LISTED = ("waiting", "active", "delayed", *ENDED)
@@ -63,7 +66,7 @@ class Producer:
             job.saving = False
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._add(store, job, form, lambda outcome: settle(answered, outcome))
+        store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
         if await answered:
             self._stored(job, form)
 
@@ -83,49 +86,54 @@ class Producer:
         return errors
 
     async def _save_at_once(self, store: Store, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
-        forms = {}
-        for job in jobs:
-            try:
-                forms[job] = _form_to_save(job)
-            except (TypeError, ValueError, BeeQueueError) as error:
-                errors[job] = error
-        outcomes: dict[Job, Outcome] = {}
+        unanswered = 1  # until all are sent: a reply may come at once
+        stored: list[tuple[Job, _Form]] = []
         all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def answered(job: Job, outcome: Outcome) -> None:
-            outcomes[job] = outcome
-            if len(outcomes) == len(forms):
+        def answered(saves: list[tuple[Job, _Form]], replies: Any) -> None:
+            nonlocal unanswered
+            failed = isinstance(replies, BeeQueueError)
+            for index, (job, form) in enumerate(saves):
+                outcome = self._outcome(job, form, copy(replies) if failed else replies[index])
+                if outcome is True:
+                    stored.append((job, form))
+                elif outcome is not False:
+                    errors[job] = outcome
+            unanswered -= 1
+            if not unanswered:
                 settle(all_answered, None)
 
-        for job, form in forms.items():
+        for saves in _in_calls(jobs, errors):
+            unanswered += 1
+            self._add_all(store, saves, functools.partial(answered, saves))
+        answered([], [])
+        await all_answered
+        for job, form in stored:
+            self._stored(job, form)
+
+    def _add_all(self, store: Store, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> None:
+        for job, _ in saves:
             job.saving = True
-            self._add(store, job, form, functools.partial(answered, job))
-        if forms:
-            await all_answered
-        for job, form in forms.items():
-            outcome = outcomes[job]
-            if isinstance(outcome, BeeQueueError):
-                errors[job] = outcome
-            elif outcome:
-                self._stored(job, form)
+        form = saves[0][1]
+        if len(saves) > 1:
+            store.add_all([(form.id, form.entry) for _, form in saves], answered)
+        else:
+            store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
 
-    def _add(self, store: Store, job: Job, form: _Form, answered: Callable[[Outcome], None]) -> None:
-        def on_reply(reply: Any) -> None:
-            job.saving = False
-            if isinstance(reply, BeeQueueError):
-                answered(reply)
-            elif reply is None:
-                # in use: by the job itself, if it was saved under this id before
-                job.id = form.id if form.id == job.saved_as else None
-                answered(False)
-            else:
-                job.id = job.saved_as = store.job_id(reply)
-                if self._ordered:
-                    # here, in the step that parses the reply: the job's events may stand right behind it
-                    self._bind(job)
-                answered(True)
-
-        store.add(form.id, form.entry, form.delay, on_reply)
+    def _outcome(self, job: Job, form: _Form, reply: Any) -> Outcome:
+        """What the reply to a save says of its job, which is told."""
+        job.saving = False
+        if isinstance(reply, BeeQueueError):
+            return reply
+        if reply is None:
+            # in use: by the job itself, if it was saved under this id before
+            job.id = form.id if form.id == job.saved_as else None
+            return False
+        job.id = job.saved_as = Store.job_id(reply)
+        if self._ordered:
+            # here, in the step that parses the reply: the job's events may stand right behind it
+            self._bind(job)
+        return True
 
     def _stored(self, job: Job, form: _Form) -> None:
         """What can wait until the caller of `save` goes on."""
@@ -353,3 +361,25 @@ def _form_to_save(job: Job) -> _Form:
     if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 2**53):
         raise ValueError(f"the option delay must be epoch milliseconds, not {delay!r}")
     return _Form("" if job.id is None else id_from(job.id), job.encode(), delay)
+
+
+def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[list[tuple[Job, _Form]]]:
+    """Jobs in the order in which they are to be saved, those of one script together; what cannot be saved goes to `errors`."""
+    together: list[tuple[Job, _Form]] = []
+    size = 0
+    for job in jobs:
+        try:
+            form = _form_to_save(job)
+        except (TypeError, ValueError, BeeQueueError) as error:
+            errors[job] = error
+            continue
+        size += len(form.entry)
+        if together and (form.delay is not None or len(together) == IN_A_CALL or size > BYTES_IN_A_CALL):
+            yield together
+            together, size = [], len(form.entry)
+        together.append((job, form))
+        if form.delay is not None:
+            yield together
+            together, size = [], 0
+    if together:
+        yield together

@@ -39,7 +39,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hiredis import ReplyError
+
 from beequeue.connection import Connection
+from beequeue.errors import CommandError
 from beequeue.link import Command, Link
 
 TAKE_WAIT_S = 5
@@ -129,11 +132,12 @@ class Store:
         self._stalling = key("stalling")
         waiting, active, jobs_key = key("waiting"), key("active"), key("jobs")
         self._add_job = _head("add_job", key("id"), jobs_key, waiting)
+        self._add_jobs = _head("add_jobs", key("id"), jobs_key, waiting)
         self._add_delayed_job = _head("add_delayed_job", key("id"), jobs_key, key("delayed"), self.earlier_channel)
         self._jobs_key = jobs_key.encode()
         succeeded, failed, delayed = key("succeeded"), key("failed"), key("delayed")
-        states = (active, self._stalling, jobs_key, waiting, succeeded, failed, delayed)
-        self._finish = _head("finish", *states, self.events_channel, self.earlier_channel)
+        events, earlier = self.events_channel, self.earlier_channel
+        self._finish = _head("finish", active, self._stalling, jobs_key, waiting, succeeded, failed, delayed, events, earlier)
         self._look_up = _head("look_up", jobs_key, succeeded, failed)
         self._get_job = _head("get_job", jobs_key, succeeded, failed)
         self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
@@ -164,6 +168,21 @@ class Store:
             args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
+
+    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> None:
+        """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
+
+        def on_replies(replies: Any) -> None:
+            on_reply(
+                [CommandError(str(reply)) if isinstance(reply, ReplyError) else reply for reply in replies]
+                if isinstance(replies, list)
+                else replies
+            )
+
+        args = [*self._add_jobs]
+        for job_id, entry in jobs:
+            args += (_bytes(job_id), entry)
+        self._jobs.send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""

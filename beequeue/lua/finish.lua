@@ -10,7 +10,7 @@
 -- KEYS[8] events          channel of job events
 -- KEYS[9] earlierDelayed  channel: "look again at this time"
 -- ARGV[1]                 how many jobs to take at most
--- ARGV[2] …               five for each run:
+-- ARGV[2..n]              five for each run:
 --                         its job's id
 --                         'delete', 'succeeded', 'failed', 'retry now' or 'retry later'
 --                         job JSON to store, unless it is deleted

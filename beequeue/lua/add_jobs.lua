@@ -1,0 +1,38 @@
+-- Stores jobs and makes them available: what add_job does, for many in one call.
+--
+-- KEYS[1] id       counter of automatic ids
+-- KEYS[2] jobs     hash: id -> job JSON
+-- KEYS[3] waiting  list: pushed left, taken right
+-- ARGV[1..n]       two for each job: its own id, or '' for the next automatic one; its JSON
+--
+-- Returns for each job its id, nil when its own id is in use, or the error; nothing is written for it
+-- in the last two cases.
+--
+-- Why: a call of a script costs more than what it does for one job. The caller bounds how many. What
+-- Redis refuses for one job is that job's error alone.
+
+local reply, stored = {}, {}
+for at = 1, #ARGV, 2 do
+  local id, added = ARGV[at], nil
+  if id ~= '' then
+    added = redis.pcall('HSETNX', KEYS[2], id, ARGV[at + 1])
+  else
+    repeat
+      local number = redis.pcall('INCR', KEYS[1])
+      if type(number) == 'table' then
+        added = number
+        break
+      end
+      id = string.format('%.0f', number)
+      added = redis.pcall('HSETNX', KEYS[2], id, ARGV[at + 1])
+    until added ~= 0
+  end
+  if added == 1 then
+    stored[#stored + 1] = id
+    reply[#reply + 1] = id
+  else
+    reply[#reply + 1] = added ~= 0 and added
+  end
+end
+if #stored > 0 then redis.call('LPUSH', KEYS[3], unpack(stored)) end
+return reply

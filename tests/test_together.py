@@ -1,0 +1,152 @@
+"""Runs that begin and end together: handlers that never suspend share a task, one script settles all that end in one step."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from beequeue import Job, LateFinish, Queue
+from beequeue import intake as intake_module
+from beequeue.store import SCRIPTS
+from tests.conftest import MakeQueue, Seen, until
+from tests.observe import Spoken
+from tests.relay import Relay
+
+trace: ContextVar[str] = ContextVar("trace", default="nothing")
+
+
+async def save(queue: Queue, count: int) -> list[Job]:
+    jobs = [queue.create_job(number) for number in range(count)]
+    assert await queue.save_all(jobs) == {}
+    return jobs
+
+
+async def test_no_job_sees_what_another_left_in_the_context(make_queue: MakeQueue) -> None:
+    queue = make_queue()
+    jobs = await save(queue, 20)
+
+    async def handler(job: Job) -> str:
+        found = trace.get()
+        trace.set(f"job {job.id}")
+        if job.data % 3 == 0:
+            await asyncio.sleep(0)
+        return found
+
+    queue.process(handler, 7)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == ["nothing"] * 20
+
+
+async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
+    """one that asks for its own cancellation, and ends before it comes, has ended well"""
+    queue = make_queue()
+    jobs = await save(queue, 10)
+
+    async def handler(job: Job) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        if job.data % 2:
+            await asyncio.sleep(0)
+            assert not task.cancelling()
+        else:
+            task.cancel()
+        return job.data
+
+    queue.process(handler, 10)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == [*range(10)]
+
+
+async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue) -> None:
+    """one that suspends holds nobody up, wherever in the row it stands"""
+    queue = make_queue()
+    gates = {number: asyncio.Event() for number in (0, 4, 5, 9)}
+    begun, ended = [], Seen()
+    queue.on("succeeded", lambda job, result: ended(job.data))
+    await save(queue, 10)
+
+    async def handler(job: Job) -> None:
+        begun.append(job.data)
+        if job.data in gates:
+            await gates[job.data].wait()
+
+    queue.process(handler, 10)
+    await ended.reaches(6)
+    assert begun == [*range(10)]
+    assert [number for (number,) in ended.calls] == [1, 2, 3, 6, 7, 8]
+    assert queue.running == 4
+    for number in (9, 5, 4, 0):
+        gates[number].set()
+        await ended.reaches(len(ended.calls) + 1)
+    assert [number for (number,) in ended.calls[6:]] == [9, 5, 4, 0]
+
+
+async def test_runs_that_end_together_are_settled_by_one_script(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """each by its own outcome: succeeded, failed, tried again; and the next jobs come with the same reply"""
+    async with Relay(url) as relay:
+        worker = make_queue(redis=relay.url, get_events=False, remove_on_success=False)
+        ended = Seen()
+        for event in ("succeeded", "failed:fatal", "retrying"):
+            worker.on(event, lambda job, value, event=event: ended(job.data, event))
+        jobs = [worker.create_job(number).retries(int(number == 2)) for number in range(12)]
+        assert await worker.save_all(jobs) == {}
+        spoken = Spoken(relay)
+
+        async def handler(job: Job) -> None:
+            if job.data in (1, 2):
+                raise ValueError("no luck")
+
+        worker.process(handler, 6)
+        await ended.reaches(13)
+        finishes = [command for _, command in spoken.commands if command[1:2] == [SCRIPTS["finish"].sha.encode()]]
+        # the first take has brought 6, their finish the other 6, and that one's the one to be tried again
+        assert [(len(finish) - 13) // 5 for finish in finishes] == [6, 6, 1]
+        expected = {(number, "succeeded") for number in range(12)} - {(1, "succeeded"), (2, "succeeded")}
+        assert {*ended.calls} == expected | {(1, "failed:fatal"), (2, "retrying"), (2, "failed:fatal")}
+        assert await redis.smembers(worker.to_key("failed")) == {"2", "3"}
+        assert await redis.scard(worker.to_key("succeeded")) == 10
+        assert not await redis.exists(worker.to_key("active"), worker.to_key("waiting"))
+        await worker.close()
+
+
+async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-18: a job that was removed meanwhile is reported, and the others are settled"""
+    queue = make_queue()
+    jobs = await save(queue, 5)
+    started, gate = Seen(), asyncio.Event()
+
+    async def handler(job: Job) -> int:
+        started(job.id)
+        await gate.wait()
+        return int(job.data)
+
+    queue.process(handler, 5)
+    await started.reaches(5)
+    await queue.remove_job("3")
+    gate.set()
+    assert [await job.result() for job in jobs if job.id != "3"] == [0, 1, 3, 4]
+    await until(lambda: queue.late_finishes == 1)
+    assert [str(error) for error in make_queue.claim(LateFinish)] == [
+        "job 3 had been settled, removed or handed on before its handler ended"
+    ]
+    assert not await redis.exists(queue.to_key("active"))
+
+
+async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """so that Redis has turns for others between"""
+    monkeypatch.setattr(intake_module, "AT_ONCE", 3)
+    async with Relay(url) as relay:
+        worker = make_queue(redis=relay.url, get_events=False)
+        ended = Seen()
+        worker.on("succeeded", ended)
+        await save(worker, 8)
+        spoken = Spoken(relay)
+
+        async def handler(job: Job) -> None:
+            pass
+
+        worker.process(handler, 8)
+        await ended.reaches(8)
+        assert [name for _, name in spoken.names].count("finish") == 3
+        await worker.close()
