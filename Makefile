@@ -8,7 +8,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart test lint behaviours proof faults soak bench clean
+.PHONY: help up local compare chart test lint audit behaviours proof faults soak bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+audit: $(VENV)/.audit ## known vulnerabilities of what is installed with the library and the harness, as far as they can be asked for here
+	@$(VENV)/bin/python -m tests.audit
 
 proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply ever behind its job's event
 	ROUNDS=$${ROUNDS:-1000000} $(VENV)/bin/python -m pytest tests/test_proof.py
@@ -73,6 +76,11 @@ $(VENV)/.chart: requirements.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.bench: requirements.txt pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the benchmark needs into $(VENV)" >&2
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e . >&2
+	@touch $@
+
+$(VENV)/.audit: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the audit needs into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[audit]' >&2
 	@touch $@
 
 $(VENV)/.test: requirements.txt pyproject.toml | $(VENV)/bin/python

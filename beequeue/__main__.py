@@ -28,12 +28,12 @@ import uvloop
 
 from beequeue.connection import Address, check_redis_url
 from beequeue.consumer import Handler, is_async
-from beequeue.errors import BeeQueueError, OperationTimedOut
+from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut
 from beequeue.fsck import Finding, Report, check, counts, repair
 from beequeue.job import Job
 from beequeue.link import settle
 from beequeue.queue import Queue
-from beequeue.settings import QueueOptions, QueueSettings
+from beequeue.settings import QueueOptions, QueueSettings, linear_backoff
 
 log = logging.getLogger("beequeue")
 
@@ -84,6 +84,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", metavar="N", type=_at_least_one, default=1, help="jobs at once (default: 1)")
     _add_connection_arguments(parser)
     add("--stall-interval", metavar="MS", type=_at_least_one, default=defaults.stall_interval, help="the same across a fleet")
+    add("--max-stalls", metavar="N", type=_at_least_one, help="fail a job that loses its worker more often than N times")
     add("--remove-on-success", action="store_true", help="delete succeeded jobs")
     add("--remove-on-failure", action="store_true", help="delete failed jobs")
     add("--no-delayed", dest="activate_delayed_jobs", action="store_false", help="leave delayed jobs to others")
@@ -230,10 +231,17 @@ def _check(options: argparse.Namespace) -> int:
 
 async def _look_over(options: argparse.Namespace) -> tuple[Report | None, Report]:
     """What was repaired (None: that was not asked for), and what is wrong now. Raises what Redis said, or that it was lost."""
-    transport, _kept = await Address(options.redis).open(2)  # a queue would wait for a Redis that is not there
+    address = Address(options.redis)
+    transport, _kept = await address.open(2)  # a queue would wait for a Redis that is not there
     transport.abort()
-    queue = Queue(options.name, options.redis, prefix=options.prefix, is_worker=False, get_events=False, store_jobs=False)
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def give_up(attempt: int) -> int:
+        settle(lost, ConnectionLost(f"the connection to {address} was lost before it was ready", maybe_applied=False))
+        return linear_backoff(attempt)
+
+    settings = QueueOptions(prefix=options.prefix, is_worker=False, get_events=False, store_jobs=False, reconnect=give_up)
+    queue = Queue(options.name, options.redis, **settings)
     queue.on("error", lambda error: settle(lost, error))
     looking = asyncio.create_task(_check_and_repair(queue, options))
     try:

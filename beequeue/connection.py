@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import redis.connection
 import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection as DriverConnection
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.retry import Retry as BlockingRetry
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
 from beequeue.link import Command, Link, settle
@@ -121,6 +124,24 @@ class Address:
         writer = _disown(driver)
         return writer.transport, writer
 
+    def open_blocking(self, timeout_s: float) -> Any:
+        """The same for a thread that waits for each reply, at most so long; raises what the driver does."""
+        kind = next(blocking for ours, blocking in _BLOCKING.items() if issubclass(self._class, ours))
+        arguments = {name: value for name, value in self._arguments.items() if name not in _NOT_BLOCKING}
+        arguments |= {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+        driver = kind(**arguments, protocol=2, retry=BlockingRetry(NoBackoff(), 0), driver_info=None)
+        driver.connect()
+        return driver
+
+
+_BLOCKING: Mapping[type, Any] = {
+    UnixDomainSocketConnection: redis.connection.UnixDomainSocketConnection,
+    SSLConnection: redis.connection.SSLConnection,
+    DriverConnection: redis.connection.Connection,
+}
+_NOT_BLOCKING = ("parser_class", "encoder_class", "redis_connect_func", "event_dispatcher")
+"""What asyncio's connections have of their own."""
+
 
 def _disown(driver: Any) -> Any:
     """The driver's stream, which it then neither closes nor warns about."""
@@ -135,28 +156,46 @@ def check_redis_url(url: str) -> None:
 
 
 def _from_url(url: str) -> dict[str, Any]:
+    shown = _without_secrets(url)
+    hint = "; in a password / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D" if "@" in url else ""
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ValueError(f"must be a URL: {error}") from None
-    shown = f"{parts.scheme}://…@{parts.hostname or ''}{parts.path}" if "@" in parts.netloc else url
+    except ValueError:  # what it says quotes a part of the password, if that was taken for something else
+        raise ValueError(f"must be a URL whose port is a number from 1 to 65535{hint}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError(f"must be a redis://, rediss:// or unix:// URL, not {shown!r}")
-    if parts.scheme == "unix" and not parts.path:
-        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}")
+    # a password that is cut in two here would be taken for a port, a host or a path, and shown as such ever after
+    if "#" in url or ("@" not in parts.netloc and "@" in parts.query.partition("=")[0]):
+        raise ValueError(f"must have no #, and no @ before the first = of its query{hint}")
+    if parts.scheme == "unix" and (not parts.path or (parts.netloc and not parts.netloc.endswith("@"))):
+        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}{hint}")
     if parts.scheme != "unix" and port == 0:
         raise ValueError(f"must have a port from 1 to 65535, not {shown!r}")
     try:
         (parts.hostname or "").encode("idna")
     except UnicodeError:
-        raise ValueError(f"must name a host, not {parts.hostname!r}") from None
+        raise ValueError(f"must name a host, not {shown!r}") from None
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
-        raise ValueError(f"must name its database by a number, not {shown!r}")
+        raise ValueError(f"must name its database by a number, not {shown!r}{hint}")
     try:
         return dict(parse_url(url))
-    except ValueError as error:
+    except ValueError as error:  # names an option, never its value
         raise ValueError(f"must be a URL: {error}") from None
+
+
+def _without_secrets(url: str) -> str:
+    """What may be shown of a URL, also of one that is written wrongly: neither a user's part nor a query."""
+    scheme = _SCHEME.match(url)
+    start = scheme[0] if scheme else ""
+    head, at, tail = url.rpartition("@")
+    if at and ("?" in head or "#" in head):  # a query that has an @, or a password that has one of these
+        return f"{start}…"
+    return f"{start}…@{_QUERY.sub('', tail)}" if at else _QUERY.sub("", url)
+
+
+_SCHEME = re.compile("[a-z]+://", re.IGNORECASE)
+_QUERY = re.compile("[?#].*", re.DOTALL)
 
 
 def _class_for(arguments: Mapping[str, Any]) -> Any:
@@ -210,7 +249,7 @@ class Connection:
         self.role = role
         self.link: Link | None = None
         self.reconnects = 0
-        self._address = address
+        self.address = address
         self._reconnect = reconnect
         self._report = report
         self._set_up = set_up
@@ -232,7 +271,7 @@ class Connection:
             command.on_reply(QueueClosed())
         elif len(self._waiting) >= MOST_WAITING:
             command.on_reply(
-                ConnectionLost(f"{self._address} is down and {MOST_WAITING} commands wait already", maybe_applied=False)
+                ConnectionLost(f"{self.address} is down and {MOST_WAITING} commands wait already", maybe_applied=False)
             )
         else:
             self._waiting.append(command)
@@ -306,18 +345,18 @@ class Connection:
                 self._go_up(link)
                 if first.done():
                     self.reconnects += 1
-                    log.info("%s connection to %s is back", self.role, self._address)
+                    log.info("%s connection to %s is back", self.role, self.address)
                 else:
                     first.set_result(None)
                 reason = await asyncio.shield(link.lost)
                 self.link = None
                 self._fail_or_keep(link)
-                self._report(ConnectionLost(f"{self.role} connection to {self._address} lost: {reason}", maybe_applied=False))
+                self._report(ConnectionLost(f"{self.role} connection to {self.address} lost: {reason}", maybe_applied=False))
             waits += 1
             await asyncio.sleep(self._reconnect(waits) / 1000)
 
     async def _open_link(self) -> Link:
-        transport, keep = await self._address.open(self._protocol)
+        transport, keep = await self.address.open(self._protocol)
         link = Link(
             transport,
             keep=keep,
@@ -332,7 +371,7 @@ class Connection:
         except CommandError as error:
             link.drop("set-up refused")
             if error.code in ("NOAUTH", "NOPERM", "WRONGPASS"):
-                raise ConnectionRefused(f"{self._address}: {error}") from None
+                raise ConnectionRefused(f"{self.address}: {error}") from None
             raise
         except BaseException:
             link.drop("set-up ended")
@@ -360,6 +399,39 @@ class Connection:
         self._waiting.extendleft(reversed(kept + unwritten))
         for command in failed:
             command.on_reply(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
+
+
+class BlockingConnection:
+    """A connection for one thread, whose calls block for at most `timeout_s`; each call opens it if need be."""
+
+    def __init__(self, address: Address, timeout_s: float) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._driver: Any = None
+
+    def call(self, *args: Any) -> Any:
+        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `ConnectionRefused`."""
+        try:
+            driver = self._driver
+            if driver is None:
+                driver = self._driver = self._address.open_blocking(self._timeout_s)
+            driver.send_command(*args)
+        except (TypeError, redis.exceptions.RedisError, OSError) as error:
+            self.close()
+            raise _translated(error, self._address, 2) from None
+        try:
+            return driver.read_response()
+        except redis.exceptions.ResponseError as error:
+            raise CommandError(str(error)) from None
+        except (redis.exceptions.RedisError, OSError) as error:
+            self.close()
+            raise ConnectionLost(f"{self._address}: {error}", maybe_applied=True) from None
+
+    def close(self) -> None:
+        """Closes the socket; from another thread, a call under way ends with some error or other."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.disconnect()
 
 
 def _ignore_message(channel: bytes, payload: bytes) -> None:

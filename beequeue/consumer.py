@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, Protocol
 
-from beequeue.decisions import fail, message_of, retry_delay, succeed
+from beequeue.decisions import fail, fail_as_stored, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
     JobTimeout,
@@ -31,12 +31,13 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.events import encode_event
+from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
-from beequeue.link import Command
+from beequeue.link import Command, Link
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
+from beequeue.strangers import strangers
 
 log = logging.getLogger("beequeue")
 
@@ -53,6 +54,7 @@ MORE_THREADS = 100
 class Host(Protocol):
     """What a worker asks of its queue."""
 
+    name: str
     settings: QueueSettings
     backoff_strategies: dict[str, Strategy]
 
@@ -64,7 +66,20 @@ class Host(Protocol):
 class Run:
     """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
-    __slots__ = ("abandoned", "call", "entry", "error", "finish", "id", "job", "result", "settlement", "task", "under_way")
+    __slots__ = (
+        "abandoned",
+        "call",
+        "entry",
+        "error",
+        "finish",
+        "id",
+        "job",
+        "result",
+        "settlement",
+        "stranger",
+        "task",
+        "under_way",
+    )
 
     def __init__(self, job_id: str, entry: bytes) -> None:
         self.id = job_id
@@ -81,6 +96,8 @@ class Run:
         self.error: BaseException | None = None
         self.settlement: Settlement | None = None
         self.finish: Command | None = None
+        self.stranger = False
+        """Its id is another job's now, or nobody's: nothing is said to Redis about it any more."""
 
 
 class Consumer:
@@ -98,14 +115,16 @@ class Consumer:
         self._begun: deque[Run] = deque()
         """The runs whose handler has not been called yet."""
         self._runner_is_due = False
-        self._heart: asyncio.Task[None] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
 
     def start(self) -> None:
         """Begins to take jobs."""
-        self._heart = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._beating = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._heart.start()
         self._intake.pump_soon()
 
     def owns_current_task(self) -> bool:
@@ -228,12 +247,15 @@ class Consumer:
         try:
             return fail(job, run.error, None, now_ms(), self._settings)
         except TypeError:  # nested so deep that it could be read, but not be written
-            message = encode_event(run.id, "failed", message_of(run.error)) if self._settings.send_events else b""
-            return Settlement("failed", None if self._settings.remove_on_failure else run.entry, message)
+            return fail_as_stored(run.id, run.entry, run.error, self._settings)
 
     def _settle(self, run: Run, settlement: Settlement) -> None:
         run.settlement = settlement
-        self._intake.settle(run)
+        if run.stranger:
+            self._ended(run, False)
+            self._intake.release()
+        else:
+            self._intake.settle(run)
 
     def _ended(self, run: Run, outcome: bool | BeeQueueError) -> None:
         """The end of a run: whether Redis has settled its job, or what it said instead."""
@@ -272,11 +294,26 @@ class Consumer:
         """Reports all running jobs at once, twice in each stall interval."""
         while True:
             await asyncio.sleep(self._settings.stall_interval / 2000)
-            if self._held:
+            self._heart.sign()
+            if own := self._own():
                 try:
-                    await self._store.heartbeat({run.id for run in self._held})
+                    await self._store.heartbeat({run.id for run in own})
                 except BeeQueueError as error:
                     self._host._report(error)
+
+    def _own(self) -> list[Run]:
+        """The runs whose job is here; also for the heart's thread."""
+        return [run for run in list(self._held) if not run.stranger]
+
+    async def disown_strangers(self, link: Link) -> None:
+        """Before anything else is sent on a new `link`: a run whose id has become another job's is not settled any more."""
+        held = list(self._held)
+        found = {*await strangers(self._store, link, held)}
+        for run in found:
+            run.stranger = True
+        for run in self._intake.withdraw(found, held):
+            self._ended(run, False)
+            self._intake.release()
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
@@ -298,9 +335,10 @@ class Consumer:
             await self._until(lambda: not left(), self._loop.time() + GRACE_S)
         if answers:
             await self._hand_back()
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.wait((self._heart,))
+        await self._heart.stop(GRACE_S)
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait((self._beating,))
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         return in_time
@@ -348,7 +386,8 @@ class Consumer:
 
     async def _hand_back(self) -> None:
         """Returns what is held and neither being settled nor in a thread that goes on."""
-        held = [run.id for run in reversed(self._held) if not run.under_way and (run.call is None or run.call.cancelled())]
+        can_go = (run for run in reversed(self._own()) if not run.under_way and (run.call is None or run.call.cancelled()))
+        held = [run.id for run in can_go]
         if not held:
             return
         try:

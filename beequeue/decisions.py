@@ -74,3 +74,9 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
     message = encode_event(job.id, status, message_of(error)) if settings.send_events else b""
     entry = None if delay is None and settings.remove_on_failure else job.encode()
     return Settlement(status, entry, message, now + delay if delay else None)
+
+
+def fail_as_stored(job_id: str, entry: bytes, error: BaseException, settings: QueueSettings) -> Settlement:
+    """The settlement of a job that has failed and cannot be written anew, as when it is nested too deep: it stays as it is."""
+    message = encode_event(job_id, "failed", message_of(error)) if settings.send_events else b""
+    return Settlement("failed", None if settings.remove_on_failure else entry, message)

@@ -73,6 +73,10 @@ class JobTimeout(BeeQueueError):
     """A handler ran longer than its job's `timeout`; its job fails with this message."""
 
 
+class JobStalled(BeeQueueError):
+    """A job lost its worker more often than `max_stalls` allows; it failed with this message."""
+
+
 class OutcomeUnknown(BeeQueueError):
     """A job has ended, or its entry is gone, and nobody can tell how."""
 

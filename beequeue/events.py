@@ -32,7 +32,12 @@ class Event(NamedTuple):
     @classmethod
     def decode(cls, payload: bytes) -> Event:
         """Reads a message; raises `UnreadableData` when it is not one."""
-        message = load_json(payload, "message")
+        try:
+            message = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            message = None
+        if message is None:
+            message = load_json(payload, "message")
         if (
             type(message) is not dict
             or type(job_id := message.get("id")) is not str
@@ -43,6 +48,18 @@ class Event(NamedTuple):
         if name == "failed" or name == "retrying":
             data = JobFailed("" if data is None else str(data))
         return cls(job_id, name, data)
+
+
+_HEAD = re.compile(rb'\{"id":"([^"\\]{1,1000})","event":"([^"\\]{1,100})"')
+
+
+def peek(payload: bytes) -> tuple[str, str] | None:
+    """Job and name of an event whose members stand in bee-queue's order, without decoding it; None: it cannot be told."""
+    head = _HEAD.match(payload)
+    try:
+        return None if head is None else (head[1].decode(), head[2].decode())
+    except UnicodeDecodeError:
+        return None
 
 
 def encode_event(job_id: str, name: str, data: Any = None) -> bytes:
@@ -64,10 +81,16 @@ def dump_json(value: Any) -> bytes:
         if not str(refused).endswith(("surrogates not allowed", "Recursion limit reached")):
             raise
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_as_plain)
+        text = _dump(value)
+        if "NaN" in text or "Infinity" in text:  # which may stand in a string
+            text = _dump(json.loads(text, parse_constant=lambda name: None))
     except (ValueError, RecursionError) as error:
         raise TypeError(f"JSON cannot carry it: {error}") from None
     return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_as_plain)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -79,7 +102,10 @@ def _as_plain(value: Any) -> Any:
 
 
 def load_json(text: bytes, what: str) -> Any:
-    """Reads JSON as Node writes it, lone surrogates too; raises `UnreadableData` naming `what`."""
+    """Reads JSON as Node writes it, lone surrogates too; raises `UnreadableData` naming `what`.
+
+    The error has the beginning of the text and no more: whoever keeps it does not keep the text.
+    """
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -87,7 +113,10 @@ def load_json(text: bytes, what: str) -> Any:
     try:
         return json.loads(text, parse_int=_int_or_float)
     except (ValueError, RecursionError) as error:
-        raise UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}") from None
+        unreadable = UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}")
+    del text
+    # behind the handlers: the reader's own error has the whole text, and would be its context
+    raise unreadable
 
 
 def _int_or_float(digits: str) -> int | float:
@@ -131,6 +160,10 @@ class Emitter:
             raise TypeError(f"the listener of {event!r} must be callable, not {listener!r}")
         self.on(event, _Once(self, event, listener))
         return listener
+
+    def _listens_to(self, event: str) -> bool:
+        """Whether anybody would be told of `event`."""
+        return bool((self._listeners or {}).get(event))
 
     def off(self, event: str, listener: Callable[..., Any]) -> None:
         """Stops calling `listener` at `event`; nothing happens when it was not listening."""

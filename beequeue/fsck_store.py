@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from beequeue.connection import Connection
 from beequeue.errors import BeeQueueError, CommandError
-from beequeue.job import now_ms
-from beequeue.store import KEYS, SCRIPTS, _bytes, _head, _text
+from beequeue.job import id_as_bytes, id_as_text, now_ms
+from beequeue.store import KEYS, SCRIPTS
 
 PAGE = 1_000
 """How many ids or entries one read asks for; a scan may return some more."""
@@ -52,10 +52,10 @@ class FsckStore:
         jobs, succeeded, failed, delayed, stalling, active, waiting = map(self._key, TYPES)
         block, earlier = self._key("stallBlock"), self._key("earlierDelayed")
         self._heads = {
-            "fsck_ghosts": _head("fsck_ghosts", jobs, waiting, active, delayed, succeeded, failed, stalling),
-            "fsck_orphans": _head("fsck_orphans", jobs, waiting, active, delayed, succeeded, failed, earlier),
-            "fsck_doubles": _head("fsck_doubles", jobs, waiting, active, delayed, succeeded, failed, stalling),
-            "fsck_silent": _head("fsck_silent", jobs, waiting, active, stalling, block, succeeded, failed),
+            "fsck_ghosts": SCRIPTS["fsck_ghosts"].head(jobs, waiting, active, delayed, succeeded, failed, stalling),
+            "fsck_orphans": SCRIPTS["fsck_orphans"].head(jobs, waiting, active, delayed, succeeded, failed, earlier),
+            "fsck_doubles": SCRIPTS["fsck_doubles"].head(jobs, waiting, active, delayed, succeeded, failed, stalling),
+            "fsck_silent": SCRIPTS["fsck_silent"].head(jobs, waiting, active, stalling, block, succeeded, failed),
         }
 
     def _key(self, suffix: str) -> str:
@@ -75,14 +75,14 @@ class FsckStore:
         """All of `jobs` (`HSCAN`): ids and their entries. One may come twice."""
         async for page in self._scan("jobs"):
             for index in range(0, len(page), 2):
-                yield _text(page[index]), page[index + 1]
+                yield id_as_text(page[index]), page[index + 1]
 
     async def ids_in(self, kind: str) -> AsyncIterator[str]:
         """All ids in a list (`LRANGE`), a set (`SSCAN`) or `delayed` (`ZSCAN`). In a list that changes one may come twice."""
         step = 2 if kind == "delayed" else 1
         async for page in self._pages(kind) if TYPES[kind] == "list" else self._scan(kind):
             for index in range(0, len(page), step):
-                yield _text(page[index])
+                yield id_as_text(page[index])
 
     async def _scan(self, kind: str) -> AsyncIterator[list[bytes]]:
         cursor = None
@@ -107,13 +107,13 @@ class FsckStore:
 
     async def entries_of(self, job_ids: Sequence[str]) -> list[bytes | None]:
         """The entries of some ids (`HMGET jobs`)."""
-        entries: list[bytes | None] = await self._commands.call(b"HMGET", self._key("jobs"), *map(_bytes, job_ids))
+        entries: list[bytes | None] = await self._commands.call(b"HMGET", self._key("jobs"), *map(id_as_bytes, job_ids))
         return entries
 
     async def failed_of(self, job_ids: Sequence[str]) -> list[bool]:
         """Whether each of some ids is in `failed` (`SISMEMBER`)."""
         failed = self._key("failed")
-        replies = await asyncio.gather(*(self._commands.call(b"SISMEMBER", failed, _bytes(job_id)) for job_id in job_ids))
+        replies = await asyncio.gather(*(self._commands.call(b"SISMEMBER", failed, id_as_bytes(job_id)) for job_id in job_ids))
         return [reply == 1 for reply in replies]
 
     async def ghosts(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
@@ -134,6 +134,6 @@ class FsckStore:
 
     async def _run(self, script: str, repair: bool, job_ids: Sequence[str], *args: Any) -> list[Verdict]:
         mode = b"repair" if repair else b"look"
-        command = (*self._heads[script], mode, *args, *map(_bytes, job_ids))
+        command = (*self._heads[script], mode, *args, *map(id_as_bytes, job_ids))
         reply = [text.decode() for text in await self._commands.call(*command, script=SCRIPTS[script].text)]
         return [Verdict(*reply[index : index + 2]) for index in range(0, len(reply), 2)]

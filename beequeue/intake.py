@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Generic, Protocol, TypeVar
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
@@ -114,6 +114,20 @@ class Intake(Generic[AnySettling]):
         """Settles a run that has its settlement, with all others that end in the same step."""
         self._settling.append(run)
         self.pump_soon()
+
+    def withdraw(self, runs: Collection[AnySettling], held: Collection[AnySettling]) -> list[AnySettling]:
+        """Takes back the settlements of `runs` that have not been sent; returns the runs whose were. `held` has all runs."""
+        back = [run for run in self._settling if run in runs]
+        self._settling = [run for run in self._settling if run not in runs]
+        for finish in {run.finish for run in runs if run.finish is not None}:
+            if self._store.withdraw_finish(finish):
+                together = [run for run in held if run.finish is finish]
+                back += [run for run in together if run in runs]
+                if left := [run for run in together if run not in runs]:
+                    again = self._finish(left)
+                    again.repeated = finish.repeated
+                    self._store.settle([again])
+        return back
 
     def release(self) -> None:
         """Gives a slot back."""

@@ -39,6 +39,16 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+def id_as_text(job_id: bytes) -> str:
+    """An id in Redis as a string; what is not UTF-8 survives the way back."""
+    return job_id.decode("utf-8", "surrogateescape")
+
+
+def id_as_bytes(job_id: str) -> bytes:
+    """An id as Redis has it."""
+    return job_id.encode("utf-8", "surrogateescape")
+
+
 def id_from(value: str | int) -> str:
     """`value` as a job id: ids are text, also where they look like numbers."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):

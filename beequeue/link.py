@@ -158,6 +158,11 @@ class Link(asyncio.Protocol):
                     self._answer(command, reply)
         except hiredis.HiredisError as error:
             self.drop(f"what Redis sent could not be read: {error}")
+        except Exception as error:
+            # raised in this very function, by the reader or by taking a push apart, or further down by what no message has
+            if _raised_below(error) and not _is_broken(reply):
+                raise  # a fault of ours
+            self.drop(f"what Redis sent could not be read: neither a reply nor a message ({type(error).__name__}: {error})")
         if pushed:
             self._on_read_end()
 
@@ -205,6 +210,16 @@ class Link(asyncio.Protocol):
         if not future.done():
             raise ConnectionLost(f"the connection was lost: {self.lost.result()}", maybe_applied=True)
         return future.result()
+
+
+def _raised_below(error: Exception) -> bool:
+    """Whether an error comes from a function that the one which has caught it called, if that is not C's."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
+
+
+def _is_broken(message: Any) -> bool:
+    """Whether what stands for a channel or a payload is something else."""
+    return isinstance(message, list) and not all(type(part) is bytes for part in message)
 
 
 def settle(future: asyncio.Future[Any], reply: Any) -> None:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError, QueueClosed
-from beequeue.job import now_ms
-from beequeue.store import Store
+from beequeue.decisions import fail, fail_as_stored
+from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableData
+from beequeue.job import Job, now_ms
+from beequeue.settings import QueueSettings
+from beequeue.store import Settlement, Store, Taken
 
 RETRY_S = 1.0
 """How long to wait before asking again after Redis refused."""
@@ -22,6 +24,9 @@ RETRY_S = 1.0
 class Host(Protocol):
     """What the clocks ask of their queue."""
 
+    settings: QueueSettings
+
+    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
     def emit(self, event: str, *args: Any) -> bool: ...
     def _report(self, error: Exception) -> None: ...
 
@@ -130,21 +135,43 @@ class DelayedActivator:
 
 
 class StallChecker:
-    """Recovers the jobs of silent workers (`stalled`, id): once, or again and again."""
+    """Recovers the jobs of silent workers (`stalled`, id): once, or again and again.
 
-    def __init__(self, store: Store, host: Host, *, stall_interval_ms: int) -> None:
+    One that has stalled more than `max_stalls` times fails instead (`failed` and `failed:fatal`, job, error).
+    """
+
+    def __init__(self, store: Store, host: Host) -> None:
         self._store = store
         self._host = host
-        self._stall_interval_ms = stall_interval_ms
+        self._settings = host.settings
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     async def check(self) -> int:
         """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
-        stalled = await self._store.check_stalled(self._stall_interval_ms)
+        settings = self._settings
+        stalled, too_often = await self._store.check_stalled(settings.stall_interval, settings.max_stalls)
         for job_id in stalled:
             self._host.emit("stalled", job_id)
+        for taken in too_often:
+            await self._fail(taken)
         return len(stalled)
+
+    async def _fail(self, taken: Taken) -> None:
+        """Settles a job that has stalled too often, unless it has ended meanwhile. If this fails, the next check does it."""
+        job, limit = None, self._settings.max_stalls
+        error = JobStalled(f"job {taken.id} stalled more than {limit} time{'' if limit == 1 else 's'}")
+        try:
+            job = self._host._decode_job(taken.id, taken.entry)
+            settlement = fail(job, error, None, now_ms(), self._settings)
+        except UnreadableData as unreadable:
+            self._host._report(unreadable)
+            settlement = Settlement("failed", taken.entry, b"")
+        except TypeError:  # nested so deep that it could be read, but not be written
+            settlement = fail_as_stored(taken.id, taken.entry, error, self._settings)
+        if await self._store.settle_stalled(taken.id, settlement) and job is not None:
+            self._host.emit("failed", job, error)
+            self._host.emit("failed:fatal", job, error)
 
     async def check_and_repeat(self, interval_ms: int) -> int:
         """Checks, and again `interval_ms` after each check, instead of at the interval set before; raises like `check`."""

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
-from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
+from beequeue.errors import BeeQueueError, ConnectionLost, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.job import Job, id_from, now_ms
-from beequeue.link import settle
+from beequeue.link import Command, settle
 from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
 from beequeue.store import Store
 from beequeue.tracker import Tracker, summary
@@ -70,8 +70,8 @@ class Producer:
         if await answered:
             self._stored(job, form)
 
-    async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
-        """`Queue.save_all`: the same for each job, many in one round trip."""
+    async def save_all(self, jobs: Iterable[Job], timeout_ms: int | None = None) -> dict[Job, Exception]:
+        """`Queue.save_all`: the same for each job, many in one round trip. Past `timeout_ms` it waits for none of them."""
         jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, Job):
@@ -80,18 +80,31 @@ class Producer:
                 raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
         jobs = list(dict.fromkeys(jobs))
         errors: dict[Job, Exception] = {}
-        store = await self._host._usable()
+        now = asyncio.get_running_loop().time
+        deadline = None if timeout_ms is None else now() + timeout_ms / 1000
+        try:
+            async with asyncio.timeout_at(deadline):
+                store = await self._host._usable()
+        except TimeoutError:
+            return {job: _late(maybe_applied=False) for job in jobs}
         for start in range(0, len(jobs), AT_ONCE):
-            await self._save_at_once(store, jobs[start : start + AT_ONCE], errors)
+            some = jobs[start : start + AT_ONCE]
+            if deadline is not None and start > 0 and now() >= deadline:
+                errors.update((job, _late(maybe_applied=False)) for job in some)
+            else:
+                errors.update(await self._save_at_once(store, some, None if deadline is None else max(0.0, deadline - now())))
         return errors
 
-    async def _save_at_once(self, store: Store, jobs: Sequence[Job], errors: dict[Job, Exception]) -> None:
+    async def _save_at_once(self, store: Store, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
         unanswered = 1  # until all are sent: a reply may come at once
+        answers: set[int] = set()
+        errors: dict[Job, Exception] = {}
         stored: list[tuple[Job, _Form]] = []
         all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def answered(saves: list[tuple[Job, _Form]], replies: Any) -> None:
+        def answered(number: int, saves: list[tuple[Job, _Form]], replies: Any) -> None:
             nonlocal unanswered
+            answers.add(number)
             failed = isinstance(replies, BeeQueueError)
             for index, (job, form) in enumerate(saves):
                 outcome = self._outcome(job, form, copy(replies) if failed else replies[index])
@@ -103,22 +116,30 @@ class Producer:
             if not unanswered:
                 settle(all_answered, None)
 
-        for saves in _in_calls(jobs, errors):
+        calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
+        for number, saves in enumerate(_in_calls(jobs, errors)):
             unanswered += 1
-            self._add_all(store, saves, functools.partial(answered, saves))
-        answered([], [])
-        await all_answered
+            calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
+        answered(-1, [], [])
+        await asyncio.wait((all_answered,), timeout=timeout_s)
+        failed = errors.copy()  # as it is now: a reply that is late is told to nobody
+        for number, (command, saves) in enumerate(calls):
+            if number not in answers:
+                withdrawn = store.withdraw(command)  # what has not been sent must not be sent later
+                for job, _ in saves:
+                    job.saving = not withdrawn
+                    failed[job] = _late(maybe_applied=not withdrawn)
         for job, form in stored:
             self._stored(job, form)
+        return failed
 
-    def _add_all(self, store: Store, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> None:
+    def _add_all(self, store: Store, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> Command:
         for job, _ in saves:
             job.saving = True
         form = saves[0][1]
         if len(saves) > 1:
-            store.add_all([(form.id, form.entry) for _, form in saves], answered)
-        else:
-            store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
+            return store.add_all([(form.id, form.entry) for _, form in saves], answered)
+        return store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
 
     def _outcome(self, job: Job, form: _Form, reply: Any) -> Outcome:
         """What the reply to a save says of its job, which is told."""
@@ -290,12 +311,12 @@ class Producer:
         """`Job.result`: waits for the job's last event."""
         if job.last_event is not None:
             return job.last_event
-        store = await self._host._usable()
+        await self._host._usable()
         if not self._host.settings.get_events or not self._store_jobs:
             raise BeeQueueError("result() needs a queue with get_events and store_jobs")
         if job.last_event is None and (job.id is None or self._tracker.jobs.get(job.id) is not job):
             raise BeeQueueError("result() is for a job that this queue has saved or fetched")
-        return await self._tracker.end_of(job, store.look_up)
+        return await self._tracker.end_of(job)
 
     # --- many jobs ---------------------------------------------------------------------------------------------------
 
@@ -351,6 +372,12 @@ class _Form(NamedTuple):
     """Empty: the next automatic one."""
     entry: bytes
     delay: float | None
+
+
+def _late(*, maybe_applied: bool) -> ConnectionLost:
+    if maybe_applied:
+        return ConnectionLost("Redis did not answer within the time-out; the job may have been saved", maybe_applied=True)
+    return ConnectionLost("Redis was not there within the time-out; the job was not saved", maybe_applied=False)
 
 
 def _form_to_save(job: Job) -> _Form:

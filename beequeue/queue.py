@@ -51,8 +51,9 @@ class Queue(Emitter):
     opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.
 
     Events: `ready`; `error` (error); on the worker `succeeded` (job, result), `retrying`, `failed`, `failed:fatal` (job,
-    error); `stalled` (id); `raised jobs` (count); and for every job of the queue, whoever made it: `job succeeded` (id,
-    result), `job failed`, `job retrying` (id, error), `job progress` (id, value).
+    error), the last two also where a check finds that a job has stalled too often; `stalled` (id); `raised jobs` (count); and
+    for every job of the queue, whoever made it: `job succeeded` (id, result), `job failed`, `job retrying` (id, error), `job
+    progress` (id, value).
     """
 
     def __init__(self, name: str, redis: RedisSetting | Client = None, **settings: Unpack[QueueOptions]) -> None:
@@ -64,7 +65,7 @@ class Queue(Emitter):
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
         self.paused = False
-        self._tracker = Tracker(self, ordered=self.settings.ordered)
+        self._tracker = Tracker(self, ordered=self.settings.ordered, max_event_bytes=self.settings.max_event_bytes)
         self._producer = Producer(self, self._tracker)
         self._connect_parts(redis)
         self._client_id: int | None = None
@@ -112,6 +113,7 @@ class Queue(Emitter):
         commands = self.client.connection
         jobs = self._subscription if settings.ordered and self._subscription is not None else commands
         self._store = Store(self.key_prefix, commands, self._takes, jobs)
+        self._tracker.look_up = self._store.look_up
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
@@ -201,7 +203,7 @@ class Queue(Emitter):
         return self
 
     def _open(self) -> None:
-        self.client.attach(self._report)
+        self.client.attach(self._report, self._look_at_held)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         settings = self.settings
@@ -212,7 +214,7 @@ class Queue(Emitter):
                 near_term_window_ms=settings.near_term_window,
                 debounce_ms=settings.delayed_debounce,
             )
-        self._stall_checker = StallChecker(self._store, self, stall_interval_ms=settings.stall_interval)
+        self._stall_checker = StallChecker(self._store, self)
         self._opening = self._spawn(self._connect(), "opening")
 
     async def _connect(self) -> None:
@@ -232,6 +234,12 @@ class Queue(Emitter):
             if getattr(error, "code", None) != "NOPERM":
                 raise
             self._client_id = None  # closing then waits for the open take instead of ending it
+        await self._look_at_held(link)
+
+    async def _look_at_held(self, link: Link) -> None:
+        """A connection on which jobs are settled is being set up."""
+        if self._consumer is not None:
+            await self._consumer.disown_strangers(link)
 
     async def _subscribe(self, link: Link) -> None:
         if self.settings.get_events:
@@ -427,6 +435,8 @@ class Queue(Emitter):
     async def check_stalled_jobs(self, interval: Duration | None = None) -> int:
         """Moves the jobs of silent workers from `active` to `waiting` (`stalled`, id, for each); returns how many.
 
+        With `max_stalls`, one that was brought back that often already goes to `failed` and is not counted (`failed` and
+        `failed:fatal`, job, `JobStalled`, here; `job failed` everywhere).
         With an `interval` (ms or `timedelta`, above 0) it is repeated that long after each check, until `close()`, in place
         of a worker's automatic check. At most one check in each `stall_interval` does anything, whoever asks; it takes two to
         find a job. Raises what Redis answered to the first one; later failures are reported through `error`.

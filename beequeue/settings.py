@@ -17,6 +17,9 @@ Duration = int | timedelta
 PointInTime = int | float | datetime
 """Milliseconds since the epoch, or an aware `datetime`."""
 
+MAX_EVENT_BYTES = 16_000_000
+"""Half of what Redis by default lets a subscriber fall behind before it cuts the connection."""
+
 Backoff = Callable[[int], int]
 """From the number of the attempt (1, 2, …) to the milliseconds to wait before it."""
 
@@ -69,12 +72,14 @@ class QueueOptions(TypedDict, total=False):
     initial_redis_failure_retry_delay: Duration
     ordered_events: bool
     stalled_check_interval: Duration | None
+    max_stalls: int | None
     reconnect: Backoff
+    max_event_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """bee-queue 2.0.0's settings under Python names, and three of our own at the end."""
+    """bee-queue 2.0.0's settings under Python names, and four of our own at the end."""
 
     prefix: str = "bq"
     """First part of every key and channel."""
@@ -112,8 +117,12 @@ class QueueSettings:
     """Saves travel on the event connection (RESP3), so that no job misses its own events."""
     stalled_check_interval: int | None = None
     """ms between a worker's own stall checks; None: `stall_interval`; 0: one check only."""
+    max_stalls: int | None = None
+    """How often this queue's stall checks bring a job back; the next time it fails. None: again and again."""
     reconnect: Backoff = linear_backoff
     """ms to wait before each reconnection attempt."""
+    max_event_bytes: int = MAX_EVENT_BYTES
+    """Larger events are not decoded, which can take thirty times their size; a job that was to be told its end is looked up."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -147,6 +156,8 @@ def _checked(name: str, default: Any, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
         return value
-    if name == "redis_scan_count":
+    if name in ("redis_scan_count", "max_event_bytes"):
         return whole_number(name, value, at_least=1)
+    if name == "max_stalls":
+        return whole_number(name, value, at_least=0)
     return milliseconds(name, value, at_least=_AT_LEAST.get(name, 1))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
 from beequeue.connection import Address, Connection, RedisSetting
 from beequeue.errors import BeeQueueError, WrongLoop
+from beequeue.link import Link
 from beequeue.settings import Backoff, linear_backoff
 from beequeue.store import load_scripts
 
 log = logging.getLogger("beequeue")
 
 Report = Callable[[BeeQueueError], None]
+OnLink = Callable[[Link], Awaitable[None]]
+"""What a queue has to say on each new link, before any command that waits for it."""
 
 
 class Client:
@@ -31,10 +34,9 @@ class Client:
 
     def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> None:
         self.address = address
-        self.connection = Connection(
-            address, "command", reconnect=reconnect, report=self._report, set_up=load_scripts if ensure_scripts else None
-        )
-        self._reports: list[Report] = []
+        self.connection = Connection(address, "command", reconnect=reconnect, report=self._report, set_up=self._set_up)
+        self._ensure_scripts = ensure_scripts
+        self._queues: dict[Report, OnLink] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -61,20 +63,29 @@ class Client:
     ) -> None:
         await self.close()
 
-    def attach(self, report: Report) -> None:
-        """From now on `report` gets the connection's errors. Raises `WrongLoop` when another loop has opened it."""
+    def attach(self, report: Report, on_link: OnLink) -> None:
+        """From now on `report` gets the connection's errors, and `on_link` each new link.
+
+        Raises `WrongLoop` when another loop has opened it.
+        """
         if self._loop is not None and self._loop is not asyncio.get_running_loop():
             raise WrongLoop(f"{self!r} belongs to the event loop that opened it and is used from another one")
-        self._reports.append(report)
+        self._queues[report] = on_link
 
     def detach(self, report: Report) -> None:
         """Ends what `attach` began."""
-        self._reports.remove(report)
+        del self._queues[report]
+
+    async def _set_up(self, link: Link) -> None:
+        if self._ensure_scripts:
+            await load_scripts(link)
+        for on_link in list(self._queues.values()):
+            await on_link(link)
 
     def _report(self, error: BeeQueueError) -> None:
-        for report in self._reports.copy():
+        for report in list(self._queues):
             report(error)
-        if not self._reports:
+        if not self._queues:
             log.error("%s", error)
 
 

@@ -14,7 +14,8 @@ The data model, all keys and channels below `<prefix>:<name>:`
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
     stallBlock      string      "1", expires: one stall check an interval stall check
-    stalls          hash        nothing yet; destroyed with the rest
+    stalls          hash        id -> "count sha1": how often a job has   stall check, with max_stalls; expires
+                                stalled as the job JSON with that SHA-1
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
     earlierDelayed  channel     epoch ms: look again at this time         add, finish
 
@@ -34,6 +35,8 @@ each before what it causes. What may be large or belongs to a worker goes on the
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,12 +44,18 @@ from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from beequeue.connection import Connection
+from beequeue.connection import BlockingConnection, Connection
 from beequeue.errors import CommandError
+from beequeue.job import id_as_bytes as _bytes
+from beequeue.job import id_as_text as _text
 from beequeue.link import Command, Link
+from beequeue.link import settle as complete
 
 TAKE_WAIT_S = 5
 """How long Redis holds a take open: finite, so that a half-open socket is noticed."""
+
+STALLS_KEPT_MS = 7 * 24 * 3_600_000
+"""How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
 Reply = Callable[[Any], None]
 
@@ -57,6 +66,11 @@ class Script(NamedTuple):
     name: str
     text: str
     sha: str
+
+    def head(self, *keys: str | bytes) -> tuple[bytes, ...]:
+        """A call of it (EVALSHA) up to its arguments, encoded once."""
+        encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
+        return (b"EVALSHA", self.sha.encode(), str(len(keys)).encode(), *encoded)
 
 
 def _read(path: Path) -> Script:
@@ -147,7 +161,17 @@ class Store:
         self._take = _head("take", jobs_key, waiting, active)
         self._read_taken = _head("read_taken", jobs_key, waiting, active)
         self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
-        self._check_stalled = _head("check_stalled_jobs", key("stallBlock"), self._stalling, waiting, active)
+        self._check_stalled = _head(
+            "check_stalled_jobs",
+            key("stallBlock"),
+            self._stalling,
+            waiting,
+            active,
+            jobs_key,
+            key("stalls"),
+            succeeded,
+            failed,
+        )
         self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
         self._blocking_take = (b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode())
 
@@ -157,10 +181,10 @@ class Store:
 
     # --- producers ---------------------------------------------------------------------------------------------------
 
-    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> None:
+    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> Command:
         """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
 
-        An empty `job_id` asks for the next automatic one.
+        Returns what `withdraw` takes. An empty `job_id` asks for the next automatic one.
         """
         if delay is None:
             command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
@@ -168,8 +192,13 @@ class Store:
             args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
+        return command
 
-    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> None:
+    def withdraw(self, command: Command) -> bool:
+        """Takes back what `add` or `add_all` has not sent yet, since Redis is down; False when it has been sent."""
+        return self._jobs.withdraw(command)
+
+    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
         """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
 
         def on_replies(replies: Any) -> None:
@@ -182,7 +211,9 @@ class Store:
         args = [*self._add_jobs]
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
-        self._jobs.send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
+        command = Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text)
+        self._jobs.send(command)
+        return command
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
@@ -242,6 +273,12 @@ class Store:
             return []
         entries: list[bytes | None]
         entries = await self._commands.call(b"HMGET", self._jobs_key, *map(_bytes, job_ids), repeatable=True)
+        return entries
+
+    async def entries_on(self, link: Link, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The same, on a link that is still being set up; with no right that a worker does not need anyway."""
+        asking = [link.call(b"HGET", self._jobs_key, _bytes(job_id)) for job_id in job_ids]
+        entries: list[bytes | None] = await asyncio.gather(*asking)
         return entries
 
     async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
@@ -338,9 +375,21 @@ class Store:
         """Sends what `finish` has made, in one write."""
         self._commands.send_all(finishes)
 
+    def withdraw_finish(self, finish: Command) -> bool:
+        """Takes back a finish that waits for its connection; False when it has been sent, or answered."""
+        return self._commands.withdraw(finish) or (self._takes is not None and self._takes.withdraw(finish))
+
     async def heartbeat(self, job_ids: Iterable[str]) -> None:
         """Reports running jobs: takes their ids out of `stalling`."""
         await self._commands.call(b"SREM", self._stalling, *map(_bytes, job_ids), repeatable=True)
+
+    def blocking_connection(self, timeout_s: float) -> BlockingConnection:
+        """For a thread, beside the connections of the event loop; not open yet."""
+        return BlockingConnection(self._commands.address, timeout_s)
+
+    def heartbeat_blocking(self, connection: BlockingConnection, job_ids: Iterable[str]) -> None:
+        """As `heartbeat`, in a thread."""
+        connection.call(b"SREM", self._stalling, *map(_bytes, job_ids))
 
     async def hand_back(self, job_ids: Sequence[str]) -> int:
         """Returns jobs from `active` to where `waiting` is taken, the one taken last first; how many it were."""
@@ -350,11 +399,26 @@ class Store:
 
     # --- the two clocks ----------------------------------------------------------------------------------------------
 
-    async def check_stalled(self, stall_interval_ms: int) -> list[str]:
-        """Moves the jobs of silent workers from `active` to `waiting`; returns their ids."""
-        args = (*self._check_stalled, stall_interval_ms)
+    async def check_stalled(self, stall_interval_ms: int, max_stalls: int | None) -> tuple[list[str], list[Taken]]:
+        """Moves the jobs of silent workers from `active` to `waiting`; returns their ids.
+
+        And those that have stalled more than `max_stalls` times: they stay in `active`, and are for `settle_stalled`.
+        """
+        limit = b"" if max_stalls is None else max_stalls
+        args = (*self._check_stalled, stall_interval_ms, limit, STALLS_KEPT_MS)
         reply = await self._commands.call(*args, repeatable=True, script=SCRIPTS["check_stalled_jobs"].text)
-        return [_text(job_id) for job_id in reply]
+        stalled, too_often = reply
+        return [_text(job_id) for job_id in stalled], self.taken_from(too_often)
+
+    async def settle_stalled(self, job_id: str, settlement: Settlement) -> bool:
+        """Settles a job whose worker is gone; False when that, or anybody, has settled, removed or handed it on meanwhile."""
+        future = asyncio.get_running_loop().create_future()
+        on_reply = functools.partial(complete, future)
+        command = self.finish([(job_id, settlement)], take=0, on_reply=on_reply)
+        command.repeat = None  # the next check finds it again, if it is still there
+        self.settle((command,))
+        settled: list[int] = await future
+        return settled[0] == 1
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
         """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left)."""
@@ -364,21 +428,9 @@ class Store:
 
 
 def _head(script: str, *keys: str | bytes) -> tuple[bytes, ...]:
-    """A script call up to its arguments, encoded once."""
-    encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
-    return (b"EVALSHA", SCRIPTS[script].sha.encode(), str(len(keys)).encode(), *encoded)
-
-
-def _text(job_id: bytes) -> str:
-    """An id as a string; what is not UTF-8 survives the way back."""
-    return job_id.decode("utf-8", "surrogateescape")
-
-
-def _bytes(job_id: str) -> bytes:
-    return job_id.encode("utf-8", "surrogateescape")
+    return SCRIPTS[script].head(*keys)
 
 
 async def load_scripts(link: Link) -> None:
-    """Makes the server know every script (`SCRIPT LOAD`)."""
-    for script in SCRIPTS.values():
-        await link.call(b"SCRIPT", b"LOAD", script.text)
+    """Makes the server know every script (`SCRIPT LOAD`), in one round trip."""
+    await asyncio.gather(*(link.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))

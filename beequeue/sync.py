@@ -83,18 +83,30 @@ class Queue:
         """A job that carries `data` (whatever JSON carries; None is `{}`). Nothing is sent before `save`."""
         return self._owners[0].create_job(data)
 
-    def save(self, job: Job) -> Job:
+    def save(self, job: Job, timeout: Duration | None = None) -> Job:
         """Stores the job and makes it available (script `add_job`); returns it, its `id` filled in.
 
         `id` is None when its own id was in use: nothing was written then. Raises `TypeError` when JSON cannot carry its data,
-        `ValueError` when it is another queue's.
+        `ValueError` when it is another queue's. Without a `timeout` (ms or a `timedelta`) it waits for a Redis that is down.
+        With one it raises `ConnectionLost` by then, whose `maybe_applied` is False when the job was not sent, and will not
+        be: it can be saved again. It is True when Redis did not answer, and the job may have been saved.
         """
-        return self._call(lambda queue: self._own(job, queue).save())
+        if timeout is None:
+            return self._call(lambda queue: self._own(job, queue).save())
+        errors = self.save_all((job,), timeout)
+        if job in errors:
+            raise errors[job]
+        return job
 
-    def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
-        """Saves many jobs in few round trips; returns what went wrong, by job. Raises `ValueError` like `save`."""
+    def save_all(self, jobs: Iterable[Job], timeout: Duration | None = None) -> dict[Job, Exception]:
+        """Saves many jobs in few round trips; returns what went wrong, by job. Raises `ValueError` like `save`.
+
+        With a `timeout` (ms or a `timedelta`, for all together) those that were not saved by then have a `ConnectionLost`, as
+        `save` tells.
+        """
         listed = list(jobs)
-        return self._call(lambda queue: queue.save_all([self._own(job, queue) for job in listed]))
+        timeout_ms = None if timeout is None else milliseconds("timeout", timeout)
+        return self._call(lambda queue: queue._producer.save_all([self._own(job, queue) for job in listed], timeout_ms))
 
     def result(self, job: Job, timeout: Duration | None = None) -> Any:
         """Waits for the end of a job that this queue has saved or fetched in this process, and returns its handler's result.

@@ -4,6 +4,9 @@ Owns the registry and the way of an event from the message to the job. Knows not
 calls `read` for each and `hand_on` at the end of a read; whoever has reconnected calls `settle_unseen`. It also asks, every
 few seconds, about the jobs whose result somebody waits for, since no message tells of a job that was removed, or that ran
 on a worker which sends none.
+
+A stranger may publish, too. What costs memory or time is bounded: a large message is not decoded unless it is about a job that
+is tracked or somebody listens to such events, one beyond `max_event_bytes` never is, and few errors are reported at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +16,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClosed, UnreadableData
-from beequeue.events import ENDS, Event, Registry
+from beequeue.events import ENDS, Event, Registry, peek
 from beequeue.job import Job
+from beequeue.settings import MAX_EVENT_BYTES
 from beequeue.store import Found
 
 LOOK_UP_AT_ONCE = 100
 """How many jobs are asked about in one call of a script."""
 LOOK_EVERY_S = 5.0
 """How often the jobs whose result somebody waits for are asked about."""
+LARGE_BYTES = 65_536
+"""From this size on a message is looked at before it is decoded; below, that would cost more than it saves."""
+REPORTS_AT_ONCE = 20
+"""How many messages that cannot be read are reported one by one in each `REPORT_EVERY_S`; the others are counted."""
+REPORT_EVERY_S = 10.0
 
 LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
 """From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
@@ -30,13 +39,16 @@ class Host(Protocol):
     """What the tracker asks of its queue."""
 
     def emit(self, event: str, *args: Any) -> bool: ...
+    def _listens_to(self, event: str) -> bool: ...
     def _report(self, error: Exception) -> None: ...
 
 
 class Tracker:
-    """Which job an event belongs to, for one queue."""
+    """Which job an event belongs to, for one queue. `look_up` is to be set before anything is asked."""
 
-    def __init__(self, host: Host, *, ordered: bool) -> None:
+    look_up: LookUp
+
+    def __init__(self, host: Host, *, ordered: bool, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.jobs: Registry[Job] = Registry()
         self.unknown_outcomes = 0
         self._host = host
@@ -44,6 +56,10 @@ class Tracker:
         self._read: list[tuple[Event, Job | None, int]] = []
         self._awaited: dict[Job, int] = {}
         self._looking: asyncio.Task[None] | None = None
+        self._max_event_bytes = max_event_bytes
+        self._unread = Complaints(host._report)
+        self._too_large: dict[Job, str] = {}
+        self._looking_at_large: asyncio.Task[None] | None = None
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -58,14 +74,47 @@ class Tracker:
 
     def read(self, payload: bytes) -> None:
         """A message of the channel `events`, in the step that parses it; what is unreadable is reported."""
+        if len(payload) >= LARGE_BYTES and not self._is_worth_decoding(payload):
+            return
         try:
             event = Event.decode(payload)
         except UnreadableData as error:
-            self._host._report(error)
+            self._unread.add(error.with_traceback(None))  # whose frames have the whole message
             return
         # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
         job = self.jobs.get(event.id) if self._ordered else None
         self._read.append((event, job, 0 if job is None else job.bound))
+
+    def _is_worth_decoding(self, payload: bytes) -> bool:
+        """False for a message that concerns nobody here, and for one that is too large, which is reported."""
+        head = peek(payload)
+        job = None
+        if head is not None:
+            job = self.jobs.get(head[0])
+            # on two sockets the job may be bound before the event is told
+            if job is None and self._ordered and not self._host._listens_to("job " + head[1]):
+                return False
+        if len(payload) <= self._max_event_bytes:
+            return True
+        limit = f"max_event_bytes is {self._max_event_bytes:,}"
+        self._unread.add(UnreadableData(f"a message of {len(payload):,} bytes is too large, {limit}: {payload[:200]!r}"))
+        if head is not None and job is not None and head[1] in ENDS:
+            # whoever sent it: Redis knows whether the job has ended
+            self._too_large[job] = head[0]
+            if self._looking_at_large is None or self._looking_at_large.done():
+                self._looking_at_large = asyncio.create_task(self._look_at_large(), name="beequeue large results")
+        return False
+
+    async def _look_at_large(self) -> None:
+        while self._too_large:
+            asked, self._too_large = [*self._too_large.items()], {}
+            try:
+                ended = await self._ended_unseen(asked, self.look_up)
+            except BeeQueueError as error:
+                self._host._report(error)
+                continue
+            for job, job_id, found in ended:
+                self._settle(job, job_id, found)
 
     def hand_on(self) -> None:
         """Delivers what was read in one later step: after the code that waited for a save's reply in the same read."""
@@ -135,7 +184,7 @@ class Tracker:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    async def end_of(self, job: Job, look_up: LookUp) -> Event:
+    async def end_of(self, job: Job) -> Event:
         """Waits for the last event of a job; asks every `LOOK_EVERY_S` whether it has ended without one."""
         if job.last_event is not None:
             return job.last_event
@@ -143,7 +192,7 @@ class Tracker:
             job.ended = asyncio.get_running_loop().create_future()
         self._awaited[job] = self._awaited.get(job, 0) + 1
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look_regularly(look_up), name="beequeue results")
+            self._looking = asyncio.create_task(self._look_regularly(), name="beequeue results")
         try:
             return await asyncio.shield(job.ended)
         finally:
@@ -152,12 +201,12 @@ class Tracker:
                 del self._awaited[job]
                 job.ended = None
 
-    async def _look_regularly(self, look_up: LookUp) -> None:
+    async def _look_regularly(self) -> None:
         suspects: set[Job] = set()
         while self._awaited:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], look_up)
+                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], self.look_up)
             except BeeQueueError as error:
                 self._host._report(error)
                 continue
@@ -171,9 +220,11 @@ class Tracker:
 
     async def stop_looking(self) -> None:
         """From now on only events settle a job."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait((self._looking,))
+        self._unread.close()
+        for looking in (self._looking, self._looking_at_large):
+            if looking is not None:
+                looking.cancel()
+                await asyncio.wait((looking,))
 
     def close(self) -> None:
         """Ends every wait for a result with `QueueClosed`."""
@@ -184,6 +235,39 @@ class Tracker:
     def _lose(self, job: Job, job_id: str, reason: str) -> None:
         self.unknown_outcomes += 1
         job.receive(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id}: {reason}")))
+
+
+class Complaints:
+    """Errors about messages, which a stranger can cause by the million: some are reported, the others counted."""
+
+    def __init__(self, report: Callable[[Exception], None]) -> None:
+        self._report = report
+        self._reported = 0
+        self._counted = 0
+        self._period: asyncio.TimerHandle | None = None
+
+    def add(self, error: Exception) -> None:
+        """Reports an error, if not too many have been within the last `REPORT_EVERY_S`."""
+        if self._period is None:
+            self._period = asyncio.get_running_loop().call_later(REPORT_EVERY_S, self._end_period)
+            self._reported = 0
+        if self._reported < REPORTS_AT_ONCE:
+            self._reported += 1
+            self._report(error)
+        else:
+            self._counted += 1
+
+    def _end_period(self) -> None:
+        self._period = None
+        if self._counted:
+            counted, self._counted = self._counted, 0
+            within = f"within {REPORT_EVERY_S:g} s could not be read, and are not reported one by one"
+            self.add(UnreadableData(f"{counted:,} more messages on the events channel {within}"))
+
+    def close(self) -> None:
+        """From now on nothing that was counted is told."""
+        if self._period is not None:
+            self._period.cancel()
 
 
 def _is_entry_of(job: Job, found: Found) -> bool:

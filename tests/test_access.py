@@ -156,7 +156,7 @@ async def work(access: Access) -> None:
     tidy.process(echo)
     await (await producer.create_job("quick").save()).result(10_000)
     await tidy.close()
-    queue = await access.queue(activate_delayed_jobs=True).ready()
+    queue = await access.queue(activate_delayed_jobs=True, max_stalls=1).ready()
     raised = Seen()
     queue.on("raised jobs", raised)
     await access.redis.script_flush()
@@ -164,6 +164,8 @@ async def work(access: Access) -> None:
         await put(access.redis, queue, [place], "lost")
     await put(access.redis, queue, ["waiting"], "ghost")
     await access.redis.hset(queue.to_key("jobs"), "lost", entry())
+    await access.redis.hset(queue.to_key("stalls"), "gone", "1 0")
+    await access.redis.zadd(queue.to_key("delayed"), {"far": 4_102_444_800_000})  # something is left after each look
     await access.redis.delete(queue.to_key("stallBlock"))
     assert await queue.check_stalled_jobs() == 1
     jobs = [producer.create_job("later").delay_until(now_ms() + 20), producer.create_job("at once").retries(2)]

@@ -68,8 +68,9 @@ def node() -> None:
 
 
 @pytest.mark.usefixtures("installed_server", "node")
-async def test_a_quick_run_has_every_value() -> None:
-    ended = await bench("--quick", "--no-peers", "--only", "latency,drain", "--json", "--rounds", "1")
+@pytest.mark.parametrize(("arguments", "sockets"), [([], "TCP over the loopback, for all"), (["--unix"], "unix, for all")])
+async def test_a_quick_run_has_every_value(arguments: list[str], sockets: str) -> None:
+    ended = await bench("--quick", "--no-peers", "--only", "latency,drain", "--json", "--rounds", "1", *arguments)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     expected = [row for row in ROWS if row.measure in ("drain", "latency")]
@@ -80,7 +81,7 @@ async def test_a_quick_run_has_every_value() -> None:
         assert all(len(measured) == 1 and measured[0] > 0 for measured in values.values())
         assert row["ratio"]["median"] == pytest.approx(values[OURS][0] / values[NODE][0])
         assert isinstance(row["met"], bool)
-    assert found["machine"]["bee-queue"] == "2.0.0"
+    assert (found["machine"]["bee-queue"], found["machine"]["sockets"]) == ("2.0.0", sockets)
     assert all(found["machine"].values())
     assert (found["rounds"], found["growth"], found["peers"], found["left_out"]) == (1, [], [], {})
     assert ended.stderr.count("round 1 of 1") == 4

@@ -243,6 +243,23 @@ async def test_what_the_options_set(make_queue: MakeQueue, redis: Any, start: St
     assert await keys_of(redis, queue.key_prefix) == {"id", "stallBlock"}
 
 
+async def test_a_limit_of_stalls(make_queue: MakeQueue, redis: Any, start: Start) -> None:
+    """a worker that is gone has left a job behind, which has stalled before"""
+    queue = make_queue(max_stalls=1)
+    job = await queue.create_job("x").save()
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    for _ in range(2):
+        await redis.delete(queue.to_key("stallBlock"))
+        await queue.check_stalled_jobs()
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    await redis.sadd(queue.to_key("stalling"), str(job.id))
+    await redis.delete(queue.to_key("stallBlock"))
+    worker = await start("app:work", "--max-stalls", "1")
+    with pytest.raises(JobFailed, match="^job 1 stalled more than 1 time$"):
+        await job.result(10_000)
+    assert await worker.end(signal.SIGTERM) == 0
+
+
 async def test_what_a_handler_saves_is_not_kept(make_queue: MakeQueue, start: Start) -> None:
     """in the worker's memory, where no event would end it"""
     job = await make_queue(is_worker=False).create_job("saves").save()
@@ -463,6 +480,7 @@ WRONG = [
     (["app:work", "--concurrency", "0"], f"argument --concurrency: {WHOLE} '0'"),
     (["app:work", "--concurrency", "two"], f"argument --concurrency: {WHOLE} 'two'"),
     (["app:work", "--stall-interval", "-1"], f"argument --stall-interval: {WHOLE} '-1'"),
+    (["app:work", "--max-stalls", "0"], f"argument --max-stalls: {WHOLE} '0'"),
     (["app:work", "--timeout", "1.5"], f"argument --timeout: {WHOLE} '1.5'"),
     (["app:work", "--prefix", ""], "argument --prefix: must not be empty"),
     (["app:work", "--queue", ""], "argument --queue: must not be empty"),

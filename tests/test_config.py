@@ -63,7 +63,7 @@ def test_empty_means_not_set() -> None:
         ("REDIS_URL", "http://h", "REDIS_URL must be a redis://, rediss:// or unix:// URL, not 'http://h'"),
         ("REDIS_URL", "redis://h/12abc", "REDIS_URL must name its database by a number, not 'redis://h/12abc'"),
         ("REDIS_URL", "redis://h:0", "REDIS_URL must have a port from 1 to 65535, not 'redis://h:0'"),
-        ("REDIS_URL", "redis://a..b", "REDIS_URL must name a host, not 'a..b'"),
+        ("REDIS_URL", "redis://a..b", "REDIS_URL must name a host, not 'redis://a..b'"),
         ("REDIS_URL", "unix://", "REDIS_URL must name a socket, as in unix:///run/redis.sock, not 'unix://'"),
     ],
 )

@@ -25,6 +25,7 @@ from beequeue import (
     QueueClosed,
 )
 from beequeue.connection import MOST_WAITING, Address
+from beequeue.store import SCRIPTS
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.relay import Line, Relay
@@ -250,7 +251,7 @@ async def test_a_finish_whose_reply_is_lost_is_repeated(make_queue: MakeQueue, r
         worker.on("succeeded", lambda job, result: uncertain.append(job.uncertain))
 
         def hold_the_reply(line: Line, data: bytes) -> None:
-            if b"succeeded\r\n" in data and not worker.reconnects:
+            if SCRIPTS["finish"].sha.encode() in data and not worker.reconnects:
                 relay.hold(line.role)
 
         producer = make_queue(is_worker=False, ordered_events=True)

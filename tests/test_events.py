@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
+import sys
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
 from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json
 
@@ -49,10 +53,55 @@ def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:
         Event.decode(payload)
 
 
+@pytest.mark.parametrize(
+    "payload", [b'"' + b"a" * 100_000, b"\xff" * 100_000, b"[" * 100_000, b"9" * 100_000, b"[1]" + b" " * 100_000]
+)
+def test_an_error_keeps_no_message(payload: bytes) -> None:
+    """neither itself nor by the errors that led to it; its traceback is told apart, below"""
+    with pytest.raises(UnreadableData) as caught:
+        Event.decode(payload)
+    error: BaseException = caught.value.with_traceback(None)
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    assert len(str(error)) < 1_000
+    assert [len(str(held)) for held in gc.get_referents(error) if len(str(held)) > 2_000] == []
+
+
+async def test_an_error_that_is_reported_keeps_no_message() -> None:
+    queue = Queue("q", auto_connect=False)
+    errors: list[Exception] = []
+    queue.on("error", errors.append)
+    payload = b"[" * 100_000
+    before = sys.getrefcount(payload)
+    queue._tracker.read(payload)
+    (error,) = errors
+    assert isinstance(error, UnreadableData)
+    assert error.__traceback__ is None
+    assert sys.getrefcount(payload) == before
+
+
 def test_encoding_keeps_the_order_of_members() -> None:
     assert encode_event("1", "progress", {"b": 1, "a": "ü"}) == '{"id":"1","event":"progress","data":{"b":1,"a":"ü"}}'.encode()
     assert encode_event("1", "succeeded") == b'{"id":"1","event":"succeeded"}'
     assert encode_event("1", "succeeded", float("nan")) == b'{"id":"1","event":"succeeded","data":null}'
+
+
+def test_what_is_no_number_is_null_beside_lone_surrogates_too() -> None:
+    """as Node writes it; text that says so is text"""
+    value = {
+        "\ud800": [math.nan, math.inf, {"a": -math.inf}],
+        "NaN": "-Infinity",
+        "at": datetime(2026, 1, 2, tzinfo=UTC),
+        "big": 2**70,
+    }
+    written = dump_json(value)
+    told = b'{"\\ud800":[null,null,{"a":null}],"NaN":"-Infinity","at":"2026-01-02T00:00:00+00:00","big":1180591620717411303424}'
+    assert written == told
+    assert encode_event("1", "succeeded", ["\ud800", math.nan]) == b'{"id":"1","event":"succeeded","data":["\\ud800",null]}'
+    circle: list[Any] = ["\ud800", math.nan]
+    circle.append(circle)
+    with pytest.raises(TypeError, match="^JSON cannot carry it: Circular reference detected$"):
+        dump_json(circle)
 
 
 class Collecting(Emitter):

@@ -23,6 +23,7 @@ from beequeue import (
     Health,
     Job,
     JobFailed,
+    JobStalled,
     JobTimeout,
     LateFinish,
     ListenerFailed,
@@ -146,8 +147,8 @@ def in_a_script(url: str, name: str) -> None:
 def test_errors() -> None:
     assert ConnectionLost("down", maybe_applied=True).maybe_applied
     assert CommandError("OOM command not allowed").code == "OOM"
-    others = (ConnectionRefused, JobFailed, JobTimeout, LateFinish, ListenerFailed, NotConnected, OperationTimedOut)
-    more = (OutcomeNotRecorded, OutcomeUnknown, QueueClosed, UnreadableData, WrongLoop)
+    others = (ConnectionRefused, JobFailed, JobStalled, JobTimeout, LateFinish, ListenerFailed, NotConnected)
+    more = (OperationTimedOut, OutcomeNotRecorded, OutcomeUnknown, QueueClosed, UnreadableData, WrongLoop)
     assert all(issubclass(error, BeeQueueError) for error in (*others, *more))
 
 

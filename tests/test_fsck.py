@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, Job, Queue, fsck
 from beequeue.fsck import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, check, repair, suspects
-from harness.server import Server
+from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
+from tests.relay import Line, Relay
 
 ROOT = Path(__file__).parent.parent
 LATER = 4_000_000_000_000
@@ -582,6 +585,44 @@ async def test_the_command_needs_redis(own_server: Server, url: str, name: str) 
         assert (ended.code, ended.lines, len(ended.errors)) == (3, [], 1)
         assert ended.errors[0].startswith("python -m beequeue check: ")
         assert "secret" not in ended.errors[0]
+
+
+async def test_the_command_and_a_wrong_password(name: str) -> None:
+    with running_server(find_server(os.environ), "--requirepass", "right") as server:
+        url = f"unix://:{{}}@{server.socket}"
+        wrong = await command(url.format("secret"), name, "--repair")
+        none = await command(server.url, name)
+        right = await command(url.format("right"), name)
+    assert (wrong.code, wrong.lines) == (3, [])
+    (line,) = wrong.errors
+    assert line.startswith(f"python -m beequeue check: {server.socket}/0: ")
+    assert "invalid" in line
+    assert "secret" not in line
+    assert (none.code, none.lines, len(none.errors)) == (3, [], 1)
+    assert "Authentication required" in none.errors[0]
+    assert (right.code, right.errors) == (0, [])
+
+
+@pytest.mark.parametrize("word", ["SCRIPT", "EXISTS", "HSCAN", "LRANGE", "look", "repair"])
+async def test_redis_goes_away_in_the_middle_of_a_check(own_server: Server, word: str) -> None:
+    """also while the check is being connected: one line, and the exit code of a Redis that cannot be reached"""
+    async with Relay(own_server.url) as relay:
+        queue = Queue("q", own_server.url, is_worker=False)
+        await queue.create_job().save()
+        async with Redis.from_url(own_server.url, decode_responses=True) as redis:
+            await put(redis, queue, ["waiting", "failed"], "ghost")
+        await queue.close()
+
+        def hear(line: Line, data: bytes) -> None:
+            if b"\r\n%s\r\n" % word.encode() in data:
+                own_server.stop()
+
+        relay.said_on = hear
+        ended = await command(relay.url, "q", "--repair")
+    assert own_server._process is None
+    assert (ended.code, ended.lines) == (3, [])
+    (line,) = ended.errors
+    assert re.fullmatch(r"python -m beequeue check: .*connection.* lost.*", line)
 
 
 async def test_the_command_and_a_key_of_another_type(queue: Queue, redis: Any, url: str, name: str) -> None:

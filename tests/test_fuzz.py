@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from itertools import pairwise
 from typing import Any
 
 import orjson
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -62,12 +64,15 @@ class Session:
         self.link = Link(
             self.socket,
             keep=None,
-            on_message=lambda channel, payload: self.log.append(("message", channel, payload)),
+            on_message=self.hear,
             on_read_end=lambda: None,
             resp2_pushes=resp2,
         )
         for number in range(commands):
             self.link.send(Command((b"X", number), lambda reply, number=number: self.log.append((number, reply))))  # type: ignore[misc]
+
+    def hear(self, channel: bytes, payload: bytes) -> None:
+        self.log.append(("message", channel, b"".join((payload,))))  # which raises for what is no bytes, as our own do
 
     def feed(self, stream: bytes, cuts: list[int]) -> None:
         """As long as the socket is not cut, like a transport."""
@@ -78,7 +83,8 @@ class Session:
 
     async def end(self) -> list[int]:
         """Cuts the socket, and returns the numbers of the commands that are left without an answer."""
-        self.link.drop("test over")
+        if not self.socket.cut:
+            self.link.drop("test over")
         async with asyncio.timeout(5):
             await self.link.lost
         unanswered, unwritten = self.link.orphans()
@@ -181,12 +187,55 @@ TOKENS += [
     b"(1\r\n",
 ]
 TOKENS += [b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\np\r\n"]
+TOKENS += [b">0\r\n", b">1\r\n", b">3\r\n", b">4\r\n", b"$7\r\nmessage\r\n", b"%1\r\n", b"%2\r\n", b"*4294967290\r\n"]
+TOKENS += [b"(" + b"9" * 5_000 + b"\r\n", b"=5\r\ntxt:a\r\n"]
+BROKEN = [
+    b">0\r\n",
+    b">1\r\n$7\r\nmessage\r\n",
+    b">2\r\n$7\r\nmessage\r\n$1\r\nc\r\n",
+    b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n:1\r\n",
+    b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n*0\r\n",
+    b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n_\r\n",
+    b"%1\r\n*0\r\n:1\r\n",
+]
+"""What no Redis sends, and the reader, or whoever takes a message apart, does not expect."""
 
 
-@given(stream=st.lists(st.sampled_from(TOKENS), max_size=60), cuts=pieces, commands=st.integers(0, 4), resp2=st.booleans())
+@given(
+    stream=st.lists(st.sampled_from(TOKENS + BROKEN), max_size=60), cuts=pieces, commands=st.integers(0, 4), resp2=st.booleans()
+)
 @settings(deadline=None)
 def test_what_is_nearly_the_protocol(stream: list[bytes], cuts: list[int], commands: int, resp2: bool) -> None:
     check_bytes(b"".join(stream), cuts, commands, resp2)
+
+
+@pytest.mark.parametrize("stream", BROKEN, ids=lambda stream: repr(stream[:40]))
+async def test_what_a_broken_server_sends_cuts_the_link(stream: bytes) -> None:
+    """with a reason; what came before it has been handled, and what comes behind it is not"""
+    session = Session(2)
+    session.feed(b":1\r\n" + stream + b":2\r\n", [])
+    assert session.log == [(0, 1)]
+    assert session.socket.cut
+    assert await session.end() == [1]
+    assert re.fullmatch(
+        r"what Redis sent could not be read: neither a reply nor a message \(\w+: .*\)", session.link.lost.result()
+    )
+
+
+async def test_a_reply_that_announces_more_than_there_is_memory_for() -> None:
+    """cuts the link where there is not that much (32 GB), and else waits for the rest"""
+    session = Session(2)
+    session.feed(b":1\r\n*4294967290\r\n:2\r\n", [])
+    assert session.log == [(0, 1)]
+    await session.end()
+
+
+async def test_a_fault_of_ours_is_not_called_redis_s() -> None:
+    session = Session(0)
+    session.link._on_message = lambda channel, payload: int("x")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="invalid literal"):
+        session.feed(b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\np\r\n", [])
+    assert not session.socket.cut
 
 
 def check_bytes(stream: bytes, cuts: list[int], commands: int, resp2: bool) -> None:

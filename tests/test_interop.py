@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from beequeue import Job, JobFailed, LateFinish, OperationTimedOut, Queue
+from beequeue import Job, JobFailed, LateFinish, OperationTimedOut, Queue, fsck
 from beequeue.job import now_ms
 from harness.children import end_with_parent
 from harness.original import NoOriginal
@@ -845,3 +845,59 @@ async def test_what_a_worker_writes(make_peer: MakePeer, raw_redis: Any, name: s
     events = [] if settings == {"sendEvents": False} else [("events", b'{"id":"no result","event":"succeeded"}')]
     assert seen[NODE]["no result"] == events
     assert len(seen[NODE]["entries"]) == (0 if "removeOnSuccess" in settings else len(RUNS))
+
+
+# --- a queue that was repaired -----------------------------------------------------------------------------------------
+
+
+async def test_node_works_on_a_repaired_queue(make_peer: MakePeer, make_queue: MakeQueue, redis: Redis) -> None:
+    """Damage to jobs that Node saved: what has ended stays so, each of the others runs once, and Node finds them all."""
+    node = await make_peer(NODE)
+    ids = ["ended", "ghost", "orphan", "twice", "active too", "silent", "well"]
+    queue = make_queue(is_worker=False, get_events=False)
+    key = queue.to_key
+    await node.save({"do": "return", "value": 1}, ("setId", "ended"))
+    worker = make_queue(get_events=False)
+    worker.process(lambda job: 1)
+    await node.event("own succeeded")
+    await worker.close()
+    for job_id in ids[1:]:
+        await node.save({"do": "return", "value": job_id}, ("setId", job_id), ("retries", 1))
+    await redis.delete(key("stallBlock"))
+    await redis.srem(key("succeeded"), "ended")
+    await redis.hdel(key("jobs"), "ghost")
+    await redis.lrem(key("waiting"), 0, "orphan")
+    await redis.lpush(key("waiting"), "twice")
+    await redis.lpush(key("active"), "active too", "silent")
+    await redis.lrem(key("waiting"), 0, "silent")
+    await redis.sadd(key("stalling"), "silent")
+
+    report = await fsck.check(queue)
+    assert {(finding.kind, finding.id) for finding in report.findings} == {
+        ("ghost", "ghost"),
+        ("orphan", "ended"),
+        ("orphan", "orphan"),
+        ("two-states", "twice"),
+        ("two-states", "active too"),
+        ("too-old", "silent"),
+    }
+    await fsck.repair(queue, report)
+    await redis.sadd(key("stalling"), "active too")  # it stayed in active: a stall check is to bring it back
+    again = await fsck.check(queue)
+    assert [(finding.kind, finding.id) for finding in again.findings] == [("too-old", "active too")]
+    await fsck.repair(queue, again)
+    assert (await fsck.check(queue)).findings == []
+
+    await node.call("process", 2)
+    started = sorted(job["id"] for job, _ in await node.event("started", 5))
+    assert started == sorted(ids[2:])
+    succeeded = await node.event("own succeeded", 6)
+    assert sorted(map(tuple, succeeded)) == sorted(
+        (job_id, job_id if job_id != "ended" else 1) for job_id in ["ended", *ids[2:]]
+    )
+    health = await node.call("checkHealth")
+    assert (health["waiting"], health["active"], health["succeeded"], health["failed"]) == (0, 0, 6, 0)
+    assert len(node.heard["started"]) == 5
+    assert (await node.call("getJob", "ended"))["status"] == "succeeded"
+    await node.call("removeJob", "ended")
+    assert (await fsck.check(queue)).findings == []

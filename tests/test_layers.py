@@ -17,9 +17,11 @@ ORDER = [
     "queue",
     "producer",
     "consumer",
+    "heart",
+    "strangers",
     "intake",
-    "decisions",
     "maintenance",
+    "decisions",
     "tracker",
     "sharing",
     "fsck_store",
@@ -87,5 +89,7 @@ def test_calls_pass_the_keys_of_the_header() -> None:
             name = node.args[0]
             assert isinstance(name, ast.Constant)
             calls[str(name.value)] = len(node.args) - 1
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("SCRIPTS['"):  # SCRIPTS["…"].head(…)
+            calls[ast.unparse(node.func).split("'")[1]] = len(node.args)
     headers = {path.stem: len(set(re.findall(r"-- (KEYS\[\d+\])", path.read_text()))) for path in PACKAGE.glob("lua/*.lua")}
     assert calls == headers

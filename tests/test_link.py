@@ -13,6 +13,7 @@ import pytest
 import beequeue.link
 from beequeue.errors import CommandError, ConnectionLost
 from beequeue.link import Command, Link, settle
+from tests.test_fuzz import BROKEN
 
 
 class Peer:
@@ -29,7 +30,7 @@ class Peer:
         self.link = Link(
             transport,
             keep=protocol,
-            on_message=lambda channel, payload: self.log.append((channel, payload)),
+            on_message=lambda channel, payload: self.log.append((channel, b"".join((payload,)))),
             on_read_end=lambda: self.log.append("end of read"),
             **options,
         )
@@ -152,7 +153,7 @@ async def test_an_unknown_script_is_sent_whole(peer: Peer) -> None:
     assert await peer.logs(1) == [1]
 
 
-@pytest.mark.parametrize("garbage", [b"?what\r\n", b":1\r\n", b"\x00\x00"], ids=repr)
+@pytest.mark.parametrize("garbage", [b"?what\r\n", b":1\r\n", b"\x00\x00", *BROKEN], ids=repr)
 async def test_what_cannot_be_read_ends_the_link(peer: Peer, garbage: bytes) -> None:
     """also a reply to no command"""
     link = await peer.connect()

@@ -100,6 +100,9 @@ class Host:
         self.heard.append(event)
         return True
 
+    def _listens_to(self, event: str) -> bool:
+        return True
+
     def _report(self, error: Exception) -> None:
         raise error
 

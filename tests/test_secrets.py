@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -260,14 +261,74 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("url", WRONG)
+NOT_ENCODED = [
+    *(
+        f"{scheme}://{user}:Zq7{mark}v9%@{where}"
+        for scheme, where in (("redis", "h:6379/1"), ("unix", "/s"))
+        for mark in "/#?["
+        for user in ("", "u")
+    ),
+    *(f"{scheme}://:77{mark}Zq7@{where}" for scheme, where in (("redis", "h"), ("unix", "/s")) for mark in "/#?"),
+    *(f"{scheme}://Zq7{mark}v9%@{where}" for scheme, where in (("redis", "h"), ("unix", "/s")) for mark in "/#?"),
+    "redis://:Zq7[v9%]x@h",
+    "redis://:Zq7@v9%@h:x",
+    "redis://:Zq7\u2100v9%@h",
+    "redis://:Zq7",
+    "redis://:Zq7@/x",
+    "redis://:Zq7@:0",
+    "redis://h/x?password=Zq7",
+    "redis://h/x?password=Zq7@v9%",
+    "redis://h/x#Zq7",
+    "redis://h?password=Zq7#v9%",
+    "redis://h?db=Zq7",
+    "redis://:Zq7@h\ud800",
+    "unix://?password=Zq7",
+    "unix://Zq7@",
+    "unix://:Zq7@h/s",
+    "http://h?password=Zq7",
+    "redis//:Zq7@h",
+    ":Zq7@h:6379",
+    "user:Zq7@h:6379",
+    "user:Zq7://v9%@h",
+    "//:Zq7@h",
+]
+"""What somebody writes who does not know that a URL has its own letters, or forgets a part of it."""
+
+
+@pytest.mark.parametrize("url", WRONG + NOT_ENCODED)
 async def test_a_wrong_url(url: str, log: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"^redis must ") as refused:
         Queue("q", url)
     with pytest.raises(ValueError, match=r"^REDIS_URL must ") as told:
         config.parse({"REDIS_URL": url})
+    assert "\n" not in str(refused.value)
     for caught in (refused, told):  # a traceback has this test's own lines, but not their values
         assert_kept(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "redis://:Zq7/v9%@h",
+            "must be a URL whose port is a number from 1 to 65535; "
+            "in a password / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D",
+        ),
+        ("redis://h/x?password=Zq7", "must name its database by a number, not 'redis://h/x'"),
+        ("redis://h?password=Zq7#v9%", "must have no #, and no @ before the first = of its query"),
+        ("http://user:Zq7@h:1?x=y", "must be a redis://, rediss:// or unix:// URL, not 'http://…@h:1'"),
+        ("localhost:6379", "must be a redis://, rediss:// or unix:// URL, not 'localhost:6379'"),
+        ("unix://run/redis.sock", "must name a socket, as in unix:///run/redis.sock, not 'unix://run/redis.sock'"),
+    ],
+)
+def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        beequeue.connection.check_redis_url(url)
+
+
+@pytest.mark.parametrize("url", ["redis://:%40%2F%3F%23@h", "redis://h?username=a@b&password=c@d", "redis://:p@", "redis://"])
+def test_a_url_that_is_written_well(url: str) -> None:
+    beequeue.connection.check_redis_url(url)
 
 
 async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) -> None:
@@ -295,6 +356,7 @@ URLS: dict[str, Callable[[Servers], str]] = {
     "wrong password": lambda on: f"unix://:{ENCODED}1@{on.locked.socket}",
     "unreachable": lambda on: f"redis://Zq7:{ENCODED}@127.0.0.1:{free_port()}/1",
     "wrong database": lambda on: f"redis://:{ENCODED}@h/x",
+    "not encoded": lambda on: f"redis://:{PASSWORD}@h:6379/1",
     "unknown certificate": lambda on: f"rediss://:{ENCODED}@localhost:{on.tls_port}",
 }
 

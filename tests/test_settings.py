@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions
 
 
 def test_defaults() -> None:
-    """bee-queue's own, and three of the port"""
+    """bee-queue's own, and four of the port"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
@@ -34,7 +34,9 @@ def test_defaults() -> None:
         "initial_redis_failure_retry_delay": 1000,
         "ordered_events": True,
         "stalled_check_interval": None,
+        "max_stalls": None,
         "reconnect": linear_backoff,
+        "max_event_bytes": 16_000_000,
     }
 
 
@@ -67,6 +69,9 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
         ("redis_scan_count", 0, "redis_scan_count must be at least 1, not 0"),
         ("redis_scan_count", timedelta(1), "redis_scan_count must be an int, not datetime.timedelta(days=1)"),
+        ("max_stalls", -1, "max_stalls must be at least 0, not -1"),
+        ("max_stalls", True, "max_stalls must be an int, not True"),
+        ("max_stalls", timedelta(1), "max_stalls must be an int, not datetime.timedelta(days=1)"),
         ("reconnect", 5, "reconnect must be a function from attempt to milliseconds, not 5"),
     ],
 )

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import redis as sync_redis
 
+import beequeue.sync
 from beequeue import (
     BeeQueueError,
+    ConnectionLost,
     ConnectionRefused,
     Health,
     Job,
@@ -31,6 +33,7 @@ from beequeue import (
 from beequeue.sync import Queue
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, sync_threads
+from tests.observe import freeze, thaw
 
 ROOT = Path(__file__).parent.parent
 STRICT = ("-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning")  # forks with threads are meant
@@ -340,6 +343,60 @@ def test_a_redis_that_is_not_up_yet(own_server: Server, make_sync: MakeSync, cap
         own_server.start()
         assert saving.result(10).id == "1"
     queue.close()
+
+
+def test_a_save_with_a_time_out_while_redis_is_down(own_server: Server, make_sync: MakeSync) -> None:
+    """before the queue has ever been connected, and later: nothing is sent, also not once Redis is back"""
+    own_server.stop()
+    queue = make_sync(redis=own_server.url, reconnect=lambda attempt: 10)
+    first, second = queue.create_job("first"), queue.create_job("second")
+    for _ in range(2):
+        with pytest.raises(ConnectionLost, match="^Redis was not there within the time-out; the job was not saved$") as lost:
+            queue.save(first, timeout=50)
+        assert not lost.value.maybe_applied
+    own_server.start()
+    assert queue.save(first, timeout=timedelta(seconds=10)).id == "1"
+    own_server.stop()
+    until(lambda: not is_up(queue))
+    with pytest.raises(ConnectionLost) as lost:
+        queue.save(second, timeout=50)
+    assert not lost.value.maybe_applied
+    bad = queue.create_job(object())
+    errors = queue.save_all([second, bad, *(queue.create_job() for _ in range(2_500))], timeout=50)
+    assert [type(error) for error in errors.values() if not isinstance(error, ConnectionLost)] == [TypeError]
+    assert len(errors) == 2_502
+    assert not any(error.maybe_applied for error in errors.values() if isinstance(error, ConnectionLost))
+    own_server.start()
+    assert queue.check_health().waiting == 0  # the server kept nothing, and nothing was sent meanwhile
+    assert queue.save(second).id == "1"
+    queue.close()
+
+
+def test_a_save_with_a_time_out_while_redis_is_silent(own_server: Server, make_sync: MakeSync) -> None:
+    """it was sent, and happens once Redis goes on; nobody can tell before"""
+    queue = make_sync(redis=own_server.url)
+    queue.check_health()
+    jobs = [queue.create_job(number) for number in range(3)]
+    freeze(own_server)
+    with pytest.raises(ConnectionLost, match="^Redis did not answer within the time-out; the job may have been saved$") as lost:
+        queue.save(jobs[0], timeout=50)
+    assert lost.value.maybe_applied
+    errors = queue.save_all(jobs[1:], timeout=50)
+    assert [isinstance(error, ConnectionLost) and error.maybe_applied for error in errors.values()] == [True, True]
+    with pytest.raises(BeeQueueError, match="is being saved already"):
+        queue.save(jobs[0])
+    thaw(own_server)
+    until(lambda: [job.id for job in jobs] == ["1", "2", "3"])
+    assert queue.check_health().waiting == 3
+    assert queue.save(jobs[0], timeout=5_000) is jobs[0]
+    queue.close()
+
+
+def is_up(queue: Queue) -> bool:
+    """Whether its connection for saves is there."""
+    (opened,) = [each for mine, each in beequeue.sync._background.queues.items() if mine is queue]
+    assert opened._subscription is not None
+    return opened._subscription.link is not None
 
 
 def test_closing_while_it_opens(own_server: Server, make_sync: MakeSync) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections import Counter
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from beequeue import Job, LateFinish, Queue
 from beequeue import intake as intake_module
 from beequeue.store import SCRIPTS
+from client import Chains
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
 from tests.relay import Relay
@@ -150,3 +153,34 @@ async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str
         await ended.reaches(8)
         assert [name for _, name in spoken.names].count("finish") == 3
         await worker.close()
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+async def test_jobs_leave_nothing_to_the_garbage_collector(make_queue: MakeQueue, suspends: bool) -> None:
+    """neither on the worker, nor on the producer, nor in the client's chains: a circle of objects would keep it busy"""
+    worker, producer = make_queue(get_events=False), make_queue(is_worker=False)
+
+    async def handler(job: Job) -> Any:
+        if suspends:
+            await asyncio.sleep(0)
+        return job.data
+
+    worker.process(handler, 5)
+    chains = Chains(producer, 5)
+    gc.collect()
+    gc.disable()
+    try:
+        chains.fill()
+        for job in await save(producer, 20):
+            await job.result()
+        await until(lambda: chains.counts["numJobSucceeded"] > 20)
+        await chains.wind_down()
+        del job
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = Counter(type(each).__name__ for each in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not {"Job", "Run", "Event", "Settlement"} & left.keys()

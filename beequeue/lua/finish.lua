@@ -27,12 +27,12 @@
 -- not return straight to its worker.
 
 local RUN = 5
-local reply = {}
+local reply, ids = {}, {}
 for at = 2, #ARGV, RUN do
   local id, how = ARGV[at], ARGV[at + 1]
   local settled = 0
   if redis.call('LREM', KEYS[1], 0, id) > 0 then
-    redis.call('SREM', KEYS[2], id)
+    ids[#ids + 1] = id
     if how == 'delete' then
       settled = redis.call('HDEL', KEYS[3], id)
     elseif redis.call('HEXISTS', KEYS[3], id) == 1 then
@@ -50,21 +50,29 @@ for at = 2, #ARGV, RUN do
   end
   reply[#reply + 1] = settled
 end
+if #ids > 0 then redis.call('SREM', KEYS[2], unpack(ids)) end
 
-local runs = #reply
-local wanted = tonumber(ARGV[1])
+local runs, wanted = #reply, tonumber(ARGV[1])
 -- an id without data (its job was removed while it waited) is dropped; the bound keeps one call short
-for _ = 1, 1000 do
+for _ = 1, 100 do
   if wanted == 0 then break end
-  local id = redis.call('RPOP', KEYS[4])
-  if not id then break end
-  local data = redis.call('HGET', KEYS[3], id)
-  if data then
-    redis.call('LPUSH', KEYS[1], id)
-    reply[#reply + 1] = id
-    reply[#reply + 1] = data
-    wanted = wanted - 1
+  local next_ids, taken = {}, {}
+  for at = 1, wanted do
+    local id = redis.call('RPOP', KEYS[4])
+    if not id then break end
+    next_ids[at] = id
   end
+  if #next_ids == 0 then break end
+  local data = redis.call('HMGET', KEYS[3], unpack(next_ids))
+  for at = 1, #next_ids do
+    if data[at] then
+      taken[#taken + 1] = next_ids[at]
+      reply[#reply + 1] = next_ids[at]
+      reply[#reply + 1] = data[at]
+    end
+  end
+  if #taken > 0 then redis.call('LPUSH', KEYS[1], unpack(taken)) end
+  wanted = wanted - #taken
 end
 
 for run = 1, runs do

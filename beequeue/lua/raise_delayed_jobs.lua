@@ -7,12 +7,15 @@
 --
 -- Returns {how many were moved, the next time to look as a string, or -1 when none is left}.
 --
--- Why: pages of 1000, because Lua's unpack has a limit and any number may be due at once.
+-- Why: pages of 1000, because Lua's unpack has a limit and any number may be due at once. The first write is one that
+-- Redis allows at maxmemory, and after it all others; no id is empty. A page is pushed before it is taken out, so that
+-- a push that is refused for another reason loses nothing.
 
 local raised = 0
 while true do
   local due = redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, 1000)
   if #due == 0 then break end
+  if raised == 0 then redis.call('ZREM', KEYS[1], '') end
   redis.call('LPUSH', KEYS[2], unpack(due))
   redis.call('ZREM', KEYS[1], unpack(due))
   raised = raised + #due

@@ -67,6 +67,23 @@ class Worker:
         self._process.send_signal(signal.SIGCONT)
         self._stopped = False
 
+    async def jump(self, *, ahead: bool) -> None:
+        """Its clock is set by an hour; returns when it is."""
+        self.look()
+        jumped = self.words["jumped"]
+        self._process.send_signal(signal.SIGUSR1 if ahead else signal.SIGUSR2)
+
+        def has_jumped() -> bool:
+            self.look()
+            return self.words["jumped"] > jumped
+
+        await until(has_jumped)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.returncode is not None
+
     async def end(self) -> int:
         """SIGTERM, and what it exits with."""
         if self._process.returncode is None:
@@ -110,6 +127,16 @@ class Crew:
         self._all.append(worker)
         self.alive.append(worker)
         return worker
+
+    async def replace_the_dead(self) -> int:
+        """Hires another worker for each that a job has killed; how many those were."""
+        dead = [worker for worker in self.alive if worker.is_dead]
+        for worker in dead:
+            self.alive.remove(worker)
+            self.notes.killed += 1
+            await worker.bury()
+            await self.hire()
+        return len(dead)
 
     async def ready(self) -> None:
         """Returns when all take jobs."""

@@ -97,7 +97,7 @@ class Field:
             raise
         self.producer.on("error", self._error)
         self.producer.on("job succeeded", self._published)
-        self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": number_in(str(error))}))
+        self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": self._number_in(str(error))}))
         self._begin()
         return self
 
@@ -142,10 +142,18 @@ class Field:
 
     # --- load ------------------------------------------------------------------------------------------------------------
 
-    def new_job(self, *, due: int | None = None, ms: int | None = None) -> tuple[int, Job, asyncio.Future[None]]:
-        """A job that is entered in the ledger when it ends; its number, and what completes then."""
+    def new_job(
+        self, *, due: int | None = None, ms: int | None = None, blocks: bool = False, kills: bool = False
+    ) -> tuple[int, Job, asyncio.Future[None]]:
+        """A job that is entered in the ledger when it ends; its number, and what completes then.
+
+        For `ms` its handler sleeps, or `blocks` the event loop; one that `kills` its worker then does so.
+        """
         number = self.ledger.issue()
-        data = {"number": number, "end": end_of(number), "ms": self.chance.randrange(2, 20) if ms is None else ms}
+        if kills:
+            self.ledger.killers.add(number)
+        data = {"number": number, "end": "killed" if kills else end_of(number), "blocks": blocks}
+        data["ms"] = self.chance.randrange(2, 20) if ms is None else ms
         job = self.producer.create_job(data).retries(retries_of(number))
         if due is not None or is_delayed(number):
             job.delay_until(due or now_ms() + 30)
@@ -193,6 +201,13 @@ class Field:
     async def until(self, condition: Callable[[], Any]) -> None:
         """Waits for a condition."""
         await until(condition, PATIENCE_S)
+
+    def _number_in(self, message: str) -> int:
+        """The number in the message of a job that failed."""
+        if "stalled more than" not in message:
+            return int(message.removeprefix("bad "))
+        job_id = message.split()[1]
+        return max(number for number in self.ledger.killers if self.ledger.saved.get(number) == job_id)
 
     def _published(self, job_id: str, result: Any) -> None:
         self.ledger.published[result["number"]] += 1
@@ -311,8 +326,3 @@ class Field:
 
 def with_password(url: str) -> str:
     return url.replace("unix://", f"unix://:{PASSWORD}@")
-
-
-def number_in(message: str) -> int:
-    """The number in the message of a job that failed."""
-    return int(message.removeprefix("bad "))

@@ -3,7 +3,8 @@
 `Ledger` has what the producer did and heard. `Notes` has what the workers wrote down, and `Stored` what Redis holds when all is
 at rest. `discrepancies` holds the three against each other; an empty list means that they add up.
 
-Jobs are known by a number of the test's own, since ids may start anew. What a job does follows from its number alone.
+Jobs are known by a number of the test's own, since ids may start anew. What a job does follows from its number alone, unless it
+is one of the `killers`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Ledger:
     """The ends that the job's own listeners heard; `unknown` for one that nobody can tell."""
     published: Counter[int] = field(default_factory=Counter)
     """How often the queue's own listeners heard of its end."""
+    killers: set[int] = field(default_factory=set)
+    """They kill their workers until they have stalled too often."""
     wrong: list[str] = field(default_factory=list)
     """Ends that are not what the job's handler came to."""
 
@@ -62,6 +65,10 @@ class Ledger:
         """The next number."""
         self.issued += 1
         return self.issued - 1
+
+    def end_of(self, number: int) -> str:
+        """How the job with this number is to end."""
+        return "failed" if number in self.killers else end_of(number)
 
     def save_failed(self, number: int, error: Exception) -> None:
         """A save has raised."""
@@ -73,12 +80,14 @@ class Ledger:
         self.told[number].append(event)
         if event == "unknown":
             right = isinstance(value, OutcomeUnknown)
+        elif number in self.killers:
+            right = isinstance(value, JobFailed) and "stalled more than" in str(value)
         elif event == "failed":
             # after a reconnect the message comes from the stored stack trace
             right = isinstance(value, JobFailed) and str(value) in (f"bad {number}", f"ValueError: bad {number}")
         else:
             right = value == {"number": number}
-        if not right or event not in (end_of(number), "unknown"):
+        if not right or event not in (self.end_of(number), "unknown"):
             self.wrong.append(f"job {number} was told {event} {value!r}")
 
     def redis_is_wiped(self) -> None:
@@ -105,6 +114,8 @@ class Notes:
     finished: Counter[int] = field(default_factory=Counter)
     stalled: Counter[str] = field(default_factory=Counter)
     """Ids that a stall check brought back."""
+    blocked: Counter[str] = field(default_factory=Counter)
+    """Ids whose handler was said to block the event loop."""
     errors: Counter[str] = field(default_factory=Counter)
     """By class and, for what Redis said, its first word."""
     ids: dict[int, str] = field(default_factory=dict)
@@ -121,6 +132,8 @@ class Notes:
             self.finished[int(rest[1])] += 1
         elif what == "stalled":
             self.stalled[rest[0]] += 1
+        elif what == "blocked":
+            self.blocked[rest[0]] += 1
         elif what == "error":
             self.errors[" ".join(rest)] += 1
 
@@ -166,12 +179,13 @@ def _of_ends(ledger: Ledger, notes: Notes, reconnects: int) -> Iterable[str]:
         may_vanish = number in ledger.at_risk or number in ledger.removed
         if "unknown" in ends and not (may_vanish or reconnects):
             yield f"job {number} ended as unknown, though no connection was lost"
-        if not notes.finished[number] and ("succeeded" in ends or "failed" in ends or not may_vanish):
+        never_ends = number in ledger.killers
+        if not never_ends and not notes.finished[number] and ("succeeded" in ends or "failed" in ends or not may_vanish):
             yield f"job {number}, told {ends}, was saved and never run to its end"
     for number, count in ledger.published.items():
         if count > 1:
             yield f"job {number} was settled {count} times"
-        if not notes.finished[number]:
+        if number not in ledger.killers and not notes.finished[number]:
             yield f"the end of job {number} was published, and it was not run"
 
 
@@ -187,7 +201,7 @@ def _of_storage(ledger: Ledger, stored: Stored) -> Iterable[str]:
             yield f"job {number} is stored, and its save failed"
         if number in ledger.removed:
             yield f"job {number} was removed and is back"
-        if status != end_of(number) or where != [status]:
+        if status != ledger.end_of(number) or where != [status]:
             yield f"job {number} is in {where} as {status}"
     for key, ids in stored.places.items():
         for job_id in set(ids) - stored.jobs.keys():

@@ -15,6 +15,8 @@ import pytest
 from beequeue import CommandError
 from beequeue.job import now_ms
 from tests.faults.field import AT_ONCE, PASSWORD, STALL_INTERVAL_MS, Field
+from tests.faults.ledger import retries_of
+from tests.faults.worker import HOUR_S, MAX_STALLS
 from tests.observe import ONLOOKER
 from tests.relay import Line
 
@@ -56,6 +58,71 @@ async def stop_a_worker(field: Field) -> None:
     await field.until(lambda: field.crew.look().errors["LateFinish"] > late)
 
 
+async def killer_job(field: Field) -> None:
+    """A job kills each worker that runs it: when it has stalled too often it fails, with a reason. The others go on."""
+    number, job, ended = field.new_job(ms=100, kills=True)
+    await field.save_all([(number, job, ended)])
+    deaths = 0
+
+    async def has_ended() -> bool:
+        nonlocal deaths
+        deaths += await field.crew.replace_the_dead()
+        return ended.done()
+
+    await field.until(has_ended)
+    assert deaths == field.crew.look().started[number] == MAX_STALLS + 1
+    assert field.crew.notes.stalled[str(job.id)] >= MAX_STALLS
+    await field.crew.ready()
+
+
+async def handler_blocks(field: Field) -> None:
+    """A handler blocks its event loop for several stall intervals: its job stays where it is, and the log names it."""
+    number, job, ended = field.new_job(ms=4 * STALL_INTERVAL_MS, blocks=True)
+    attempts = 1 + retries_of(number)
+    await field.save_all([(number, job, ended)])
+    stalled = field.crew.look().stalled[str(job.id)]
+    await field.until(ended.done)
+    await field.until(lambda: field.crew.look().finished[number])
+    assert field.crew.notes.started[number] == attempts
+    assert field.crew.notes.stalled[str(job.id)] == stalled
+    assert field.crew.notes.blocked[str(job.id)] >= attempts
+
+
+async def clock_jumps(field: Field) -> None:
+    """Workers' clocks jump by an hour, one ahead, one back, both back, while a job runs and delayed ones wait.
+
+    Whose clock counts: a job is due at a time of the producer's clock, and is raised when a worker's own says so (Unix epoch,
+    both). So a worker that is ahead raises early, and one that is behind late, but only if all are. Heartbeats and repeated
+    checks follow the monotonic clock of each process, and the one check an interval the clock of Redis, which expires a key:
+    no job is taken for lost.
+    """
+    stalled = field.crew.look().stalled.copy()
+    first, second = field.chance.sample(field.crew.alive, 2)
+    long = [field.new_job(ms=3 * STALL_INTERVAL_MS) for _ in range(2)]
+    await field.save_all(long)
+    await first.jump(ahead=True)
+    early = field.new_job(due=now_ms() + HOUR_S * 1000 // 2)
+    await field.save_all([early])
+    await early[2]
+    await first.jump(ahead=False)
+    await first.jump(ahead=False)
+    in_time = field.new_job(due=now_ms() + 50)
+    await field.save_all([in_time])
+    await in_time[2]
+    await second.jump(ahead=False)
+    late = field.new_job(due=now_ms() + 50)
+    await field.save_all([late])
+    await field.more(4)
+    await field.until(lambda: now_ms() > late[1].options["delay"])
+    assert await late[1].is_in_set("delayed")
+    for worker in (first, second):
+        await worker.jump(ahead=True)
+    await asyncio.gather(*(ended for _, _, ended in (late, *long)))
+    for number, job, _ in long:
+        assert field.crew.look().started[number] == 1 + retries_of(number)
+        assert field.crew.notes.stalled[str(job.id)] == stalled[str(job.id)]
+
+
 async def restart_with_aof(field: Field) -> None:
     """Redis is killed and comes back with all that it had confirmed."""
     await field.restart(wipe=False)
@@ -63,9 +130,6 @@ async def restart_with_aof(field: Field) -> None:
 
 async def restart_without_aof(field: Field) -> None:
     """Redis is killed and comes back empty: ids start anew, and each tracked job ends as unknown."""
-    # ids that are not given again soon: a run of an old job must not meet a new job of its id, which nobody could tell apart
-    await field.redis.incrby(field.producer.to_key("id"), 1_000_000)
-    await field.more()
     unknown = field.ledger.unknown
     await field.restart(wipe=True)
     await field.until(lambda: not field.ledger.unsettled & field.ledger.forgotten)
@@ -202,7 +266,7 @@ async def memory_runs_out(field: Field) -> None:
     key = field.producer.to_key
 
     async def is_drained() -> bool:
-        return not await field.redis.exists(key("waiting"), key("active"))
+        return not await field.redis.exists(key("waiting"), key("active"), key("delayed"))
 
     await field.until(is_drained)
     await field.redis.config_set("maxmemory", 0)
@@ -291,6 +355,9 @@ FAULTS: dict[str, Fault] = {
     for function in (
         kill_workers,
         stop_a_worker,
+        killer_job,
+        handler_blocks,
+        clock_jumps,
         restart_with_aof,
         restart_without_aof,
         flush_scripts,

@@ -169,3 +169,29 @@ def test_what_redis_forgot_may_be_gone() -> None:
     books.notes.finished.pop(1)
     books.ledger.published.pop(1)
     assert books.found() == []
+
+
+def with_a_killer() -> Books:
+    """Number 4 has killed two workers and failed for it."""
+    books = Books()
+    books.ledger.issued = 5
+    books.ledger.killers.add(4)
+    books.ledger.saved[4] = "4"
+    books.notes.read("start 4 4")
+    books.notes.read("stalled 4")
+    books.notes.read("start 4 4")
+    books.ledger.tell(4, "failed", JobFailed("job 4 stalled more than 1 time"))
+    books.ledger.published[4] += 1
+    books.stored.jobs["4"] = (4, "failed")
+    books.stored.places["failed"].append("4")
+    return books
+
+
+def test_a_killer_fails_without_having_ended() -> None:
+    assert with_a_killer().found() == []
+    books = with_a_killer()
+    books.ledger.killers.clear()
+    assert len(books.found()) == 3
+    books = with_a_killer()
+    books.ledger.tell(4, "failed", JobFailed("bad 4"))
+    assert books.ledger.wrong == ["job 4 was told failed JobFailed('bad 4')"]

@@ -1,5 +1,7 @@
 """A worker that writes down what it does: `python -m tests.faults.worker URL NAME FILE STALL_INTERVAL_MS`.
 
+SIGUSR1 sets the process's clock an hour ahead, SIGUSR2 an hour back: `time.time`, which is what due times are held against.
+
 Each line goes to FILE in one write with O_APPEND, so a kill loses none. A job starts behind its line, and ends behind it too.
 SIGTERM closes the queue. Half-open sockets are found in a fifth of the usual time.
 """
@@ -7,9 +9,13 @@ SIGTERM closes the queue. Half-open sockets are found in a fifth of the usual ti
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import beequeue.link
@@ -19,6 +25,10 @@ from beequeue import CommandError, Job, Queue
 CONCURRENCY = 4
 TICK_S = 0.2
 TAKE_WAIT_S = 1
+MAX_STALLS = 3
+LOOK_EVERY_MS = 1_000
+"""How long a worker whose clock was wrong may sleep through a time that is due."""
+HOUR_S = 3_600
 
 
 def hurry() -> None:
@@ -32,6 +42,33 @@ def soon(attempt: int) -> int:
     return 20
 
 
+class Clock:
+    """The process's clock, which can be set."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0
+        self._true = time.time
+        time.time = lambda: self._true() + self._ahead_s
+
+    def jump(self, seconds: int) -> int:
+        """Sets it; returns by how much it is wrong now."""
+        self._ahead_s += seconds
+        return self._ahead_s
+
+
+class Warnings(logging.Handler):
+    """Hears what the library logs."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        blocked = re.search(r"handler \S+ of job (\S+) has blocked the event loop", record.getMessage())
+        if blocked:
+            self._note("blocked", blocked[1])
+
+
 async def main(url: str, name: str, path: str, stall_interval: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -41,7 +78,12 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
     async def handler(job: Job) -> Any:
         number = job.data["number"]
         note("start", job.id, number)
-        await asyncio.sleep(job.data["ms"] / 1000)
+        if job.data.get("blocks"):
+            time.sleep(job.data["ms"] / 1000)  # noqa: ASYNC251  # that is what it is for
+        else:
+            await asyncio.sleep(job.data["ms"] / 1000)
+        if job.data["end"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         fails = job.data["end"] == "failed" or job.options.get("retries", 0) > 0
         note("finish" if job.options.get("retries", 0) == 0 else "retry", job.id, number)
         if fails:
@@ -49,13 +91,20 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
         return {"number": number}
 
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    clock, loop = Clock(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: note("jumped", clock.jump(HOUR_S)))
+    loop.add_signal_handler(signal.SIGUSR2, lambda: note("jumped", clock.jump(-HOUR_S)))
+    logging.getLogger("beequeue").addHandler(Warnings(note))
+    logging.getLogger("beequeue").addHandler(logging.StreamHandler())
     queue = Queue(
         name,
         url,
         get_events=False,
         activate_delayed_jobs=True,
         delayed_debounce=20,
+        near_term_window=LOOK_EVERY_MS,
+        max_stalls=MAX_STALLS,
         stall_interval=stall_interval,
         initial_redis_failure_retry_delay=50,
         reconnect=soon,

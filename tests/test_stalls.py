@@ -1,0 +1,277 @@
+"""A limit of stalls: a job that loses its worker too often fails, with a reason, and its count is nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from beequeue import CommandError, Job, JobFailed, JobStalled, OperationTimedOut, Queue, UnreadableData
+from beequeue.job import now_ms
+from beequeue.store import STALLS_KEPT_MS
+from harness.server import Server
+from tests.conftest import MakeQueue, Seen, echo, until
+from tests.observe import assert_says
+
+DEEP = "[" * 1_000 + "]" * 1_000
+"""In some Pythons it can be read, but not be written."""
+
+
+async def lose(redis: Any, queue: Queue) -> int:
+    """A worker takes the next job and is never heard of again; what the check that finds it returns."""
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    return await find(redis, queue)
+
+
+async def find(redis: Any, queue: Queue) -> int:
+    """Two effective checks."""
+    for _ in range(2):
+        await redis.delete(queue.to_key("stallBlock"))
+        found = await queue.check_stalled_jobs()
+    return found
+
+
+async def counts(redis: Any, queue: Queue) -> dict[str, int]:
+    return {job_id: int(stalls.split()[0]) for job_id, stalls in (await redis.hgetall(queue.to_key("stalls"))).items()}
+
+
+@pytest.mark.parametrize(("limit", "times"), [(0, "0 times"), (1, "1 time"), (3, "3 times")])
+async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: Any, limit: int, times: str) -> None:
+    """QK-35: it is stored, published and told like any other failure, whatever retries it has"""
+    queue = make_queue(max_stalls=limit)
+    stalled, everywhere, here = Seen(), Seen(), Seen()
+    queue.on("stalled", stalled)
+    queue.on("job failed", everywhere)
+    for event in ("failed", "failed:fatal"):
+        queue.on(event, lambda job, error, event=event: here(event, job.id, type(error), str(error)))
+    job = await queue.create_job("x").retries(5).save()
+    for number in range(limit):
+        assert await lose(redis, queue) == 1
+        assert await counts(redis, queue) == {"1": number + 1}
+    assert await lose(redis, queue) == 0
+    message = f"job 1 stalled more than {times}"
+    with pytest.raises(JobFailed) as caught:
+        await job.result()
+    assert_says(caught.value, message)
+    assert [(job_id, str(error)) for job_id, error in everywhere.calls] == [("1", message)]
+    assert here.calls == [(event, "1", JobStalled, message) for event in ("failed", "failed:fatal")]
+    assert stalled.calls == [("1",)] * limit
+    entry = json.loads(await redis.hget(queue.to_key("jobs"), "1"))
+    assert (entry["status"], entry["options"]["retries"]) == ("failed", 5)
+    assert entry["options"]["stacktraces"] == [f"beequeue.errors.JobStalled: {message}\n"]
+    assert await queue.check_health() == (0, 0, 0, 1, 0, 1)
+    await job.retry()
+    assert await lose(redis, queue) == bool(limit)  # it begins anew
+    assert await counts(redis, queue) == {"1": 1}
+
+
+async def test_a_failure_by_stalls_may_leave_nothing(make_queue: MakeQueue, redis: Any) -> None:
+    """with remove_on_failure; without send_events nobody is told"""
+    queue = make_queue(max_stalls=0, remove_on_failure=True, send_events=False)
+    everywhere = Seen()
+    queue.on("job failed", everywhere)
+    await queue.create_job("x").save()
+    assert await lose(redis, queue) == 0
+    await redis.delete(queue.to_key("stallBlock"))
+    await queue.check_stalled_jobs()
+    assert not await redis.exists(*(queue.to_key(key) for key in ("jobs", "failed", "active", "stalling", "stalls")))
+    assert everywhere.calls == []
+    queue.jobs = {}
+
+
+async def test_without_a_limit_nothing_is_counted(make_queue: MakeQueue, redis: Any) -> None:
+    queue = make_queue()
+    await queue.create_job("x").save()
+    assert await lose(redis, queue) == 1
+    assert not await redis.exists(queue.to_key("stalls"))
+
+
+async def test_others_go_on(make_queue: MakeQueue, redis: Any) -> None:
+    """of two jobs that stall together one has done so before; more than a command takes"""
+    queue = make_queue(max_stalls=1)
+    await queue.create_job("bad").save()
+    assert await lose(redis, queue) == 1
+    assert await queue.save_all(queue.create_job(number) for number in range(1_025)) == {}
+    await redis.rename(queue.to_key("waiting"), queue.to_key("active"))
+    assert await find(redis, queue) == 1_025
+    assert await queue.check_health() == (1_025, 0, 0, 1, 0, 1_026)
+    assert set((await counts(redis, queue)).values()) == {1, 2}
+
+
+async def settled(make_queue: MakeQueue) -> None:
+    """It ended, and somebody wants it to run again."""
+    worker = make_queue(stall_interval=60_000)
+    job = await worker.get_job("job")
+    assert job is not None
+    worker.process(echo)
+    await job.result()
+    await worker.close()
+    other = await make_queue(is_worker=False).get_job("job")
+    assert other is not None
+    await other.retry()
+
+
+async def retried(make_queue: MakeQueue) -> None:
+    """An attempt failed, and another is to come."""
+    worker = make_queue(stall_interval=60_000)
+
+    async def fails_once(job: Job) -> None:
+        if job.options["retries"]:
+            raise ValueError("once")
+        await asyncio.Event().wait()
+
+    retrying = Seen()
+    worker.on("job retrying", retrying)
+    worker.process(fails_once)
+    await retrying.reaches(1)
+    await until(lambda: worker.running)
+    with pytest.raises(OperationTimedOut):
+        await worker.close(1)  # hands it back
+    make_queue.queues.remove(worker)
+
+
+async def removed(make_queue: MakeQueue) -> None:
+    """Another job has its id now."""
+    queue, made_at = make_queue(is_worker=False), now_ms()
+    await queue.remove_job("job")
+    while now_ms() == made_at:
+        await asyncio.sleep(0)
+    await queue.create_job("x").retries(1).set_id("job").save()
+
+
+@pytest.mark.parametrize("change", [settled, retried, removed])
+async def test_a_count_is_one_jobs_and_one_attempts(make_queue: MakeQueue, redis: Any, change: Any) -> None:
+    """before the next check has looked at the counts"""
+    checker = make_queue(max_stalls=1, stall_interval=60_000, get_events=False)
+    await checker.create_job("x").retries(1).set_id("job").save()
+    assert await lose(redis, checker) == 1
+    await change(make_queue)
+    assert await counts(redis, checker) == {"job": 1}
+    assert await redis.llen(checker.to_key("waiting")) == 1
+    assert await lose(redis, checker) == 1
+    assert await counts(redis, checker) == {"job": 1}
+
+
+async def test_counts_of_what_has_ended_are_dropped(make_queue: MakeQueue, redis: Any) -> None:
+    """by the next check; and all of them expire"""
+    queue = make_queue(max_stalls=5, stalled_check_interval=0)
+    jobs = [queue.create_job("x").set_id(job_id) for job_id in ("done", "removed", "waits")]
+    for job in jobs:
+        await job.save()
+        await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    assert await find(redis, queue) == 3
+    assert await counts(redis, queue) == {"done": 1, "removed": 1, "waits": 1}
+    assert STALLS_KEPT_MS - 10_000 < await redis.pttl(queue.to_key("stalls")) <= STALLS_KEPT_MS
+    await jobs[1].remove()
+    await redis.lrem(queue.to_key("waiting"), 0, "waits")
+    queue.process(echo)
+    await jobs[0].result()
+    await redis.delete(queue.to_key("stallBlock"))
+    await queue.check_stalled_jobs()
+    assert await counts(redis, queue) == {"waits": 1}
+    await jobs[2].remove()
+    await redis.delete(queue.to_key("stallBlock"))
+    await queue.check_stalled_jobs()
+    assert not await redis.exists(queue.to_key("stalls"))
+
+
+async def test_a_checker_that_ended_too_soon_is_made_good(make_queue: MakeQueue, redis: Any) -> None:
+    """what has stalled too often stays in active until it is settled: the next check finds it again"""
+    queue, other = make_queue(max_stalls=0), make_queue(max_stalls=0)
+    job = await queue.create_job("x").save()
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    for _ in range(2):
+        await redis.delete(queue.to_key("stallBlock"))
+        moved, too_often = await queue._store.check_stalled(5_000, 0)
+    assert (moved, [taken.id for taken in too_often]) == ([], ["1"])
+    assert await redis.lrange(queue.to_key("active"), 0, -1) == ["1"]
+    await redis.delete(queue.to_key("stallBlock"))
+    assert await (await other.ready()).check_stalled_jobs() == 0
+    with pytest.raises(JobFailed, match="^job 1 stalled more than 0 times$"):
+        await job.result()
+
+
+async def test_who_ended_it_in_time_wins(make_queue: MakeQueue, redis: Any) -> None:
+    """its worker was not gone but slow: nothing is told that did not happen"""
+    queue = make_queue(max_stalls=0)
+    failed = Seen()
+    queue.on("failed", failed)
+    gate, started = asyncio.Event(), Seen()
+
+    async def handler(job: Job) -> str:
+        started()
+        await gate.wait()
+        return "done"
+
+    worker = make_queue(stall_interval=60_000, get_events=False)
+    worker.process(handler)
+    job = await queue.create_job("x").save()
+    await started.reaches(1)
+    for _ in range(2):
+        await redis.delete(queue.to_key("stallBlock"))
+        _, too_often = await queue._store.check_stalled(5_000, 0)
+    gate.set()
+    assert await job.result() == "done"
+    await queue._stall_checker._fail(too_often[0])
+    assert failed.calls == []
+    assert await queue.check_health() == (0, 0, 1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("entry", ["no job", f'{{"data":{DEEP},"options":{{}}}}'], ids=["unreadable", "nested"])
+async def test_an_entry_that_cannot_be_written_fails_too(make_queue: MakeQueue, redis: Any, entry: str) -> None:
+    queue = await make_queue(max_stalls=0).ready()
+    await redis.hset(queue.to_key("jobs"), "1", entry)
+    await redis.lpush(queue.to_key("waiting"), "1")
+    assert await lose(redis, queue) == 0
+    assert await redis.smembers(queue.to_key("failed")) == {"1"}
+    assert (DEEP if DEEP in entry else entry) in await redis.hget(queue.to_key("jobs"), "1")
+    assert len(make_queue.claim(UnreadableData)) == (entry == "no job")
+
+
+async def test_an_id_without_data_is_not_counted(make_queue: MakeQueue, redis: Any) -> None:
+    queue = await make_queue(max_stalls=0).ready()
+    await redis.lpush(queue.to_key("active"), "ghost")
+    assert await find(redis, queue) == 1
+    assert not await redis.exists(queue.to_key("stalls"))
+
+
+# --- at maxmemory ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_full_redis_gets_its_stalled_jobs_back(own_server: Server, make_queue: MakeQueue) -> None:
+    """at maxmemory: one is brought back, and one fails"""
+    async with Redis.from_url(own_server.url, decode_responses=True) as redis:
+        queue = make_queue(redis=own_server.url, max_stalls=1)
+        await queue.create_job("x").save()
+        await queue.create_job("x").save()
+        assert await lose(redis, queue) == 1
+        await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "LEFT", "LEFT")
+        await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "LEFT", "LEFT")
+        await full(redis, queue)
+        assert await find(redis, queue) == 1
+        assert await queue.check_health() == (1, 0, 0, 1, 0, 2)
+        await redis.config_set("maxmemory", 0)
+        await queue.destroy()
+
+
+async def test_a_full_redis_raises_its_delayed_jobs(own_server: Server, make_queue: MakeQueue) -> None:
+    """at maxmemory; more than one page of them"""
+    async with Redis.from_url(own_server.url, decode_responses=True) as redis:
+        queue = await make_queue(redis=own_server.url).ready()
+        jobs = [queue.create_job("x").delay_until(now_ms() + 60_000) for _ in range(1_001)]
+        assert await queue.save_all(jobs) == {}
+        await full(redis, queue)
+        assert await queue._store.raise_delayed(now_ms() + 60_001, 0) == (1_001, -1)
+        assert await queue.check_health() == (1_001, 0, 0, 0, 0, 1_001)
+        await redis.config_set("maxmemory", 0)
+        await queue.destroy()
+
+
+async def full(redis: Any, queue: Queue) -> None:
+    """Redis is at maxmemory from now on."""
+    await redis.config_set("maxmemory", 1)
+    with pytest.raises(CommandError, match="^OOM "):
+        await queue.create_job({}).save()

@@ -1,0 +1,166 @@
+"""Redis comes back empty and gives its ids anew: what ran before settles no job but its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, connect
+from beequeue.strangers import is_same_job
+from harness.server import Server
+from tests.conftest import MakeQueue, Seen, until
+from tests.observe import soon
+from tests.relay import Relay
+
+
+class Stage:
+    """Handlers that wait until they are told to end, by the data of their job."""
+
+    def __init__(self) -> None:
+        self.started = Seen()
+        self.gates: defaultdict[Any, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def __call__(self, job: Job) -> Any:
+        self.started(job.data)
+        await self.gates[job.data].wait()
+        return job.data
+
+
+async def wipe(server: Server, *queues: Queue) -> None:
+    """Redis is restarted and has lost all; returns when every queue is back."""
+    before = [queue.reconnects for queue in queues]
+    server.stop()
+    server.start()
+    await until(lambda: all(queue.reconnects >= count + 2 for queue, count in zip(queues, before, strict=True)))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own connection", "shared connection"])
+async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, make_queue: MakeQueue, shared: bool) -> None:
+    """its end is a late finish; the new job's worker is asked after as any other, and its result is its own"""
+    url, stage = own_server.url, Stage()
+    client = await connect(url, reconnect=soon) if shared else None
+    first = make_queue(redis=client or url, get_events=False, reconnect=soon, stall_interval=40, stalled_check_interval=0)
+    await first.ready()
+    second = make_queue(redis=url, get_events=False, stall_interval=60_000, reconnect=soon)
+    producer = await make_queue(redis=url, is_worker=False, reconnect=soon).ready()
+    old = await producer.create_job("old").save()
+    first.process(stage)
+    await stage.started.reaches(1)
+    await wipe(own_server, first, producer)
+    job = await producer.create_job("new").save()
+    assert job.id == old.id
+    second.process(stage)
+    await stage.started.reaches(2)
+    async with Redis.from_url(url, decode_responses=True) as redis:
+        await redis.sadd(producer.to_key("stalling"), str(job.id))
+        assert first._consumer is not None
+        heart = first._consumer._heart
+        for _ in range(2):  # the second one comes when the first has been answered
+            sign = heart._sign_at
+            await until(lambda sign=sign: heart._sign_at > sign)  # type: ignore[misc]
+        stage.gates["old"].set()
+        await until(lambda: first.late_finishes)
+        assert await redis.lrange(producer.to_key("active"), 0, -1) == [job.id]
+        assert await redis.smembers(producer.to_key("stalling")) == {job.id}
+    stage.gates["new"].set()
+    assert await job.result(8_000) == "new"
+    assert len(make_queue.claim(LateFinish)) == 1
+    make_queue.claim(ConnectionLost)
+    again = await producer.create_job("again").save()
+    stage.gates["again"].set()
+    assert await again.result(8_000) == "again"
+    if client is not None:
+        await first.close()
+        await client.close()
+
+
+async def test_a_settlement_that_waits_for_redis_is_withheld(own_server: Server, make_queue: MakeQueue) -> None:
+    """the handler ended while Redis was away; when it is back, another worker runs the new job already"""
+    stage = Stage()
+    async with Relay(own_server.url) as relay:
+        worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
+        other = make_queue(redis=own_server.url, get_events=False, reconnect=soon)
+        producer = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+        await producer.create_job("old").save()
+        worker.process(stage)
+        await stage.started.reaches(1)
+        relay.lead_to("unix:///nowhere/redis.sock")
+        own_server.stop()
+        await until(lambda: worker.client.connection.link is None and worker._takes is not None and worker._takes.link is None)
+        stage.gates["old"].set()
+        await until(lambda: worker.client.connection._waiting)
+        own_server.start()
+        job = await producer.create_job("new").save()
+        other.process(stage)
+        await stage.started.reaches(2)
+        relay.lead_to(own_server.url)
+        await until(lambda: worker.late_finishes == 1)
+        assert await producer.check_health() == (0, 1, 0, 0, 0, 1)
+        stage.gates["new"].set()
+        assert await job.result(8_000) == "new"
+        assert len(make_queue.claim(LateFinish)) == 1
+        make_queue.claim(ConnectionLost)
+        await worker.close()
+
+
+async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server, make_queue: MakeQueue) -> None:
+    stage = Stage()
+    first = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
+    second = make_queue(redis=own_server.url, get_events=False)
+    producer = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+    await producer.create_job("old").save()
+    first.process(stage)
+    await stage.started.reaches(1)
+    await wipe(own_server, first, producer)
+    job = await producer.create_job("new").save()
+    second.process(stage)
+    await stage.started.reaches(2)
+    make_queue.queues.remove(first)
+    with pytest.raises(OperationTimedOut):
+        await first.close(1)
+    assert await producer.check_health() == (0, 1, 0, 0, 0, 1)
+    stage.gates["new"].set()
+    assert await job.result(8_000) == "new"
+    make_queue.claim(ConnectionLost)
+
+
+async def test_what_is_still_there_is_settled(own_server: Server, make_queue: MakeQueue) -> None:
+    """a connection that is lost without its Redis, or one that refuses to tell, changes nothing"""
+    stage = Stage()
+    worker = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
+    producer = await make_queue(redis=own_server.url, is_worker=False).ready()
+    jobs = [producer.create_job(data) for data in ("here", "refused")]
+    await producer.save_all(jobs)
+    worker.process(stage, 2)
+    await stage.started.reaches(2)
+    async with Redis.from_url(own_server.url) as redis:
+        for job, refuse in zip(jobs, (False, True), strict=True):
+            if refuse:
+                await redis.rename(producer.to_key("jobs"), "away")
+                await redis.set(producer.to_key("jobs"), "no hash")
+            before = worker.reconnects
+            assert worker._takes is not None
+            for connection in (worker._takes, worker.client.connection):
+                assert connection.link is not None
+                connection.link.drop("by the test")
+            await until(lambda before=before: worker.reconnects == before + 2)  # type: ignore[misc]
+            if refuse:
+                await redis.rename("away", producer.to_key("jobs"))
+            stage.gates[job.data].set()
+            assert await job.result(8_000) == job.data
+    assert worker.late_finishes == 0
+    make_queue.claim(ConnectionLost)
+
+
+def test_a_job_is_known_by_when_it_was_created() -> None:
+    taken = b'{"data":1,"options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
+    assert is_same_job(taken, taken)
+    assert is_same_job(taken.replace(b"created", b"retrying"), taken)
+    assert not is_same_job(taken.replace(b"7", b"8"), taken)
+    assert not is_same_job(b"no job", taken)
+    assert not is_same_job(None, taken)
+    assert is_same_job(b"no job", b"no job")
