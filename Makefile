@@ -8,7 +8,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart test lint audit behaviours proof faults bench clean
+.PHONY: help up local compare chart test lint audit behaviours proof faults soak bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply
 
 faults: $(VENV)/.test ## nothing is lost when workers, Redis and connections fail: SEED=1 ROUNDS=10 TIMES=3 FAULTS="kill-workers"
 	SEED=$${SEED:-189} ROUNDS=$${ROUNDS:-10} TIMES=$${TIMES:-3} FAULTS="$(FAULTS)" $(VENV)/bin/python -m pytest -s tests/faults
+
+soak: $(VENV)/.test ## the harness, and a ledger beside it, with a fault every 20 s for half an hour: SEED=1 MINUTES=30 EVERY=20 FAULTS="kill-workers"
+	@FAULTS="$(FAULTS)" $(VENV)/bin/python -m tests.faults.soak
 
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours

@@ -39,6 +39,7 @@ class Chains:
         self._size = size
         self._stopping = False
         self._failures = 0
+        self._vanished_jobs = 0  # and not told of
         self._saving: set[asyncio.Task[None] | None] = set()
         self._saved: dict[str | None, float] = {}  # id -> when; saved and not ended
         self._early: set[str | None] = set()  # ended before the reply to their save was handled: the race
@@ -58,6 +59,9 @@ class Chains:
         horizon = time.monotonic() - GIVE_UP_S
         for job_id in [job_id for job_id, saved_at in self._saved.items() if saved_at < horizon]:
             self._vanished(job_id)
+        if self._vanished_jobs:
+            log.warning("client: %d jobs had vanished or ended unseen; their chains were started anew", self._vanished_jobs)
+            self._vanished_jobs = 0
 
     async def wind_down(self) -> None:
         self._stopping = True
@@ -73,6 +77,8 @@ class Chains:
         except BeeQueueError as error:
             await self._save_failed(error)
         else:
+            if self._failures:
+                log.info("client: saves work again")
             self._failures = 0
             self.counts["numJobSaveSuccess"] += 1
             job.on("unknown", partial(self._vanished, job.id))
@@ -88,6 +94,8 @@ class Chains:
     async def _save_failed(self, error: BeeQueueError) -> None:
         self.counts["numJobSaveError"] += 1
         self._failures += 1
+        if self._failures == 1:
+            log.warning("client: a save failed: %s", error)
         if isinstance(error, ConnectionLost) and error.maybe_applied:
             await asyncio.sleep(MAYBE_SAVED_S)
             if self._early:
@@ -105,6 +113,7 @@ class Chains:
 
     def _vanished(self, job_id: str | None, error: BeeQueueError | None = None) -> None:
         if self._saved.pop(job_id, None) is not None:
+            self._vanished_jobs += 1
             self.restarted += 1
             self.fill()
 

@@ -45,6 +45,12 @@ class Member:
         ]
 
     @property
+    def pid(self) -> int:
+        """Of the process, which must have been started."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def code(self) -> int | None:
         """Its exit code, once it has ended."""
         return self._process.returncode if self._process else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import hiredis
 from redis.asyncio import Redis
+from redis.exceptions import BusyLoadingError
 
 from beequeue import Queue
 from beequeue.store import SCRIPTS
@@ -27,6 +28,18 @@ def thaw(server: Server) -> None:
     """Ends what `freeze` began."""
     assert server._process is not None
     server._process.send_signal(signal.SIGCONT)
+
+
+async def answers(redis: Any) -> None:
+    """Returns when a server that has just been started again answers an onlooker: it loads its data first."""
+    await redis.connection_pool.disconnect()  # the onlooker's own connections, which it would find to be cut
+    while True:
+        try:
+            await redis.ping()
+        except BusyLoadingError:
+            await asyncio.sleep(0.01)
+        else:
+            return
 
 
 def beequeue_tasks() -> list[str]:

@@ -93,6 +93,10 @@ class Relay:
         """Passes new connections on to another Redis; those that are open stay with theirs."""
         self._target = urlsplit(target)
 
+    def forget_closed(self) -> None:
+        """Keeps in `lines` what is open."""
+        self.lines = [line for line in self.lines if line.is_open]
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if self._target.scheme == "unix":

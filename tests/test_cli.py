@@ -361,6 +361,35 @@ async def test_a_job_that_goes_on_is_handed_back(make_queue: MakeQueue, redis: A
     assert await redis.exists(queue.to_key("active")) == 0
 
 
+async def test_another_worker_starts_what_is_handed_back(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
+    """under load, and by the hand-back alone: no stall check comes within the hour"""
+    hour = 3_600_000
+    options = ("app:work", "--concurrency", "3", "--timeout", "100", "--stall-interval", str(hour), "-v")
+    queue = make_queue(is_worker=False, stall_interval=hour)
+    first = await start(*options)
+    begun = Seen()
+    held = [queue.create_job("waits") for _ in range(2)]
+    for job in held:
+        job.on("progress", begun)
+    assert await queue.save_all(held) == {}
+    await begun.reaches(2)
+    second = await start(*options)
+    await second.says("connected")
+    load = [queue.create_job(number) for number in range(300)]
+    saving = asyncio.gather(*(job.save() for job in load))
+    first.process.send_signal(signal.SIGTERM)
+    await begun.reaches(4)  # each has begun a second time
+    await saving
+    assert {await job.result(10_000) for job in load} == set(range(300))
+    (tmp_path / "go").touch()
+    assert [await job.result(10_000) for job in held] == ["waits"] * 2
+    assert await first.end() == 0
+    assert await second.end(signal.SIGTERM) == 0
+    for job in held:
+        assert not any(f"job {job.id} " in line for line in first.lines)
+        assert any(f"job {job.id} " in line for line in second.lines)
+
+
 async def test_a_thread_that_goes_on_does_not_hold_the_process(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
     queue = make_queue(is_worker=False)
     await queue.create_job("blocks").save()

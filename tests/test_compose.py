@@ -10,18 +10,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import skip
-from tests.test_harness import CHAINS, check_stats
+from tests.faults.harness import LOOK
+from tests.test_harness import CHAINS, check_stats, until
 
 ROOT = Path(__file__).parent.parent
 CLIENT = "issue-189_client_1"
 V1, V2 = ["docker-compose"], ["docker", "compose"]
+VARIABLES = {"ORDERED_EVENTS": "true", "EXTENDED_STATS": "true", "STATS_INTERVAL": "1"}
 versions = pytest.mark.parametrize("compose", [V1, V2], ids=["v1", "v2"], indirect=True)
 pytestmark = pytest.mark.timeout(300)
 
@@ -71,10 +73,13 @@ class Up:
                 stderr=subprocess.STDOUT,
             )
 
-    def stats(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[str]:
         """The stats lines so far."""
-        found = re.findall(rf"{CLIENT}\s*\|[^{{\n]*(\{{.*\}})", self.output.read_text())
-        return [check_stats(line, extended=True) for line in found]
+        return re.findall(rf"{CLIENT}\s*\|[^{{\n]*(\{{.*\}})", self.output.read_text())
+
+    def stats(self) -> list[dict[str, Any]]:
+        """What they say, which must add up: no job has vanished."""
+        return [check_stats(line, extended=True) for line in self.lines()]
 
     def wait_for_stats(self, count: int, deadline_s: float = 200) -> list[dict[str, Any]]:
         deadline = time.monotonic() + deadline_s
@@ -175,14 +180,8 @@ def check_powerless(container: str) -> None:
 
 
 def check_it_ends_cleanly(up: Up, compose: list[str], project: Path) -> None:
-    running = containers(project, compose)
     started = time.monotonic()
-    up.process.send_signal(signal.SIGINT)
-    up.process.wait(60)
-    run(*compose, "stop", cwd=project)  # v2's `up` may return before all have stopped
-    ended = json.loads(run("docker", "inspect", *running).stdout)
-    codes = {container["Name"]: container["State"]["ExitCode"] for container in ended}
-    assert set(codes.values()) == {0}, codes
+    end(up, compose, project)
     logged = run("docker", "logs", CLIENT)
     assert check_stats(logged.stdout.splitlines()[-1])["numJobSaveError"] == 0
     assert logged.stderr.splitlines()[-1] == "client: stopped"
@@ -190,6 +189,17 @@ def check_it_ends_cleanly(up: Up, compose: list[str], project: Path) -> None:
     assert down.returncode == 0, down.stderr
     assert time.monotonic() - started < 20
     assert containers(project, compose) == []
+
+
+def end(up: Up, compose: list[str], project: Path) -> None:
+    """Ctrl-C: all exit with 0."""
+    running = containers(project, compose)
+    up.process.send_signal(signal.SIGINT)
+    up.process.wait(60)
+    run(*compose, "stop", cwd=project)  # v2's `up` may return before all have stopped
+    ended = json.loads(run("docker", "inspect", *running).stdout)
+    codes = {container["Name"]: container["State"]["ExitCode"] for container in ended}
+    assert set(codes.values()) == {0}, codes
 
 
 @versions
@@ -206,6 +216,89 @@ def test_the_cure_and_every_variable_pass_from_the_shell(compose: list[str], pro
     assert run("docker", "wait", CLIENT).stdout.strip() == "0"
     up.process.send_signal(signal.SIGINT)
     up.process.wait(60)
+
+
+@versions
+def test_it_lives_on_under_faults(compose: list[str], project: Path) -> None:
+    up = Up(compose, project, **VARIABLES)
+    up.wait_for_stats(2)
+    chains = Chains(compose, project)
+    restart_redis(compose, project, up, chains)
+    kill_a_worker(compose, project, up, chains)
+    pause_redis(compose, project, up, chains)
+    run(*compose, "stop", "worker", cwd=project)
+    until(lambda: len(chains.jobs()) == CHAINS)
+    until_a_line(up, lambda last: last["numAlive"] == last["numTracked"] == CHAINS)
+    end(up, compose, project)
+    assert "Traceback" not in up.output.read_text()
+
+
+class Chains:
+    """Looks into Redis, in its container."""
+
+    def __init__(self, compose: list[str], project: Path) -> None:
+        self._redis = run(*compose, "ps", "-q", "redis", cwd=project).stdout.strip()
+
+    def jobs(self) -> list[str]:
+        """The ids of all that is waiting or active, at one moment."""
+        return self._say("EVAL", LOOK, "2", "bq:issue-189:waiting", "bq:issue-189:active")
+
+    def are_back(self) -> None:
+        """Returns when all chains have jobs at one moment, each saved since this call."""
+        last = int("".join(self._say("GET", "bq:issue-189:id")) or 0)
+
+        def all_are_new() -> bool:
+            ids = self.jobs()
+            return len(ids) == CHAINS and all(int(job_id) > last for job_id in ids)
+
+        until(all_are_new, 45)
+
+    def _say(self, *command: str) -> list[str]:
+        return run("docker", "exec", self._redis, "redis-cli", *command).stdout.split()
+
+
+def until_a_line(up: Up, condition: Callable[[dict[str, Any]], bool]) -> None:
+    """Waits for a stats line, later than those so far, of which it is true."""
+    seen = len(up.lines())
+    until(lambda: any(condition(json.loads(line)) for line in up.lines()[seen:]))
+
+
+def restart_redis(compose: list[str], project: Path, up: Up, chains: Chains) -> None:
+    """It comes back empty: every chain starts anew."""
+    assert run(*compose, "restart", "--timeout", "1", "redis", cwd=project).returncode == 0
+    chains.are_back()
+    until_a_line(up, lambda last: last["numAlive"] == CHAINS and last["numReconnects"] == 2 and last["numRestarted"] > 0)
+
+
+def kill_a_worker(compose: list[str], project: Path, up: Up, chains: Chains) -> None:
+    """Compose does not start it again by itself; the others bring its jobs back, and `up` brings it back."""
+    assert run("docker", "kill", running_workers(project)[0]).returncode == 0
+    chains.are_back()
+    until_a_line(up, lambda last: last["numAlive"] == CHAINS)
+    assert len(running_workers(project)) == 5
+    again = run(*compose, "up", "--detach", "--scale", "worker=6", cwd=project, **VARIABLES)
+    assert again.returncode == 0, again.stderr
+    assert len(running_workers(project)) == 6
+
+
+def running_workers(project: Path) -> list[str]:
+    labels = (f"label=com.docker.compose.project={project.name}", "label=com.docker.compose.service=worker")
+    return run("docker", "ps", "-q", "--filter", labels[0], "--filter", labels[1]).stdout.split()
+
+
+def pause_redis(compose: list[str], project: Path, up: Up, chains: Chains) -> None:
+    """The stats lines go on, and so do the chains, on the same connections."""
+    assert run(*compose, "pause", "redis", cwd=project).returncode == 0
+    seen = len(up.lines())
+
+    def same_twice() -> bool:
+        told = [json.loads(line)["numQueueSucceeded"] for line in up.lines()[seen:]]
+        return len(told) > len(set(told))
+
+    until(same_twice)
+    assert run(*compose, "unpause", "redis", cwd=project).returncode == 0
+    chains.are_back()
+    until_a_line(up, lambda last: last["numAlive"] == CHAINS and last["numReconnects"] == 2)
 
 
 @pytest.mark.parametrize("compose", [V1], ids=["v1"], indirect=True)

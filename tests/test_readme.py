@@ -11,7 +11,9 @@ from pathlib import Path
 from beequeue import Job, Queue
 from config import Config
 from tests.conftest import MakeQueue
+from tests.faults.scenarios import FAULTS
 from tests.test_example import public
+from tests.test_harness_faults import FAULTS as HARNESS_FAULTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,6 +73,28 @@ def test_the_table_of_events_has_them_all() -> None:
         emitted |= set(re.findall(r'emit\((?:self\.emit, )?"([a-z :]+)"', source.read_text()))
     listed = {event for row in table("### bee-queue's names", "event") for event in re.findall(r"`([^`]+)`", row[0])}
     assert emitted - {"job "} <= listed
+
+
+def promises() -> list[tuple[str, str, str | None]]:
+    """The tests that the promises name: module, function, parameter."""
+    rows = table("### What is promised under which fault", "fault")
+    found = [re.findall(r"`(\w+\.py)::(\w+)(?:\[([\w-]+)\])?`", row[-1]) for row in rows]
+    assert all(found)
+    return [(module, function, parameter or None) for named in found for module, function, parameter in named]
+
+
+def test_each_promise_names_a_test() -> None:
+    for module, function, parameter in promises():
+        path = next((ROOT / "tests").rglob(module))
+        assert re.search(rf"^(async )?def {function}\(", path.read_text(), re.MULTILINE), function
+        if parameter is not None:
+            assert parameter in (FAULTS if function == "test_alone" else HARNESS_FAULTS)
+
+
+def test_each_fault_has_a_promise() -> None:
+    assert {("test_alone", fault) for fault in FAULTS} | {("test_it_lives_on", fault) for fault in HARNESS_FAULTS} == {
+        (function, parameter) for _, function, parameter in promises() if parameter is not None
+    }
 
 
 def test_the_files_that_it_lists_exist() -> None:

@@ -19,9 +19,10 @@ class Worker:
     def __init__(self, process: asyncio.subprocess.Process, path: Path, notes: Notes) -> None:
         self._process = process
         self._path = path
-        self._notes = notes
+        self.notes = notes
         self._read = 0
         self._stopped = False
+        self._killed = False
         self._running: Counter[tuple[str, int]] = Counter()
         self.words: Counter[str] = Counter()
         """How many lines begin with each word."""
@@ -34,21 +35,25 @@ class Worker:
         new = new[: new.rfind(b"\n") + 1]
         self._read += len(new)
         for line in new.decode().splitlines():
-            self._notes.read(line)
+            self.notes.read(line)
             what, *rest = line.split()
             self.words[what] += 1
             if what in ("start", "finish", "retry"):
-                self._running[rest[0], int(rest[1])] += 1 if what == "start" else -1
+                job = rest[0], int(rest[1])
+                self._running[job] += 1 if what == "start" else -1
+                if not self._running[job]:
+                    del self._running[job]
 
     def running(self) -> list[tuple[str, int]]:
         """Id and number of the jobs that it has begun and not ended."""
         self.look()
-        return [job for job, count in self._running.items() if count > 0]
+        return list(self._running)
 
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
-        self._notes.killed += 1
+        self._killed = True
+        self.notes.killed += 1
 
     async def stop(self) -> None:
         """SIGSTOP; returns when it has stopped (Linux)."""
@@ -89,7 +94,7 @@ class Worker:
 
     async def bury(self) -> None:
         """Ends it, if nothing else has."""
-        if self._process.returncode is None:
+        if self._process.returncode is None and not self._killed:  # a second signal could find it gone, and take its exit code
             self._process.kill()
         await self._process.wait()
         self.look()
@@ -105,11 +110,13 @@ class Crew:
         self._arguments = (url, name)
         self._directory = directory
         self._stall_interval = stall_interval
+        self._hired = 0
         self.complaints = directory / "stderr"
 
     async def hire(self) -> Worker:
         """Starts a worker."""
-        path = self._directory / f"worker-{len(self._all)}"
+        self._hired += 1
+        path = self._directory / f"worker-{self._hired}"
         path.touch()
         arguments = ("-m", "tests.faults.worker", *self._arguments, str(path), str(self._stall_interval))
         with self.complaints.open("ab") as complaints:
@@ -145,6 +152,13 @@ class Crew:
         for worker in self._all:
             worker.look()
         return self.notes
+
+    def turn_page(self) -> None:
+        """Forgets what was written down so far, and who has gone."""
+        self.notes = Notes()
+        self._all = self.alive.copy()
+        for worker in self._all:
+            worker.notes = self.notes
 
     async def dismiss(self) -> list[int]:
         """Lets all end in peace; their exit codes."""

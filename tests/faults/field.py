@@ -29,7 +29,7 @@ from tests.conftest import until
 from tests.faults.crew import Crew
 from tests.faults.ledger import ENDS, Ledger, Stored, discrepancies, end_of, is_delayed, retries_of, summary
 from tests.faults.worker import soon
-from tests.observe import ONLOOKER, beequeue_tasks
+from tests.observe import ONLOOKER, answers, beequeue_tasks
 from tests.relay import Distort, Line, Relay
 
 STALL_INTERVAL_MS = 400
@@ -85,7 +85,7 @@ class Field:
         self._stack = AsyncExitStack()
         self._load: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
-        self._running = True
+        self._running = False
 
     async def __aenter__(self) -> Self:
         enter = self._stack.enter_async_context
@@ -98,8 +98,12 @@ class Field:
         self.producer.on("error", self._error)
         self.producer.on("job succeeded", self._published)
         self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": self._number_in(str(error))}))
-        self._load = [asyncio.create_task(self._keep_going()) for _ in range(AT_ONCE)]
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        self._running = True
+        self._load = [asyncio.create_task(self._keep_going()) for _ in range(AT_ONCE)]
 
     async def _set_up(self) -> None:
         enter = self._stack.enter_async_context
@@ -219,9 +223,7 @@ class Field:
     async def clients(self) -> list[dict[str, str]]:
         """The connections of producer and workers."""
         return [
-            client
-            for client in await self.redis.client_list()
-            if client["name"] != ONLOOKER and client["flags"] not in ("S", "M")
+            client for client in await self.redis.client_list() if client["name"] == "" and client["flags"] not in ("S", "M")
         ]
 
     async def all_are_connected(self) -> bool:
@@ -241,6 +243,7 @@ class Field:
             self.ledger.redis_is_wiped()
             shutil.rmtree(self.server.directory / "appendonlydir")
         self.server.start()
+        await answers(self.redis)
         await self.until(lambda: self.producer.reconnects > reconnects)
 
     def lines(self) -> list[Line]:
@@ -281,7 +284,15 @@ class Field:
     # --- the end ---------------------------------------------------------------------------------------------------------
 
     async def settle(self) -> None:
-        """Ends the load, waits until all is at rest, and asserts that the ledger adds up and nothing is left."""
+        """Ends the load, asserts that the ledger adds up, lets all end, and asserts that nothing is left."""
+        print(await self.balance())
+        assert set(await self.crew.dismiss()) == {0}
+        await self.producer.close()
+        assert beequeue_tasks() == []
+        assert self.crew.complaints.read_text().count("Traceback") == 0
+
+    async def balance(self) -> str:
+        """Ends the load, waits until all is at rest, and asserts that the ledger adds up; its counts in one line."""
         self._running = False
         try:
             async with asyncio.timeout(PATIENCE_S):
@@ -292,14 +303,19 @@ class Field:
         notes, stored = self.crew.look(), await self.stored()
         reconnects = self.producer.reconnects
         found = discrepancies(self.ledger, notes, stored, tracked=self.producer.tracked, reconnects=reconnects)
-        print(summary(self.ledger, notes))
         assert not found, "\n".join(found)
         assert (await check(self.producer)).findings == []
         assert self.unexpected == []
-        assert set(await self.crew.dismiss()) == {0}
-        await self.producer.close()
-        assert beequeue_tasks() == []
-        assert self.crew.complaints.read_text().count("Traceback") == 0
+        return summary(self.ledger, notes)
+
+    async def turn_page(self) -> None:
+        """Behind `balance`: forgets all that has ended, here and in Redis, and begins the load again."""
+        await self.redis.delete(*(self.producer.to_key(kind) for kind in ("jobs", *ENDS)))
+        self.ledger = Ledger(issued=self.ledger.issued)
+        self.crew.turn_page()
+        for relay in (self.to_producer, self.to_workers):
+            relay.forget_closed()
+        self._begin()
 
     async def _rest(self) -> None:
         try:

@@ -213,7 +213,8 @@ def _of_runs(ledger: Ledger, notes: Notes) -> Iterable[str]:
         yield f"job {number} was run, and its save failed"
     if not notes.cuts:
         for number, extra in notes.again().items():
-            if extra > notes.stalled[notes.ids[number]]:
+            # what comes late from a stalled run may settle the run that took its place: a retry is then one attempt more
+            if extra > notes.stalled[notes.ids[number]] * (1 + retries_of(number)):
                 yield f"job {number} ran {extra} times more than it had to, and no stall check brought it back"
 
 

@@ -126,6 +126,21 @@ def test_a_stall_check_explains_a_second_run() -> None:
     assert len(books.found()) == 1
 
 
+def test_a_retry_that_comes_late_from_a_stalled_run_explains_one_more() -> None:
+    books = Books()
+    books.ledger.saved[7] = "8"
+    books.ledger.tell(7, "succeeded", {"number": 7})
+    books.ledger.published[7] += 1
+    books.stored.jobs["8"] = (7, "succeeded")
+    books.stored.places["succeeded"].append("8")
+    books.notes.read("stalled 8")
+    for _ in range(4):
+        books.run("8", 7)
+    assert books.found() == []
+    books.run("8", 7)
+    assert books.found() == ["job 7 ran 3 times more than it had to, and no stall check brought it back"]
+
+
 @pytest.mark.parametrize("line", ["error ConnectionLost", "error OutcomeNotRecorded"])
 def test_a_lost_reply_explains_a_second_run(line: str) -> None:
     books = Books()

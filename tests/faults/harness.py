@@ -1,0 +1,222 @@
+"""The harness's own client and workers, as processes, where faults happen; and the faults that reach them.
+
+`Harness` starts them, remembers what they have said, and tells when all chains have moved on. A fault acts on a `Ground` and
+returns when it is over; that client and workers have come back from it is for `Harness.recovered` to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from harness.member import Member
+from harness.server import Server
+from tests.conftest import until
+from tests.observe import answers
+from tests.relay import Relay
+
+CHAINS = 7
+NAME = "issue-189"
+CLIENT_NAME = "harness"
+"""What CLIENT LIST calls their connections."""
+BACK_S = 45
+"""How long the way back may take: 10 s to find a silent connection, two stall checks of 5 s, and 15 s of back-off."""
+LOOK = """
+local ids = redis.call('LRANGE', KEYS[1], 0, -1)
+for _, id in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do ids[#ids + 1] = id end
+return ids
+"""
+"""Redis shows both lists at one moment."""
+
+
+class Harness:
+    """client.py and `workers` processes of worker.py on the Redis at `url`; `redis` looks at the same one past all relays."""
+
+    def __init__(self, url: str, redis: Any, *, workers: int = 3, **variables: str) -> None:
+        url += ("&" if "?" in url else "?") + f"client_name={CLIENT_NAME}"
+        self.redis = redis
+        self.client = Member("client", [sys.executable, "client.py"])
+        self.workers: list[Member] = []
+        self.stats: list[dict[str, Any]] = []
+        self.said: dict[str, list[str]] = {}
+        """What each has said on stderr; a worker also on stdout, where it has nothing to say."""
+        self._size = workers
+        self._hired = 0
+        self._variables = {**os.environ, "REDIS_URL": url, "QUEUE_NAME": NAME, "ORDERED_EVENTS": "true"}
+        self._variables |= {"EXTENDED_STATS": "true", "STATS_INTERVAL": "0.5", "DURATION": "0", **variables}
+
+    async def __aenter__(self) -> Self:
+        for _ in range(self._size):
+            await self.hire()
+        await self._start(self.client, lambda line: self.stats.append(json.loads(line)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for member in (self.client, *self.workers):
+            if member.code is None:
+                os.kill(member.pid, signal.SIGKILL)
+        await asyncio.gather(*(member.ended() for member in (self.client, *self.workers)))
+
+    async def hire(self) -> None:
+        """Starts a worker."""
+        self._hired += 1
+        worker = Member(f"worker_{self._hired}", [sys.executable, "worker.py"])
+        await self._start(worker, None)
+        self.workers.append(worker)
+
+    async def _start(self, member: Member, out: Callable[[str], None] | None) -> None:
+        said = self.said[member.name] = []
+        await member.start(self._variables, out or said.append, said.append)
+
+    async def kill_worker(self, worker: Member) -> None:
+        """SIGKILL."""
+        os.kill(worker.pid, signal.SIGKILL)
+        await worker.ended()
+        self.workers.remove(worker)
+
+    async def retire(self, worker: Member) -> None:
+        """SIGTERM."""
+        assert await worker.end() == 0
+        self.workers.remove(worker)
+
+    async def jobs(self) -> list[str]:
+        """The ids of all that is waiting or active, at one moment."""
+        ids: list[str] = await self.redis.eval(LOOK, 2, self._key("waiting"), self._key("active"))
+        return ids
+
+    async def recovered(self) -> None:
+        """Returns when all chains have jobs in Redis at one moment, each saved since this call, and the client says so too."""
+        last = int(await self.redis.get(self._key("id")) or 0)
+        lines = len(self.stats)
+
+        async def all_are_new() -> bool:
+            ids = await self.jobs()
+            return len(ids) == len(set(ids)) == CHAINS and all(int(job_id) > last for job_id in ids)
+
+        await until(all_are_new, BACK_S)
+        await until(lambda: any(line["numAlive"] == CHAINS for line in self.stats[lines:]), BACK_S)
+
+    async def seven_are_left(self) -> None:
+        """Stops the workers. What the client keeps alive stands in Redis then: seven jobs, no more and no fewer."""
+        await self.stop_workers()
+
+        async def all_wait() -> bool:
+            return len(await self.jobs()) == CHAINS
+
+        await until(all_wait, BACK_S)
+        lines = len(self.stats)
+        await until(lambda: len(self.stats) > lines + 1)
+        assert (self.stats[-1]["numAlive"], self.stats[-1]["numTracked"], len(await self.jobs())) == (CHAINS,) * 3
+
+    async def stop_workers(self) -> None:
+        """SIGTERM; each must end well, having left its jobs to the others."""
+        assert {await worker.end() for worker in self.workers} <= {0}
+
+    async def end(self) -> None:
+        """SIGTERM to all: each ends well, and none has said more than a line for what happened."""
+        assert await self.client.end() == 0
+        await self.stop_workers()
+        for name, lines in self.said.items():
+            assert "Traceback" not in "".join(lines), "\n".join((name, *lines))
+
+    def count(self, pattern: str) -> dict[str, int]:
+        """How many lines of each process match."""
+        return {name: sum(bool(re.search(pattern, line)) for line in lines) for name, lines in self.said.items()}
+
+    def _key(self, suffix: str) -> str:
+        return f"bq:{NAME}:{suffix}"
+
+
+@dataclass
+class Ground:
+    """What a fault can reach. `relay` stands between the harness and the server."""
+
+    server: Server
+    relay: Relay
+    redis: Any
+    harness: Harness
+    chance: random.Random
+
+    async def restart(self, *, wipe: bool) -> None:
+        """Kills the server and starts it again, with what it has written down or without."""
+        self.server.stop()
+        if wipe:
+            shutil.rmtree(self.server.directory / "appendonlydir")
+        self.server.start()
+        await answers(self.redis)
+
+
+async def kill_workers(ground: Ground) -> None:
+    """kill -9: a stall check brings its jobs back. Another worker comes in its place."""
+    await ground.harness.kill_worker(ground.chance.choice(ground.harness.workers))
+    await ground.harness.hire()
+
+
+async def kill_each_connection(ground: Ground) -> None:
+    """CLIENT KILL of every connection, one right behind the other."""
+    for client in await ground.redis.client_list():
+        if client["name"] == CLIENT_NAME:
+            await ground.redis.client_kill_filter(_id=client["id"])
+
+
+async def relay_goes_silent(ground: Ground) -> None:
+    """All connections are half-open: neither side is told. Those that are used, or wait, are given up after some 10 s."""
+    harness = ground.harness
+    lost = harness.count(" event connection .* lost: ")
+    for line in (lines := [line for line in ground.relay.lines if line.is_open]):
+        line.dead = True
+    names = [member.name for member in (harness.client, *harness.workers)]
+    await until(lambda: all(harness.count(" event connection .* lost: ")[name] > lost[name] for name in names), BACK_S)
+    for line in lines:  # for the sake of the server, and of those that nobody uses
+        line.cut()
+
+
+async def restart_with_aof(ground: Ground) -> None:
+    """Redis is killed and comes back with all that it had confirmed."""
+    await ground.restart(wipe=False)
+
+
+async def restart_without_aof(ground: Ground) -> None:
+    """Redis is killed and comes back empty: all jobs have vanished."""
+    await ground.restart(wipe=True)
+
+
+async def flush_scripts(ground: Ground) -> None:
+    """SCRIPT FLUSH."""
+    await ground.redis.script_flush()
+
+
+async def pause_clients(ground: Ground) -> None:
+    """CLIENT PAUSE for 2 s."""
+    await ground.redis.client_pause(2_000)
+
+
+async def memory_runs_out(ground: Ground) -> None:
+    """maxmemory, until saves are refused."""
+    harness = ground.harness
+    failed = harness.count("a save failed: OOM")["client"]
+    await ground.redis.config_set("maxmemory", 1)
+    await until(lambda: harness.count("a save failed: OOM")["client"] > failed, BACK_S)
+    await ground.redis.config_set("maxmemory", 0)
+
+
+Fault = Callable[[Ground], Awaitable[None]]
+
+
+def _named(*functions: Fault) -> dict[str, Fault]:
+    return {function.__name__.replace("_", "-"): function for function in functions}
+
+
+OF_THE_HARNESS = _named(kill_workers, kill_each_connection, relay_goes_silent)
+"""By name: what reaches the harness alone."""
+OF_REDIS = _named(restart_with_aof, restart_without_aof, flush_scripts, pause_clients, memory_runs_out)
+"""By name: what reaches all that use this Redis."""

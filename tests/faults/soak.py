@@ -1,0 +1,211 @@
+"""The soak: `python -m tests.faults.soak`, for MINUTES (30), with a fault every EVERY (20) seconds that SEED (189) chooses.
+
+The field with its ledger and the harness's own client and six workers share a Redis, on a queue each. After each fault the
+chains must be back and the ledger must add up; then its page is turned, so that the books do not grow. Memory is looked at
+along the way. Exit code: 0 when all was right, 1 when not, 2 for a wrong argument.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import beequeue.link
+from config import fail
+from tests.faults import worker
+from tests.faults.field import Field, with_password
+from tests.faults.harness import CHAINS, OF_REDIS, OF_THE_HARNESS, Ground, Harness
+from tests.faults.scenarios import FAULTS
+from tests.relay import Relay
+
+SOAKED = (
+    *OF_REDIS,
+    *OF_THE_HARNESS,
+    "stop-a-worker",
+    "flush-scripts-in-save-all",
+    "cut-behind-finishes",
+    "relay-cuts",
+    "relay-halves",
+    "password-changes",
+)
+"""The faults that leave this Redis where it is."""
+GROWTH_MB = 3
+"""What a process may grow by after the first third of its life; what two sockets lose would be over 50 MB in 30 minutes."""
+ROWS = 10
+"""How many lines the table of memory has at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the environment asks for."""
+
+    minutes: float
+    every: float
+    seed: int
+    faults: tuple[str, ...]
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Plan:
+        """Raises `ValueError` with the line to show."""
+        found = {}
+        for name, default in (("MINUTES", "30"), ("EVERY", "20"), ("SEED", "189")):
+            given, whole = environment.get(name) or default, name == "SEED"
+            if not given.replace(".", "", not whole).isdecimal():
+                raise ValueError(f"{name} must be a {'whole ' * whole}number, not {given!r}")
+            found[name] = float(given)
+        faults = tuple(environment.get("FAULTS", "").split()) or SOAKED
+        for fault in faults:
+            if fault not in SOAKED:
+                raise ValueError(f"FAULTS must name some of {', '.join(SOAKED)}; not {fault!r}")
+        return cls(found["MINUTES"], found["EVERY"], int(found["SEED"]), faults)
+
+
+@dataclass
+class Figures:
+    """What is told at the end."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    ledger: Counter[str] = field(default_factory=Counter)
+    memory: defaultdict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Minute and MB, by process."""
+
+    def look(self, minute: float, harness: Harness, redis_mb: float) -> None:
+        """Notes the memory of all that live."""
+        for member in (harness.client, *harness.workers):
+            self.memory[member.name].append((minute, resident_mb(member.pid)))
+        self.memory["redis"].append((minute, redis_mb))
+
+    def balanced(self, fault: str, ground: Field) -> None:
+        """Adds a page of the ledger, which was right."""
+        books, notes = ground.ledger, ground.crew.notes
+        self.faults[fault] += 1
+        self.ledger.update(
+            {
+                "saved": len(books.saved),
+                "settled": len(books.told),
+                "of them unknown": books.unknown,
+                "uncertain": len(books.uncertain),
+                "refused": len(books.refused),
+                "run again": sum(notes.again().values()),
+                "stalled": sum(notes.stalled.values()),
+                "lost replies": notes.cuts - notes.killed,
+                "killed workers": notes.killed,
+            }
+        )
+
+    def growth(self) -> dict[str, float]:
+        """What each of our processes that lived long enough has grown by after the first third of its life, in MB."""
+        ours = {name: samples for name, samples in self.memory.items() if name != "redis" and len(samples) > 2}
+        return {name: samples[-1][1] - samples[len(samples) // 3][1] for name, samples in ours.items()}
+
+    def table(self) -> str:
+        """Memory over time: the client, the workers (from smallest to biggest), Redis."""
+        client = self.memory["client"]
+        step = -(-len(client) // ROWS)
+        lines = ["minute  client MB  workers MB     Redis MB"]
+        for minute, size in client[::-step][::-1]:
+            workers = [mb for name in self.memory if "worker" in name for when, mb in self.memory[name] if when == minute]
+            redis = next(mb for when, mb in self.memory["redis"] if when == minute)
+            lines.append(f"{minute:6.1f}  {size:9.1f}  {min(workers):.1f} to {max(workers):.1f}  {redis:8.1f}")
+        return "\n".join(lines)
+
+
+def resident_mb(pid: int) -> float:
+    """A process's resident memory (Linux)."""
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def strike(fault: str, load: Field, ground: Ground) -> float:
+    """Lets a fault happen to both, and returns when both have come back; the seconds from its end to seven live chains."""
+    of_the_harness = [OF_THE_HARNESS[fault](ground)] if fault in OF_THE_HARNESS else []
+    await asyncio.gather(FAULTS[fault](load), *of_the_harness)
+    over = time.monotonic()
+    await load.assert_no_two_states()
+    await ground.harness.recovered()
+    return time.monotonic() - over
+
+
+async def soak(plan: Plan, figures: Figures) -> None:
+    """Runs it; raises what was wrong."""
+    chance, started = random.Random(plan.seed), time.monotonic()
+    load = Field("soak", plan.seed)
+    async with load, Relay(load.server.url, remember=2**16) as relay:
+        async with Harness(with_password(relay.url), load.redis, workers=6, STATS_INTERVAL="1") as harness:
+            ground = Ground(load.server, relay, load.redis, harness, chance)
+            await harness.recovered()
+            due, to_come = time.monotonic(), list[str]()
+            while not figures.faults or time.monotonic() < started + 60 * plan.minutes:
+                due = max(due + plan.every, time.monotonic())
+                await asyncio.sleep(due - time.monotonic())
+                to_come = to_come or chance.sample(plan.faults, len(plan.faults))
+                fault = to_come.pop()
+                say(started, f"{fault}:")
+                back = await strike(fault, load, ground)
+                counts = await load.balance()
+                figures.balanced(fault, load)
+                await load.turn_page()
+                relay.forget_closed()
+                used = (await load.redis.info("memory"))["used_memory"] / 1e6
+                figures.look((time.monotonic() - started) / 60, harness, used)
+                say(started, f"{fault}: seven chains {back:.1f} s later; ledger right: {counts}")
+            await harness.seven_are_left()
+            await harness.end()
+            print(totals(harness.stats[-1]))
+        await load.settle()
+
+
+def say(started: float, line: str) -> None:
+    """A line, with minutes and seconds since the start."""
+    minutes, seconds = divmod(int(time.monotonic() - started), 60)
+    print(f"{minutes:2}:{seconds:02}  {line}", flush=True)
+
+
+def totals(last: Mapping[str, Any]) -> str:
+    """The client's last line, in words."""
+    return (
+        f"harness: {last['numQueueSucceeded']:,} jobs, {CHAINS} chains alive, {last['numRestarted']} started anew, "
+        f"{last['numJobSaveError']} saves failed, {last['numSucceededLost']} jobs did not hear of their own end, "
+        f"{last['numReconnects']} connections came back"
+    )
+
+
+def show(figures: Figures) -> None:
+    """The end of the report."""
+    grown = ", ".join(f"{name} {mb:+.1f}" for name, mb in figures.growth().items())
+    print(f"ledger: {', '.join(f'{count:,} {what}' for what, count in figures.ledger.items())}")
+    print(f"faults: {sum(figures.faults.values())}: {', '.join(f'{name} {n}' for name, n in figures.faults.items())}")
+    print("", figures.table(), "", f"growth after the first third of each life, MB: {grown}", sep="\n")
+
+
+def main() -> int:
+    try:
+        plan = Plan.read(os.environ)
+    except ValueError as error:
+        fail(str(error), code=2)
+    beequeue.link.TICK_S = worker.TICK_S  # the field's producer, like its workers, finds a silent connection soon
+    logging.getLogger("beequeue").setLevel(logging.ERROR)  # each attempt to connect
+    figures, wrong = Figures(), []
+    try:
+        asyncio.run(soak(plan, figures))
+    except Exception:  # whatever it was, what had been right until then is still told
+        traceback.print_exc()
+        wrong.append("it did not come to its end")
+    if figures.faults:
+        show(figures)
+    wrong += [f"{name} grew by {mb:.1f} MB" for name, mb in figures.growth().items() if mb > GROWTH_MB]
+    print(f"wrong: {', '.join(wrong)}" if wrong else "right: nothing lost, seven chains, memory flat")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
