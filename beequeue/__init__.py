@@ -1,6 +1,6 @@
 """bee-queue 2.0.0's job queue for asyncio, on the same keys and messages in Redis."""
 
-from beequeue.connection import check_redis_url
+from beequeue.address import check_redis_url
 from beequeue.errors import (
     BeeQueueError,
     CommandError,

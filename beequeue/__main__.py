@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from beequeue.connection import Address, check_redis_url
+from beequeue.address import Address, check_redis_url
 from beequeue.consumer import Handler, is_async
 from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut
 from beequeue.fsck import Finding, Report, check, counts, repair

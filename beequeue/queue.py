@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from beequeue.connection import Address, Connection, RedisSetting
+from beequeue.address import Address, RedisSetting
+from beequeue.connection import Connection
 from beequeue.consumer import Consumer, Handler
 from beequeue.errors import (
     BeeQueueError,

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-from beequeue.connection import Address, Connection, RedisSetting
+from beequeue.address import Address, RedisSetting
+from beequeue.connection import Connection
 from beequeue.errors import BeeQueueError, WrongLoop
 from beequeue.link import Link
 from beequeue.settings import Backoff, linear_backoff

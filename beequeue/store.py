@@ -44,7 +44,8 @@ from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from beequeue.connection import BlockingConnection, Connection
+from beequeue.address import BlockingConnection
+from beequeue.connection import Connection
 from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text

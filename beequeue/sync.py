@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from beequeue.connection import RedisSetting
+from beequeue.address import RedisSetting
 from beequeue.errors import BeeQueueError, ConnectionLost, QueueClosed
 from beequeue.job import Job
 from beequeue.queue import Queue as AsyncQueue

@@ -24,7 +24,8 @@ from beequeue import (
     Queue,
     QueueClosed,
 )
-from beequeue.connection import MOST_WAITING, Address
+from beequeue.address import Address
+from beequeue.connection import MOST_WAITING
 from beequeue.store import SCRIPTS
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until

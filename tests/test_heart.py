@@ -20,7 +20,7 @@ import redis as sync_redis
 import trustme
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue
-from beequeue.connection import Address, BlockingConnection
+from beequeue.address import Address, BlockingConnection
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, skip, until
 from tests.observe import freeze, said, thaw

@@ -28,6 +28,7 @@ ORDER = [
     "fsck_store",
     "store",
     "connection",
+    "address",
     "link",
     "job",
     "events",
@@ -62,7 +63,7 @@ def test_imports_go_down(module: str) -> None:
 
 def test_one_module_imports_the_driver() -> None:
     drivers = {module for module in ORDER if any(name.split(".")[0] == "redis" for name in imported(module))}
-    assert drivers == {"connection"}
+    assert drivers == {"address"}
 
 
 @pytest.mark.parametrize("script", sorted(PACKAGE.glob("lua/*.lua")), ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from beequeue import Queue
-from beequeue.connection import Address
+from beequeue.address import Address
 from beequeue.events import Event
 from beequeue.link import Command, Link
 from beequeue.store import SCRIPTS

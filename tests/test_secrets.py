@@ -22,11 +22,12 @@ import trustme
 from redis.asyncio import Redis
 
 import beequeue
+import beequeue.address
 import beequeue.connection
 import beequeue.sync
 import config
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Queue
-from beequeue.connection import Address
+from beequeue.address import Address
 from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, skip, until
 from tests.observe import freeze, soon, thaw
@@ -323,12 +324,12 @@ async def test_a_wrong_url(url: str, log: pytest.LogCaptureFixture) -> None:
 )
 def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
-        beequeue.connection.check_redis_url(url)
+        beequeue.address.check_redis_url(url)
 
 
 @pytest.mark.parametrize("url", ["redis://:%40%2F%3F%23@h", "redis://h?username=a@b&password=c@d", "redis://:p@", "redis://"])
 def test_a_url_that_is_written_well(url: str) -> None:
-    beequeue.connection.check_redis_url(url)
+    beequeue.address.check_redis_url(url)
 
 
 async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) -> None:
