@@ -27,12 +27,12 @@ from typing import Any, NoReturn
 import uvloop
 
 from beequeue.address import Address, check_redis_url
-from beequeue.consumer import Handler, is_async
 from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut
 from beequeue.fsck import Finding, Report, check, counts, repair
 from beequeue.job import Job
 from beequeue.link import settle
 from beequeue.queue import Queue
+from beequeue.run import Handler, is_async
 from beequeue.settings import QueueOptions, QueueSettings, linear_backoff
 
 log = logging.getLogger("beequeue")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
 import sys
 from collections import deque
@@ -34,15 +33,13 @@ from beequeue.errors import (
 from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
-from beequeue.link import Command, Link
+from beequeue.link import Link
+from beequeue.run import Handler, Run, in_thread, is_async
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
 from beequeue.strangers import strangers
 
 log = logging.getLogger("beequeue")
-
-Handler = Callable[[Job], Any]
-"""An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""
 
 EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 GRACE_S = 1.0
@@ -61,43 +58,6 @@ class Host(Protocol):
     def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
     def emit(self, event: str, *args: Any) -> bool: ...
     def _report(self, error: Exception) -> None: ...
-
-
-class Run:
-    """One job in this worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
-
-    __slots__ = (
-        "abandoned",
-        "call",
-        "entry",
-        "error",
-        "finish",
-        "id",
-        "job",
-        "result",
-        "settlement",
-        "stranger",
-        "task",
-        "under_way",
-    )
-
-    def __init__(self, job_id: str, entry: bytes) -> None:
-        self.id = job_id
-        self.entry = entry
-        self.job: Job | None = None
-        self.under_way = False
-        """Whether its handler is to run or runs, or its settlement waits for its answer."""
-        self.abandoned = False
-        self.task: asyncio.Task[None] | None = None
-        """What runs its handler now."""
-        self.call: Future[Any] | None = None
-        """Where the handler is a plain function: what its thread does."""
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.settlement: Settlement | None = None
-        self.finish: Command | None = None
-        self.stranger = False
-        """Its id is another job's now, or nobody's: nothing is said to Redis about it any more."""
 
 
 class Consumer:
@@ -221,7 +181,7 @@ class Consumer:
         if self._threads is None:
             outcome: Awaitable[Any] = self._handler(job)
             return outcome
-        run.call = self._threads.submit(_in_thread, self._handler, job)
+        run.call = self._threads.submit(in_thread, self._handler, job)
         return asyncio.wrap_future(run.call)
 
     def _decide(self, run: Run, job: Job) -> Settlement:
@@ -396,19 +356,3 @@ class Consumer:
         except (BeeQueueError, TimeoutError) as error:
             why = str(error) or "Redis does not answer"
             self._host._report(OutcomeNotRecorded(f"jobs {', '.join(held)} are left to the stall check: {why}"))
-
-
-def _in_thread(handler: Handler, job: Job) -> Any:
-    try:
-        result = handler(job)
-    except StopIteration as error:  # a future cannot carry it; said as Python does for coroutines
-        raise RuntimeError("handler raised StopIteration") from error
-    if inspect.iscoroutine(result):
-        result.close()
-        raise TypeError("a plain handler returned a coroutine: make the handler an async def")
-    return result
-
-
-def is_async(handler: Handler) -> bool:
-    """Also for an object whose class has an `async def __call__`."""
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004

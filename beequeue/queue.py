@@ -17,7 +17,7 @@ from typing import Any, Self, Unpack
 
 from beequeue.address import Address, RedisSetting
 from beequeue.connection import Connection
-from beequeue.consumer import Consumer, Handler
+from beequeue.consumer import Consumer
 from beequeue.errors import (
     BeeQueueError,
     ConnectionRefused,
@@ -32,6 +32,7 @@ from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
 from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
 from beequeue.producer import Producer
+from beequeue.run import Handler
 from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds, whole_number
 from beequeue.sharing import Client
 from beequeue.store import Health, Store

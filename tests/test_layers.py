@@ -21,6 +21,7 @@ ORDER = [
     "heart",
     "strangers",
     "intake",
+    "run",
     "maintenance",
     "decisions",
     "tracker",

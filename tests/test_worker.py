@@ -28,8 +28,8 @@ from beequeue import (
     UnreadableData,
 )
 from beequeue import intake as intake_module
-from beequeue.consumer import Handler
 from beequeue.job import now_ms
+from beequeue.run import Handler
 from beequeue.store import SCRIPTS
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
