@@ -74,7 +74,7 @@ class Queue(Emitter):
         self._consumer: Consumer | None = None
         self._processing = False
         self._activator: DelayedActivator | None = None
-        self._stall_checker: StallChecker
+        self._stall_checker = StallChecker(self._store, self)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
         self._opening: asyncio.Task[None] | None = None
@@ -216,7 +216,6 @@ class Queue(Emitter):
                 near_term_window_ms=settings.near_term_window,
                 debounce_ms=settings.delayed_debounce,
             )
-        self._stall_checker = StallChecker(self._store, self)
         self._opening = self._spawn(self._connect(), "opening")
 
     async def _connect(self) -> None:
