@@ -149,11 +149,8 @@ class Heart:
     def _what_blocks(self, held: list[Held]) -> str:
         """One line: whose handler it is, for how long, and where it is now."""
         task = asyncio.current_task(self._loop)
-        # a handler that has not suspended yet may have no task yet: it is the newest
         job = next((run for run in held if run.task is not None and run.task is task), None)
         frames = _inner_frames(sys._current_frames().get(self._loop_thread))
-        if job is None and frames and getattr(self._handler, "__code__", None) is frames[0].f_code:
-            job = held[-1]
         what = "something" if job is None else f"the handler {_name_of(self._handler)} of job {job.id}"
         own = [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
         places = dict.fromkeys((*own[-1:], *frames[-1:]))

@@ -120,7 +120,7 @@ class Intake(Generic[AnySettling]):
         back = [run for run in self._settling if run in runs]
         self._settling = [run for run in self._settling if run not in runs]
         for finish in {run.finish for run in runs if run.finish is not None}:
-            if self._store.withdraw_finish(finish):
+            if self._store.withdraw(finish):
                 together = [run for run in held if run.finish is finish]
                 back += [run for run in together if run in runs]
                 if left := [run for run in together if run not in runs]:
@@ -234,7 +234,7 @@ class Intake(Generic[AnySettling]):
                 answered_at = self._loop.time()
 
         while (self._take or self._reading) and not self.cut_off:
-            if self._take and self._store.withdraw_take(self._take):
+            if self._take and self._store.withdraw(*self._take):
                 self._take = ()
                 continue
             if self._loop.time() > max(deadline, answered_at + grace_s):

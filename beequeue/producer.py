@@ -1,4 +1,4 @@
-"""What is done to jobs from outside of a handler: save, fetch, list, remove, retry, clean.
+"""What is done to jobs from outside of a handler: save, fetch, list, remove, retry, clean; saving has a module of its own.
 
 Binds each job whose events this queue is to receive in the step that parses the reply which makes that possible: on a queue
 that is ordered nothing can come between. With two sockets it binds as bee-queue 2.0.0 does, after the call. Whether the queue
@@ -8,30 +8,24 @@ can be used at all (open, in its own loop) is its host's business.
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError, ConnectionLost, JobFailed, OutcomeUnknown, UnreadableData
+from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.job import Job, id_from, now_ms
-from beequeue.link import Command, settle
+from beequeue.link import settle
+from beequeue.saving import Saver
 from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
 from beequeue.store import Store
 from beequeue.tracker import Tracker, summary
 
 AT_ONCE = 1_000
-"""How many jobs a bulk save has in flight, and how many entries one read asks for."""
-IN_A_CALL, BYTES_IN_A_CALL = 100, 2**16
-"""How many jobs, and of what size, one script stores before others have their turn in Redis."""
+"""How many entries one read asks for."""
 
 ENDED = ("succeeded", "failed")
 LISTED = ("waiting", "active", "delayed", *ENDED)
 HOLDING_IDS = (*LISTED, "stalling")
-
-Outcome = bool | BeeQueueError
-"""Of one save: whether the job was stored, or what went wrong."""
 
 
 class Host(Protocol):
@@ -53,22 +47,13 @@ class Producer:
         self._tracker = tracker
         self._ordered = host.settings.ordered
         self._store_jobs = host.settings.store_jobs
+        self._saver = Saver(host, self._bind, ordered=self._ordered)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    async def save(self, job: Job) -> None:
+    def save(self, job: Job) -> Coroutine[Any, Any, None]:
         """`Job.save`: stores the job in `jobs`, and its id in `waiting` or `delayed`."""
-        form = _form_to_save(job)
-        job.saving = True
-        try:
-            store = await self._host._usable()
-        except BaseException:
-            job.saving = False
-            raise
-        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
-        if await answered:
-            self._stored(job, form)
+        return self._saver.save(job)
 
     async def save_all(self, jobs: Iterable[Job], timeout_ms: int | None = None) -> dict[Job, Exception]:
         """`Queue.save_all`: the same for each job, many in one round trip. Past `timeout_ms` it waits for none of them."""
@@ -78,91 +63,7 @@ class Producer:
                 raise TypeError(f"save_all takes jobs, not {job!r}")
             if job.queue._producer is not self:
                 raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
-        jobs = list(dict.fromkeys(jobs))
-        errors: dict[Job, Exception] = {}
-        now = asyncio.get_running_loop().time
-        deadline = None if timeout_ms is None else now() + timeout_ms / 1000
-        try:
-            async with asyncio.timeout_at(deadline):
-                store = await self._host._usable()
-        except TimeoutError:
-            return {job: _late(maybe_applied=False) for job in jobs}
-        for start in range(0, len(jobs), AT_ONCE):
-            some = jobs[start : start + AT_ONCE]
-            if deadline is not None and start > 0 and now() >= deadline:
-                errors.update((job, _late(maybe_applied=False)) for job in some)
-            else:
-                errors.update(await self._save_at_once(store, some, None if deadline is None else max(0.0, deadline - now())))
-        return errors
-
-    async def _save_at_once(self, store: Store, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
-        unanswered = 1  # until all are sent: a reply may come at once
-        answers: set[int] = set()
-        errors: dict[Job, Exception] = {}
-        stored: list[tuple[Job, _Form]] = []
-        all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def answered(number: int, saves: list[tuple[Job, _Form]], replies: Any) -> None:
-            nonlocal unanswered
-            answers.add(number)
-            failed = isinstance(replies, BeeQueueError)
-            for index, (job, form) in enumerate(saves):
-                outcome = self._outcome(job, form, copy(replies) if failed else replies[index])
-                if outcome is True:
-                    stored.append((job, form))
-                elif outcome is not False:
-                    errors[job] = outcome
-            unanswered -= 1
-            if not unanswered:
-                settle(all_answered, None)
-
-        calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
-        for number, saves in enumerate(_in_calls(jobs, errors)):
-            unanswered += 1
-            calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
-        answered(-1, [], [])
-        await asyncio.wait((all_answered,), timeout=timeout_s)
-        failed = errors.copy()  # as it is now: a reply that is late is told to nobody
-        for number, (command, saves) in enumerate(calls):
-            if number not in answers:
-                withdrawn = store.withdraw(command)  # what has not been sent must not be sent later
-                for job, _ in saves:
-                    job.saving = not withdrawn
-                    failed[job] = _late(maybe_applied=not withdrawn)
-        for job, form in stored:
-            self._stored(job, form)
-        return failed
-
-    def _add_all(self, store: Store, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> Command:
-        for job, _ in saves:
-            job.saving = True
-        form = saves[0][1]
-        if len(saves) > 1:
-            return store.add_all([(form.id, form.entry) for _, form in saves], answered)
-        return store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
-
-    def _outcome(self, job: Job, form: _Form, reply: Any) -> Outcome:
-        """What the reply to a save says of its job, which is told."""
-        job.saving = False
-        if isinstance(reply, BeeQueueError):
-            return reply
-        if reply is None:
-            # in use: by the job itself, if it was saved under this id before
-            job.id = form.id if form.id == job.saved_as else None
-            return False
-        job.id = job.saved_as = Store.job_id(reply)
-        if self._ordered:
-            # here, in the step that parses the reply: the job's events may stand right behind it
-            self._bind(job)
-        return True
-
-    def _stored(self, job: Job, form: _Form) -> None:
-        """What can wait until the caller of `save` goes on."""
-        if not self._ordered:
-            # bee-queue 2.0.0's way: an event that came before this is lost to the job
-            self._bind(job)
-        if form.delay is not None:
-            self._host._job_is_due(form.delay)
+        return await self._saver.save_all(list(dict.fromkeys(jobs)), timeout_ms)
 
     def _bind(self, job: Job) -> None:
         if self._store_jobs:
@@ -363,50 +264,3 @@ class Producer:
             if ids:
                 deleted += await store.clean(kind, created_until, limit - deleted, ids)
         return deleted
-
-
-class _Form(NamedTuple):
-    """A job as it was when it was to be saved."""
-
-    id: str
-    """Empty: the next automatic one."""
-    entry: bytes
-    delay: float | None
-
-
-def _late(*, maybe_applied: bool) -> ConnectionLost:
-    if maybe_applied:
-        return ConnectionLost("Redis did not answer within the time-out; the job may have been saved", maybe_applied=True)
-    return ConnectionLost("Redis was not there within the time-out; the job was not saved", maybe_applied=False)
-
-
-def _form_to_save(job: Job) -> _Form:
-    """Raises `TypeError` or `ValueError` for what somebody put into the job past its setters."""
-    if job.saving:
-        raise BeeQueueError(f"{job!r} is being saved already")
-    delay = job.options.get("delay")
-    if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 2**53):
-        raise ValueError(f"the option delay must be epoch milliseconds, not {delay!r}")
-    return _Form("" if job.id is None else id_from(job.id), job.encode(), delay)
-
-
-def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[list[tuple[Job, _Form]]]:
-    """Jobs in the order in which they are to be saved, those of one script together; what cannot be saved goes to `errors`."""
-    together: list[tuple[Job, _Form]] = []
-    size = 0
-    for job in jobs:
-        try:
-            form = _form_to_save(job)
-        except (TypeError, ValueError, BeeQueueError) as error:
-            errors[job] = error
-            continue
-        size += len(form.entry)
-        if together and (form.delay is not None or len(together) == IN_A_CALL or size > BYTES_IN_A_CALL):
-            yield together
-            together, size = [], len(form.entry)
-        together.append((job, form))
-        if form.delay is not None:
-            yield together
-            together, size = [], 0
-    if together:
-        yield together

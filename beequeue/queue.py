@@ -52,8 +52,8 @@ class Queue(Emitter):
 
     Events: `ready`; `error` (error); on the worker `succeeded` (job, result), `retrying`, `failed`, `failed:fatal` (job,
     error), the last two also where a check finds that a job has stalled too often; `stalled` (id); `raised jobs` (count); and
-    for every job of the queue, whoever made it: `job succeeded` (id, result), `job failed`, `job retrying` (id, error), `job
-    progress` (id, value).
+    for every job of the queue, whoever made it: `job succeeded` (id, result), `job failed`, `job retrying` (id, error),
+    `job progress` (id, value).
     """
 
     def __init__(self, name: str, redis: RedisSetting | Client = None, **settings: Unpack[QueueOptions]) -> None:

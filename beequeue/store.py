@@ -175,6 +175,11 @@ class Store:
         self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
         self._blocking_take = (b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode())
 
+    def withdraw(self, *commands: Command) -> bool:
+        """Takes back commands that wait, since Redis is down; False when one of them has been sent, or answered."""
+        connections = {self._jobs, self._commands, self._takes}
+        return all(any(each is not None and each.withdraw(command) for each in connections) for command in commands)
+
     def key(self, suffix: str) -> str:
         """The full name of a key or channel."""
         return self._prefix + suffix
@@ -193,10 +198,6 @@ class Store:
             command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
         self._jobs.send(command)
         return command
-
-    def withdraw(self, command: Command) -> bool:
-        """Takes back what `add` or `add_all` has not sent yet, since Redis is down; False when it has been sent."""
-        return self._jobs.withdraw(command)
 
     def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
         """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
@@ -328,11 +329,6 @@ class Store:
                 return [Taken(_text(job_id), reply[index + 1]), *taken], None
         return taken, job_id
 
-    def withdraw_take(self, take: Sequence[Command]) -> bool:
-        """Takes back a take that waits for its connection; False when Redis has it, or has answered."""
-        assert self._takes is not None
-        return all(self._takes.withdraw(command) for command in take)
-
     def unblock(self, client_id: int | None, on_reply: Reply) -> None:
         """Ends a blocking take early (`CLIENT UNBLOCK`), or, without a client id, only asks whether Redis answers (`PING`)."""
         args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
@@ -374,10 +370,6 @@ class Store:
     def settle(self, finishes: Sequence[Command]) -> None:
         """Sends what `finish` has made, in one write."""
         self._commands.send_all(finishes)
-
-    def withdraw_finish(self, finish: Command) -> bool:
-        """Takes back a finish that waits for its connection; False when it has been sent, or answered."""
-        return self._commands.withdraw(finish) or (self._takes is not None and self._takes.withdraw(finish))
 
     async def heartbeat(self, job_ids: Iterable[str]) -> None:
         """Reports running jobs: takes their ids out of `stalling`."""

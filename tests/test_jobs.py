@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OutcomeUnknown, QueueClosed
-from beequeue import producer as producer_module
+from beequeue import saving as saving_module
 from beequeue.job import now_ms
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Spoken, assert_says, keys, nested
@@ -571,8 +571,8 @@ async def test_save_all_needs_one_round_trip(make_queue: MakeQueue, url: str, re
 
 async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """by number and by size: Redis serves nobody else while a script runs; a job that is large has a call to itself"""
-    monkeypatch.setattr(producer_module, "IN_A_CALL", 3)
-    monkeypatch.setattr(producer_module, "BYTES_IN_A_CALL", 2_000)
+    monkeypatch.setattr(saving_module, "IN_A_CALL", 3)
+    monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2_000)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)
@@ -586,7 +586,7 @@ async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkey
 
 async def test_save_all_of_many(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """more than go out at once, in order"""
-    monkeypatch.setattr(producer_module, "AT_ONCE", 7)
+    monkeypatch.setattr(saving_module, "AT_ONCE", 7)
     queue = make_queue(is_worker=False)
     jobs = [queue.create_job(number) for number in range(30)]
     assert await queue.save_all(iter(jobs)) == {}
@@ -625,7 +625,7 @@ async def test_a_connection_lost_under_save_all(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
     """S-16, S-13: each job without an answer has an error of its own; what came before and after is saved"""
-    monkeypatch.setattr(producer_module, "AT_ONCE", 3)
+    monkeypatch.setattr(saving_module, "AT_ONCE", 3)
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, is_worker=False, ordered_events=ordered, reconnect=lambda attempt: 10)
         await queue.ready()
@@ -667,7 +667,7 @@ async def test_save_all_on_a_closed_queue(make_queue: MakeQueue, redis: Any) -> 
 
 async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """S-16, S-13: once something is sent it never raises; what was not sent has the queue's closing as its error"""
-    monkeypatch.setattr(producer_module, "AT_ONCE", 3)
+    monkeypatch.setattr(saving_module, "AT_ONCE", 3)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)

@@ -16,6 +16,7 @@ ORDER = [
     "__init__",
     "queue",
     "producer",
+    "saving",
     "consumer",
     "heart",
     "strangers",

@@ -107,6 +107,36 @@ async def test_a_settlement_that_waits_for_redis_is_withheld(own_server: Server,
         await worker.close()
 
 
+async def test_one_of_those_that_are_settled_together_is_withheld(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """the others are settled, though they had one command with it"""
+    stage = Stage()
+    async with Relay(url) as relay:
+        worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
+        producer = await make_queue(is_worker=False).ready()
+        jobs = [producer.create_job(data) for data in ("first", "stranger", "third")]
+        await producer.save_all(jobs)
+        worker.process(stage, 3)
+        await stage.started.reaches(3)
+        relay.lead_to("unix:///nowhere/redis.sock")
+        for line in relay.lines:
+            line.cut()
+        await until(lambda: worker.client.connection.link is None and worker._takes is not None and worker._takes.link is None)
+        for job in jobs:
+            stage.gates[job.data].set()
+        await until(lambda: len(worker.client.connection._waiting) == 1)
+        another = b'{"data":"new","options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
+        await redis.hset(producer.to_key("jobs"), "2", another)
+        relay.lead_to(url)
+        assert [await jobs[0].result(8_000), await jobs[2].result(8_000)] == ["first", "third"]
+        await until(lambda: worker.late_finishes == 1)
+        assert await redis.lrange(producer.to_key("active"), 0, -1) == ["2"]
+        assert (await redis.hget(producer.to_key("jobs"), "2")).encode() == another
+        assert worker.running == 0
+        assert len(make_queue.claim(LateFinish)) == 1
+        make_queue.claim(ConnectionLost)
+        await worker.close()
+
+
 async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server, make_queue: MakeQueue) -> None:
     stage = Stage()
     first = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
