@@ -276,7 +276,7 @@ def kill_a_worker(compose: list[str], project: Path, up: Up, chains: Chains) -> 
     chains.are_back()
     until_a_line(up, lambda last: last["numAlive"] == CHAINS)
     assert len(running_workers(project)) == 5
-    again = run(*compose, "up", "--detach", "--scale", "worker=6", cwd=project, **VARIABLES)
+    again = run(*compose, "up", "--detach", "--no-recreate", "--scale", "worker=6", cwd=project, **VARIABLES)
     assert again.returncode == 0, again.stderr
     assert len(running_workers(project)) == 6
 

@@ -85,6 +85,7 @@ class Harness:
 
     async def retire(self, worker: Member) -> None:
         """SIGTERM."""
+        await self._all_started()
         assert await worker.end() == 0
         self.workers.remove(worker)
 
@@ -119,6 +120,7 @@ class Harness:
 
     async def stop_workers(self) -> None:
         """SIGTERM; each must end well, having left its jobs to the others."""
+        await self._all_started()
         assert {await worker.end() for worker in self.workers} <= {0}
 
     async def end(self) -> None:
@@ -127,6 +129,10 @@ class Harness:
         await self.stop_workers()
         for name, lines in self.said.items():
             assert "Traceback" not in "".join(lines), "\n".join((name, *lines))
+
+    async def _all_started(self) -> None:
+        """A worker that was hired just now does not yet know what to do on SIGTERM."""
+        await until(lambda: all(self.count("connected;")[worker.name] for worker in self.workers), BACK_S)
 
     def count(self, pattern: str) -> dict[str, int]:
         """How many lines of each process match."""
