@@ -377,10 +377,11 @@ async def test_a_look_that_fails_is_reported_and_repeated(
     """DL-14, QK-59, QK-60, ER-03: the first one too, after a pause each time"""
     assert maintenance.RETRY_S == 1
     monkeypatch.setattr(maintenance, "RETRY_S", 0.03)
-    activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True)
+    activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, auto_connect=False)
     failures, raised = _failures(activator), Seen()
     activator.on("raised jobs", raised)
     await redis.set(activator.to_key("delayed"), "no sorted set")
+    await activator.connect()
     await until(lambda: len(failures) == 3)
     await redis.delete(activator.to_key("delayed"))
     await _put(redis, activator, "due", 1)
@@ -393,9 +394,11 @@ async def test_a_look_that_fails_is_reported_and_repeated(
 async def test_failing_looks_end_with_the_queue(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """QK-60"""
     monkeypatch.setattr(maintenance, "RETRY_S", 0.03)
-    queue, other = [make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True) for _ in range(2)]
+    settings = {"is_worker": False, "get_events": False, "activate_delayed_jobs": True, "auto_connect": False}
+    queue, other = [make_queue(**settings) for _ in range(2)]
     of_queue, of_other = _failures(queue), _failures(other)
     await redis.set(queue.to_key("delayed"), "no sorted set")
+    await asyncio.gather(queue.connect(), other.connect())
     await until(lambda: len(of_queue) >= 2)
     await queue.close()
     at_the_end, of_other_then = len(of_queue), len(of_other)
