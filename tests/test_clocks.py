@@ -394,8 +394,9 @@ async def test_a_look_that_fails_is_reported_and_repeated(
 async def test_failing_looks_end_with_the_queue(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """QK-60"""
     monkeypatch.setattr(maintenance, "RETRY_S", 0.03)
-    settings = {"is_worker": False, "get_events": False, "activate_delayed_jobs": True, "auto_connect": False}
-    queue, other = [make_queue(**settings) for _ in range(2)]
+    queue, other = [
+        make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, auto_connect=False) for _ in range(2)
+    ]
     of_queue, of_other = _failures(queue), _failures(other)
     await redis.set(queue.to_key("delayed"), "no sorted set")
     await asyncio.gather(queue.connect(), other.connect())
