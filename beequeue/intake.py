@@ -85,8 +85,11 @@ class Intake(Generic[AnySettling]):
     # --- what leaves -----------------------------------------------------------------------------------------------------
 
     def pump_soon(self) -> None:
-        """Pumps, when what has been scheduled so far has been done."""
-        if not self._pump_is_due:
+        """Pumps, when what has been scheduled so far has been done, if there is anything to send.
+
+        While a take is open a slot that becomes free is none: its answer may be next, and what that begins goes first.
+        """
+        if not self._pump_is_due and (self._settling or not self._take):
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
 
