@@ -94,23 +94,51 @@ async def test_runs_that_end_together_are_settled_by_one_script(make_queue: Make
             worker.on(event, lambda job, value, event=event: ended(job.data, event))
         jobs = [worker.create_job(number).retries(int(number == 2)) for number in range(12)]
         assert await worker.save_all(jobs) == {}
-        spoken = Spoken(relay)
+        spoken, started, gate = Spoken(relay), Seen(), asyncio.Event()
 
         async def handler(job: Job) -> None:
+            started(job.data)
+            await gate.wait()
             if job.data in (1, 2):
                 raise ValueError("no luck")
 
         worker.process(handler, 6)
+        await started.reaches(6)
+        gate.set()
         await ended.reaches(13)
-        finishes = [command for _, command in spoken.commands if command[1:2] == [SCRIPTS["finish"].sha.encode()]]
-        # the first take has brought 6, their finish the other 6, and that one's the one to be tried again
-        assert [(len(finish) - 13) // 5 for finish in finishes] == [6, 6, 1]
+        first, *others = settled_by_each(spoken)
+        assert (first, sum(others)) == (6, 7)  # those that waited; their finish has brought the others, one of them twice
         expected = {(number, "succeeded") for number in range(12)} - {(1, "succeeded"), (2, "succeeded")}
         assert {*ended.calls} == expected | {(1, "failed:fatal"), (2, "retrying"), (2, "failed:fatal")}
         assert await redis.smembers(worker.to_key("failed")) == {"2", "3"}
         assert await redis.scard(worker.to_key("succeeded")) == 10
         assert not await redis.exists(worker.to_key("active"), worker.to_key("waiting"))
         await worker.close()
+
+
+async def test_a_long_row_is_settled_in_lots(make_queue: MakeQueue, url: str) -> None:
+    """Redis has half of them while the others run"""
+    async with Relay(url) as relay:
+        worker = make_queue(redis=relay.url, get_events=False)
+        ended = Seen()
+        worker.on("succeeded", ended)
+        await save(worker, 20)
+        spoken = Spoken(relay)
+
+        async def handler(job: Job) -> None:
+            pass
+
+        worker.process(handler, 20)
+        await ended.reaches(20)
+        first, *others = settled_by_each(spoken)
+        assert (first, sum(others)) == (10, 10)
+        await worker.close()
+
+
+def settled_by_each(spoken: Spoken) -> list[int]:
+    """How many runs each call of the script has settled."""
+    finishes = [command for _, command in spoken.commands if command[1:2] == [SCRIPTS["finish"].sha.encode()]]
+    return [(len(finish) - 13) // 5 for finish in finishes]
 
 
 async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueue, redis: Any) -> None:
@@ -144,14 +172,17 @@ async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str
         ended = Seen()
         worker.on("succeeded", ended)
         await save(worker, 8)
-        spoken = Spoken(relay)
+        spoken, started, gate = Spoken(relay), Seen(), asyncio.Event()
 
         async def handler(job: Job) -> None:
-            pass
+            started(job.id)
+            await gate.wait()
 
         worker.process(handler, 8)
+        await started.reaches(8)
+        gate.set()
         await ended.reaches(8)
-        assert [name for _, name in spoken.names].count("finish") == 3
+        assert settled_by_each(spoken) == [3, 3, 2]
         await worker.close()
 
 
