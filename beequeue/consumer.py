@@ -40,8 +40,8 @@ from beequeue.strangers import strangers
 
 log = logging.getLogger("beequeue")
 
-LEAST_IN_A_ROW, MOST_IN_A_ROW = 4, 16
-"""How many handlers run without a turn of the loop, at most; by measurement."""
+SHORTEST_ROW, LONGEST_ROW = 4, 16
+"""How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
 MORE_THREADS = 100
@@ -75,6 +75,7 @@ class Consumer:
         self._begun: deque[Run] = deque()
         """The runs whose handler has not been called yet."""
         self._runner_is_due = False
+        self._row = min(max(concurrency // 2, SHORTEST_ROW), LONGEST_ROW)
         self._beating: asyncio.Task[None] | None = None
         self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
         self._changed = asyncio.Event()
@@ -118,17 +119,17 @@ class Consumer:
             asyncio.Task(self._run_all(), loop=self._loop, name="beequeue job")
 
     async def _run_all(self) -> None:
-        """Runs half of what has begun, one after the other as long as no handler suspends; the next runner has the rest.
+        """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
 
-        So a handler that never suspends costs neither a task nor a turn of the loop, and Redis settles one half while the other
-        one runs. No job sees what another one has left in the task: a handler that changed its context, or asked for its own
-        cancellation, was the task's last.
+        So a handler that never suspends costs neither a task nor a turn of the loop. A row ends at half of the slots, so Redis
+        settles one while the next one runs. No job sees what another one has left in the task: a handler that changed its
+        context, or asked for its own cancellation, was the task's last.
         """
         self._runner_is_due = False
         task = asyncio.current_task()
         assert task is not None
         context = copy_context()
-        for _ in range(min(max(len(self._begun) // 2, LEAST_IN_A_ROW), MOST_IN_A_ROW)):
+        for _ in range(self._row):
             if not self._begun:
                 return
             run = self._begun.popleft()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
 from beequeue.link import Command
@@ -106,7 +106,7 @@ class Intake(Generic[AnySettling]):
             self._store.settle(finishes)
 
     def _finish(self, runs: list[AnySettling]) -> Command:
-        settlements = [(run.id, run.settlement) for run in runs if run.settlement]
+        settlements = [(run.id, cast(Settlement, run.settlement)) for run in runs]
         on_reply = functools.partial(self._finished, runs)
         finish = self._store.finish(settlements, take=0 if self.closing else len(runs), on_reply=on_reply)
         for run in runs:
