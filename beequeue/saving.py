@@ -98,6 +98,8 @@ class Saver:
         for number, saves in enumerate(_in_calls(jobs, errors)):
             unanswered += 1
             calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
+            if len(saves) > 1:
+                await asyncio.sleep(0)  # it leaves, and Redis stores it while the next ones are written
         answered(-1, [], [])
         await asyncio.wait((all_answered,), timeout=timeout_s)
         failed = errors.copy()  # as it is now: a reply that is late is told to nobody
