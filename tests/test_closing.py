@@ -488,11 +488,12 @@ async def test_close_ends_the_wait_before_the_next_attempt_to_connect(own_server
 async def test_long_durations_do_not_end_at_once(make_queue: MakeQueue, redis: Any) -> None:
     """QK-34: of a job, its retry, its result, the clocks, and close()"""
     settings: dict[str, Any] = dict.fromkeys(("stall_interval", "near_term_window", "stalled_check_interval"), TOO_LONG_MS)
-    queue = make_queue(activate_delayed_jobs=True, **settings)
+    queue = make_queue(activate_delayed_jobs=True, auto_connect=False, **settings)
     work, raised = Work(), Seen()
     queue.on("raised jobs", raised)
     delayed, block = queue.to_key("delayed"), queue.to_key("stallBlock")
     await redis.zadd(delayed, {"a first look": 1})
+    await queue.connect()
     await raised.reaches(1)
     await redis.zadd(delayed, {"a second one": 1})
     await queue.check_stalled_jobs(TOO_LONG_MS)
