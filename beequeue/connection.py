@@ -84,11 +84,19 @@ class Connection:
                 self.send(command)
 
     async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
-        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
+        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`.
+
+        One that is cancelled while Redis is down is not issued later.
+        """
         future = asyncio.get_running_loop().create_future()
         repeat = args if repeatable else None
-        self.send(Command(args, lambda reply: settle(future, reply), repeat=repeat, script=script))
-        return await future
+        command = Command(args, lambda reply: settle(future, reply), repeat=repeat, script=script)
+        self.send(command)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.withdraw(command)
+            raise
 
     def withdraw(self, command: Command) -> bool:
         """Takes back a command that waits for the connection; False when it has been sent, or answered."""

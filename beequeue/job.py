@@ -202,7 +202,7 @@ class Job(Emitter):
 
         When its own id is in use nothing is written; `id` is None then, except on a job that was saved before, which keeps it.
         Raises `TypeError` when JSON cannot carry the job (nothing was sent), `BeeQueueError` when it is being saved already,
-        `ConnectionLost`, `CommandError`, `QueueClosed`.
+        `ConnectionLost`, `CommandError`, `QueueClosed`. When it is cancelled before it was sent, it is not sent later.
         """
         await self.queue._producer.save(self)
         return self

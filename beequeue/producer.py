@@ -92,8 +92,7 @@ class Producer:
             except UnreadableData as error:
                 settle(answered, error)
 
-        store.get(job_id, on_reply)
-        return await answered
+        return await store.wait(store.get(job_id, on_reply), answered)
 
     def _read(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         """A new object from a reply to `Store.get`; it knows its end, if that has come."""
@@ -146,8 +145,7 @@ class Producer:
                 self._tracker.forget(job_id, "it was removed")
             settle(answered, reply)
 
-        store.remove(job_id, on_reply)
-        await answered
+        await store.wait(store.remove(job_id, on_reply), answered)
 
     async def retry(self, job: Job) -> tuple[int, int]:
         """`Job.retry`: moves the id from `failed` or `succeeded` to `waiting`."""
@@ -166,13 +164,14 @@ class Producer:
             settle(answered, reply)
 
         bound = not self._ordered and self._bind_again(job)
-        store.retry(job_id, on_reply)
+        command = store.retry(job_id, on_reply)
         try:
             reply = await answered
             if reply is None:
                 raise BeeQueueError(f"job {job_id} cannot be retried: it has no entry in jobs")
-        except BeeQueueError:
-            if bound:
+        except (BeeQueueError, asyncio.CancelledError) as error:
+            not_done = isinstance(error, BeeQueueError) or store.withdraw(command)
+            if bound and not_done:
                 self._tracker.unbind(job, job_id)
                 job.last_event = end
             raise

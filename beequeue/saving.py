@@ -51,8 +51,13 @@ class Saver:
             job.saving = False
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
-        if await answered:
+        command = store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
+        try:
+            was_stored = await answered
+        except asyncio.CancelledError:
+            job.saving = job.saving and not store.withdraw(command)
+            raise
+        if was_stored:
             self._stored(job, form)
 
     async def save_all(self, jobs: Sequence[Job], timeout_ms: int | None) -> dict[Job, Exception]:
@@ -95,20 +100,30 @@ class Saver:
                 settle(all_answered, None)
 
         calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
-        for number, saves in enumerate(_in_calls(jobs, errors)):
-            unanswered += 1
-            calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
-            if len(saves) > 1:
-                await asyncio.sleep(0)  # it leaves, and Redis stores it while the next ones are written
-        answered(-1, [], [])
-        await asyncio.wait((all_answered,), timeout=timeout_s)
-        failed = errors.copy()  # as it is now: a reply that is late is told to nobody
-        for number, (command, saves) in enumerate(calls):
-            if number not in answers:
-                withdrawn = store.withdraw(command)  # what has not been sent must not be sent later
-                for job, _ in saves:
-                    job.saving = not withdrawn
-                    failed[job] = _late(maybe_applied=not withdrawn)
+
+        def take_back() -> dict[Job, Exception]:
+            """For what has no answer yet; what has not been sent must not be sent later."""
+            late: dict[Job, Exception] = {}
+            for number, (command, saves) in enumerate(calls):
+                if number not in answers:
+                    withdrawn = store.withdraw(command)
+                    for job, _ in saves:
+                        job.saving = not withdrawn
+                        late[job] = _late(maybe_applied=not withdrawn)
+            return late
+
+        try:
+            for number, saves in enumerate(_in_calls(jobs, errors)):
+                unanswered += 1
+                calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
+                if len(saves) > 1:
+                    await asyncio.sleep(0)  # it leaves, and Redis stores it while the next ones are written
+            answered(-1, [], [])
+            await asyncio.wait((all_answered,), timeout=timeout_s)
+        except asyncio.CancelledError:
+            take_back()
+            raise
+        failed = errors | take_back()  # as it is now: a reply that is late is told to nobody
         for job, form in stored:
             self._stored(job, form)
         return failed

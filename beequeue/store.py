@@ -40,7 +40,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hiredis import ReplyError
 
@@ -58,6 +58,7 @@ TAKE_WAIT_S = 5
 STALLS_KEPT_MS = 7 * 24 * 3_600_000
 """How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
+Answer = TypeVar("Answer")
 Reply = Callable[[Any], None]
 
 
@@ -181,6 +182,19 @@ class Store:
         connections = {self._jobs, self._commands, self._takes}
         return all(any(each is not None and each.withdraw(command) for each in connections) for command in commands)
 
+    async def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Answer:
+        """Waits for what the reply to `command` completes; one that is cancelled while Redis is down is not issued later."""
+        try:
+            return await answered
+        except asyncio.CancelledError:
+            self.withdraw(command)
+            raise
+
+    def _send(self, command: Command) -> Command:
+        """Issues what names one job, and returns it, for `withdraw` and `wait`."""
+        self._jobs.send(command)
+        return command
+
     def key(self, suffix: str) -> str:
         """The full name of a key or channel."""
         return self._prefix + suffix
@@ -190,15 +204,12 @@ class Store:
     def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> Command:
         """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
 
-        Returns what `withdraw` takes. An empty `job_id` asks for the next automatic one.
+        An empty `job_id` asks for the next automatic one.
         """
         if delay is None:
-            command = Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text)
-        else:
-            args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
-            command = Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text)
-        self._jobs.send(command)
-        return command
+            return self._send(Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text))
+        args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
+        return self._send(Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text))
 
     def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
         """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
@@ -213,9 +224,7 @@ class Store:
         args = [*self._add_jobs]
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
-        command = Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text)
-        self._jobs.send(command)
-        return command
+        return self._send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
@@ -235,19 +244,19 @@ class Store:
 
     # --- one job, by its id ------------------------------------------------------------------------------------------
 
-    def get(self, job_id: str, on_reply: Reply) -> None:
+    def get(self, job_id: str, on_reply: Reply) -> Command:
         """Reads a job; the reply is its entry in `jobs` and `open`, `succeeded` or `failed`, or None."""
         args = (*self._get_job, _bytes(job_id))
-        self._jobs.send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
+        return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
 
-    def remove(self, job_id: str, on_reply: Reply) -> None:
+    def remove(self, job_id: str, on_reply: Reply) -> Command:
         """Takes a job out of every key."""
         args = (*self._remove_job, _bytes(job_id))
-        self._jobs.send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
+        return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
 
-    def retry(self, job_id: str, on_reply: Reply) -> None:
+    def retry(self, job_id: str, on_reply: Reply) -> Command:
         """Moves a job from `failed` or `succeeded` to `waiting`; the reply is [was failed, waiting], or None: no entry."""
-        self._jobs.send(Command((*self._retry_job, _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
+        return self._send(Command((*self._retry_job, _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
 
     async def is_in(self, kind: str, job_id: str) -> bool:
         """Whether `kind`, one of the keys that hold ids, holds this one."""

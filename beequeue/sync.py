@@ -47,8 +47,9 @@ class Queue:
     asking for a result needs neither `get_events` nor `store_jobs`.
 
     Every method that asks Redis waits until that is up, and may raise `ConnectionRefused`, `ConnectionLost`, `CommandError`,
-    `QueueClosed` once the queue has been closed, and `BeeQueueError` when a listener calls it. A wait that is interrupted, as
-    by `KeyboardInterrupt`, cancels the call; what had been sent may still happen.
+    `QueueClosed` once the queue has been closed, and `BeeQueueError` when a listener calls it. With a `timeout` (ms or a
+    `timedelta`) it raises `ConnectionLost` when Redis has not answered by then. A wait that is interrupted, as by
+    `KeyboardInterrupt`, cancels the call. What had been sent by then may still happen; nothing is sent later.
     """
 
     def __init__(self, name: str, redis: RedisSetting = None, **settings: Unpack[QueueOptions]) -> None:
@@ -116,22 +117,24 @@ class Queue:
         """
         return self._call(lambda queue: self._own(job, queue).result(timeout))
 
-    def get_job(self, job_id: str | int) -> Job | None:
+    def get_job(self, job_id: str | int, *, timeout: Duration | None = None) -> Job | None:
         """The job of that id, or None; raises `UnreadableData`."""
-        return self._call(lambda queue: queue.get_job(job_id))
+        return self._call(lambda queue: queue.get_job(job_id), timeout)
 
-    def get_jobs(self, kind: str, start: int = 0, end: int = 100, size: int = 100) -> list[Job]:
+    def get_jobs(
+        self, kind: str, start: int = 0, end: int = 100, size: int = 100, *, timeout: Duration | None = None
+    ) -> list[Job]:
         """The jobs in the key `kind`: those at `start` to `end` of a list or `delayed`, about `size` of a set."""
-        return self._call(lambda queue: queue.get_jobs(kind, start, end, size))
+        return self._call(lambda queue: queue.get_jobs(kind, start, end, size), timeout)
 
-    def remove_job(self, job_id: str | int) -> Self:
+    def remove_job(self, job_id: str | int, *, timeout: Duration | None = None) -> Self:
         """Deletes the job of that id from every key, if there is one; returns the queue."""
-        self._call(lambda queue: queue.remove_job(job_id))
+        self._call(lambda queue: queue.remove_job(job_id), timeout)
         return self
 
-    def check_health(self) -> Health:
+    def check_health(self, *, timeout: Duration | None = None) -> Health:
         """How many jobs are in each key, and the newest automatic id."""
-        return self._call(AsyncQueue.check_health)
+        return self._call(AsyncQueue.check_health, timeout)
 
     # --- life ------------------------------------------------------------------------------------------------------------
 
@@ -149,11 +152,18 @@ class Queue:
         if background.is_started():
             background.run(lambda: background.close(self, timeout))
 
-    def _call(self, method: Callable[[AsyncQueue], Coroutine[Any, Any, Result]]) -> Result:
+    def _call(self, method: Callable[[AsyncQueue], Coroutine[Any, Any, Result]], timeout: Duration | None = None) -> Result:
         background = _background
+        limit_s = None if timeout is None else milliseconds("timeout", timeout) / 1000
 
         async def call() -> Result:
-            return await method(self._opened(background))
+            try:
+                async with asyncio.timeout(limit_s) as limit:
+                    return await method(self._opened(background))
+            except TimeoutError:
+                if limit.expired():
+                    raise ConnectionLost("Redis did not answer within the time-out", maybe_applied=True) from None
+                raise
 
         if self._closed:
             raise QueueClosed

@@ -101,6 +101,45 @@ async def test_commands_issued_while_down_wait(own_server: Server, make_queue: M
     assert len(make_queue.claim(ConnectionLost)) == 2
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["one socket", "two sockets"])
+async def test_what_is_cancelled_while_down_is_not_done_later(own_server: Server, make_queue: MakeQueue, ordered: bool) -> None:
+    """a job whose save was given up can be saved again; no call stays in the way of later ones"""
+    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon, ordered_events=ordered).ready()
+    own_server.stop()
+    await until(lambda: len(make_queue.errors) == 2)
+    jobs = [queue.create_job(number).set_id(f"job {number}") for number in range(250)]
+    failed = queue.create_job().set_id("ended")
+    failed.id = "ended"
+    calls = {
+        "save": jobs[0].save(),
+        "save_all": queue.save_all(jobs[1:]),
+        "retry": failed.retry(),
+        "remove_job": queue.remove_job("kept"),
+        "get_job": queue.get_job("kept"),
+        "from_id": Job.from_id(queue, "kept"),
+        "is_in_set": failed.is_in_set("waiting"),
+        "report_progress": failed.report_progress(1),
+        "get_jobs": queue.get_jobs("waiting"),
+        "check_health": queue.check_health(),
+        "clean": queue.clean("failed"),
+    }
+    tasks = [asyncio.create_task(call) for call in calls.values()]
+    await asyncio.wait(tasks, timeout=0.05)
+    for task in tasks:
+        task.cancel()
+    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+    assert queue.jobs == {}
+    assert not any(job.saving for job in jobs)
+    own_server.start()
+    assert (await queue.create_job("kept").set_id("kept").save()).id == "kept"
+    assert (await queue.check_health()).waiting == 1
+    async with Redis.from_url(own_server.url, decode_responses=True) as onlooker:
+        assert not any("lpos" in name or "sscan" in name for name in await onlooker.info("commandstats"))
+    assert await queue.save_all(jobs) == {}
+    assert (await queue.check_health()).waiting == 251
+    assert len(make_queue.claim(ConnectionLost)) == 2
+
+
 async def test_what_is_safe_is_repeated_and_the_rest_raises(make_queue: MakeQueue, redis: Any, url: str, name: str) -> None:
     """RC-05: in flight when the connection is lost, on either of the two"""
     async with Relay(url) as relay:

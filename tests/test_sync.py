@@ -392,6 +392,36 @@ def test_a_save_with_a_time_out_while_redis_is_silent(own_server: Server, make_s
     queue.close()
 
 
+def test_other_calls_with_a_time_out_while_redis_is_down(own_server: Server, make_sync: MakeSync) -> None:
+    """before the queue has ever been connected, and later: nothing is sent, also not once Redis is back"""
+    queue = make_sync(redis=own_server.url, reconnect=lambda attempt: 10)
+    calls: list[Callable[[], Any]] = [
+        lambda: queue.get_job("a", timeout=20),
+        lambda: queue.get_jobs("failed", timeout=20),
+        lambda: queue.remove_job("a", timeout=20),
+        lambda: queue.check_health(timeout=timedelta(milliseconds=20)),
+    ]
+    for _ in range(2):
+        own_server.stop()
+        until(lambda: not queue_is_open(queue) or not is_up(queue))
+        for call in calls:
+            with pytest.raises(ConnectionLost, match="^Redis did not answer within the time-out$") as lost:
+                call()
+            assert lost.value.maybe_applied
+        own_server.start()
+        assert queue.save(queue.create_job().set_id("a")).id == "a"
+        assert [job.id for job in queue.get_jobs("waiting", timeout=10_000)] == ["a"]
+        with sync_redis.Redis.from_url(own_server.url, decode_responses=True) as onlooker:
+            assert not {"cmdstat_sscan", "cmdstat_llen"} & onlooker.info("commandstats").keys()
+    with pytest.raises(ValueError, match="timeout must be at least 0 ms, not -1"):
+        queue.check_health(timeout=-1)
+    queue.close()
+
+
+def queue_is_open(queue: Queue) -> bool:
+    return queue in beequeue.sync._background.queues
+
+
 def is_up(queue: Queue) -> bool:
     """Whether its connection for saves is there."""
     (opened,) = [each for mine, each in beequeue.sync._background.queues.items() if mine is queue]
