@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from beequeue.address import Address
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
@@ -20,6 +20,8 @@ from beequeue.link import Command, Link, settle
 from beequeue.settings import Backoff
 
 log = logging.getLogger("beequeue")
+
+Answer = TypeVar("Answer")
 
 MOST_WAITING = 10_000
 """How many commands wait for a connection that is down."""
@@ -84,16 +86,17 @@ class Connection:
                 self.send(command)
 
     async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
-        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`.
-
-        One that is cancelled while Redis is down is not issued later.
-        """
+        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
         future = asyncio.get_running_loop().create_future()
         repeat = args if repeatable else None
         command = Command(args, lambda reply: settle(future, reply), repeat=repeat, script=script)
         self.send(command)
+        return await self.wait(command, future)
+
+    async def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Answer:
+        """Waits for what the reply to `command` completes; one that is cancelled while Redis is down is not issued later."""
         try:
-            return await future
+            return await answered
         except asyncio.CancelledError:
             self.withdraw(command)
             raise

@@ -38,14 +38,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
 from beequeue.address import BlockingConnection
-from beequeue.connection import Connection
+from beequeue.connection import Answer, Connection
 from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
@@ -58,7 +58,6 @@ TAKE_WAIT_S = 5
 STALLS_KEPT_MS = 7 * 24 * 3_600_000
 """How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
-Answer = TypeVar("Answer")
 Reply = Callable[[Any], None]
 
 
@@ -182,13 +181,9 @@ class Store:
         connections = {self._jobs, self._commands, self._takes}
         return all(any(each is not None and each.withdraw(command) for each in connections) for command in commands)
 
-    async def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Answer:
-        """Waits for what the reply to `command` completes; one that is cancelled while Redis is down is not issued later."""
-        try:
-            return await answered
-        except asyncio.CancelledError:
-            self.withdraw(command)
-            raise
+    def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Coroutine[Any, Any, Answer]:
+        """Waits for what the reply to a command that names one job completes; cancelled in time, that is not issued."""
+        return self._jobs.wait(command, answered)
 
     def _send(self, command: Command) -> Command:
         """Issues what names one job, and returns it, for `withdraw` and `wait`."""
