@@ -79,7 +79,7 @@ class QueueOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """bee-queue 2.0.0's settings under Python names, and four of our own at the end."""
+    """bee-queue 2.0.0's settings under Python names, and five of our own at the end."""
 
     prefix: str = "bq"
     """First part of every key and channel."""

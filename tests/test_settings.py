@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions
 
 
 def test_defaults() -> None:
-    """bee-queue's own, and four of the port"""
+    """bee-queue's own, and five of the port"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
