@@ -64,6 +64,11 @@ def test_empty_means_not_set() -> None:
         ("REDIS_URL", "redis://h/12abc", "REDIS_URL must name its database by a number, not 'redis://h/12abc'"),
         ("REDIS_URL", "redis://h:0", "REDIS_URL must have a port from 1 to 65535, not 'redis://h:0'"),
         ("REDIS_URL", "redis://a..b", "REDIS_URL must name a host, not 'redis://a..b'"),
+        (
+            "REDIS_URL",
+            "redis://h?sokcet_timeout=5",
+            "REDIS_URL must have options of redis-py's connections only: unexpected keyword argument 'sokcet_timeout'",
+        ),
         ("REDIS_URL", "unix://", "REDIS_URL must name a socket, as in unix:///run/redis.sock, not 'unix://'"),
     ],
 )
