@@ -272,6 +272,7 @@ def test_an_interrupt_cancels_the_call(make_sync: MakeSync) -> None:
             "quit_command_client must not be False: nobody else uses a synchronous queue's connection",
         ),
         (("",), {}, "name must be a non-empty string, not ''"),
+        (("a\udcff",), {}, r"name must be text that UTF-8 can carry, not 'a\udcff'"),
         (("q", "http://x"), {}, "redis must be a redis://, rediss:// or unix:// URL, not 'http://x'"),
         (("q",), {"stall_interval": 0}, "stall_interval must be at least 1 ms, not 0"),
     ],
