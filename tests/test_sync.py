@@ -146,6 +146,15 @@ def test_what_cannot_be_stored_raises(make_sync: MakeSync) -> None:
     assert queue.check_health().newest_job == 0
 
 
+@pytest.mark.parametrize("wrong", [5, None, {"x": 2}], ids=str)
+def test_what_is_no_job_is_refused(make_sync: MakeSync, wrong: Any) -> None:
+    queue = make_sync()
+    for use in (queue.save, queue.result, lambda job: queue.save(job, 5_000), lambda job: queue.save_all([job])):
+        with pytest.raises(TypeError, match=f"^job must be a Job, not {re.escape(repr(wrong))}$"):
+            use(wrong)
+    assert queue.check_health().newest_job == 0
+
+
 def test_a_job_of_another_queue_is_refused(make_sync: MakeSync, make_queue: MakeQueue, name: str) -> None:
     queue, other = make_sync(), make_sync(f"{name}-other")
     for job in (other.create_job(), other.save(other.create_job()), make_queue(auto_connect=False).create_job()):
