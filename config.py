@@ -40,9 +40,19 @@ class Config:
     """worker processes, without Docker"""
 
 
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"must be text that UTF-8 can carry, not {value!r}") from None
+    return value
+
+
 def _whole(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and int(value) >= 1):
+    if not (value.isascii() and value.isdigit() and value.strip("0")):
         raise ValueError(f"must be a whole number, at least 1, not {value!r}")
+    if len(value) > 15:
+        raise ValueError(f"must have at most 15 digits, not {value!r}")
     return int(value)
 
 
@@ -68,7 +78,7 @@ def _url(value: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {
-    "queue_name": str,
+    "queue_name": _text,
     "concurrency": _whole,
     "num_chains": _whole,
     "redis_url": _url,

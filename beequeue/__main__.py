@@ -113,14 +113,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _at_least_one(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) < 2**53):
+    if not (value.isascii() and value.isdigit() and value.strip("0")):
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {value!r}")
+    if len(value) > 15:
+        raise argparse.ArgumentTypeError(f"must have at most 15 digits, not {value!r}")
     return int(value)
 
 
 def _text(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text that UTF-8 can carry, not {value!r}") from None
     return value
 
 

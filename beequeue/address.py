@@ -166,9 +166,18 @@ def _from_url(url: str) -> dict[str, Any]:
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
         raise ValueError(f"must name its database by a number, not {shown!r}{hint}")
     try:
-        return dict(parse_url(url))
+        arguments = dict(parse_url(url))
     except ValueError as error:  # names an option, never its value
         raise ValueError(f"must be a URL: {error}") from None
+    kind: Any = arguments.get("connection_class", DriverConnection)
+    try:
+        kind(**{name: value for name, value in arguments.items() if name not in _NOT_OURS})
+    except TypeError as error:  # likewise
+        reason = str(error).rpartition(" got an ")[2]
+        raise ValueError(f"must have options of redis-py's connections only: {reason}") from None
+    except redis.exceptions.RedisError:
+        pass  # of a value: told by `Address.open`, like all that the driver finds there
+    return arguments
 
 
 def _without_secrets(url: str) -> str:

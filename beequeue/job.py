@@ -92,7 +92,8 @@ class Job(Emitter):
     `id` is a string, None until saved. `status` is `created`, `succeeded`, `failed` or `retrying`, as this process knows
     it; `uncertain` on a worker says that the connection was lost while it was recorded, by this run or by another.
     `progress` is the last value reported. `options` holds timestamp, stacktraces and what the setters put there.
-    Events: `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value).
+    Events: `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value), and
+    `unknown` (error) when it has ended and nobody can tell how.
     """
 
     __slots__ = (

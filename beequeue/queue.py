@@ -33,7 +33,7 @@ from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
 from beequeue.producer import Producer
 from beequeue.run import Handler
-from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds, whole_number
+from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds, text, whole_number
 from beequeue.sharing import Client
 from beequeue.store import Health, Store
 from beequeue.tracker import Tracker
@@ -62,7 +62,7 @@ class Queue(Emitter):
         super().__init__()
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string, not {name!r}")
-        self.name = name
+        self.name = text("name", name)
         self.settings = QueueSettings(**settings)  # type: ignore[arg-type]  # durations become ms there
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)

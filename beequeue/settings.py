@@ -51,6 +51,15 @@ def whole_number(name: str, value: int, *, at_least: int | None = None) -> int:
     return value
 
 
+def text(name: str, value: str) -> str:
+    """`value`, if it can be part of a key; raises `ValueError` naming `name`."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be text that UTF-8 can carry, not {value!r}") from None
+    return value
+
+
 class QueueOptions(TypedDict, total=False):
     """The keyword arguments of `Queue`; `QueueSettings` says what each means."""
 
@@ -79,7 +88,7 @@ class QueueOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """bee-queue 2.0.0's settings under Python names, and four of our own at the end."""
+    """bee-queue 2.0.0's settings under Python names, and five of our own at the end."""
 
     prefix: str = "bq"
     """First part of every key and channel."""
@@ -151,7 +160,7 @@ def _checked(name: str, default: Any, value: Any) -> Any:
     if name == "prefix":
         if value is not None and not isinstance(value, str):
             raise TypeError(f"prefix must be a string, not {value!r}")
-        return value
+        return text("prefix", value or "")
     if isinstance(default, bool) or name == "quit_command_client":
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")

@@ -87,10 +87,10 @@ class Queue:
     def save(self, job: Job, timeout: Duration | None = None) -> Job:
         """Stores the job and makes it available (script `add_job`); returns it, its `id` filled in.
 
-        `id` is None when its own id was in use: nothing was written then. Raises `TypeError` when JSON cannot carry its data,
-        `ValueError` when it is another queue's. Without a `timeout` (ms or a `timedelta`) it waits for a Redis that is down.
-        With one it raises `ConnectionLost` by then, whose `maybe_applied` is False when the job was not sent, and will not
-        be: it can be saved again. It is True when Redis did not answer, and the job may have been saved.
+        `id` is None when its own id was in use: nothing was written then. Raises `TypeError` when it is no job, or JSON cannot
+        carry its data, `ValueError` when it is another queue's. Without a `timeout` (ms or a `timedelta`) it waits for a Redis
+        that is down. With one it raises `ConnectionLost` by then, whose `maybe_applied` is False when the job was not sent, and
+        will not be: it can be saved again. It is True when Redis did not answer, and the job may have been saved.
         """
         if timeout is None:
             return self._call(lambda queue: self._own(job, queue).save())
@@ -100,7 +100,8 @@ class Queue:
         return job
 
     def save_all(self, jobs: Iterable[Job], timeout: Duration | None = None) -> dict[Job, Exception]:
-        """Saves many jobs in few round trips; returns what went wrong, by job. Raises `ValueError` like `save`.
+        """Saves many jobs in few round trips; returns what went wrong, by job. Raises `TypeError` for
+        what is no job, `ValueError` like `save`.
 
         With a `timeout` (ms or a `timedelta`, for all together) those that were not saved by then have a `ConnectionLost`, as
         `save` tells.
@@ -182,6 +183,8 @@ class Queue:
 
     def _own(self, job: Job, queue: AsyncQueue) -> Job:
         """The job, handed to this process's queue: it may have been created before the first use, or before a fork."""
+        if not isinstance(job, Job):
+            raise TypeError(f"job must be a Job, not {job!r}")
         if job.queue is not queue:
             if job.queue not in self._owners:
                 raise ValueError(f"{job!r} was created by another queue")

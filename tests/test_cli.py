@@ -481,9 +481,15 @@ WRONG = [
     (["app:work", "--concurrency", "two"], f"argument --concurrency: {WHOLE} 'two'"),
     (["app:work", "--stall-interval", "-1"], f"argument --stall-interval: {WHOLE} '-1'"),
     (["app:work", "--max-stalls", "0"], f"argument --max-stalls: {WHOLE} '0'"),
+    (["app:work", "--concurrency", "9" * 16], f"argument --concurrency: must have at most 15 digits, not '{'9' * 16}'"),
     (["app:work", "--timeout", "1.5"], f"argument --timeout: {WHOLE} '1.5'"),
     (["app:work", "--prefix", ""], "argument --prefix: must not be empty"),
     (["app:work", "--queue", ""], "argument --queue: must not be empty"),
+    (["app:work", "--queue", "a\udcff"], r"argument --queue: must be text that UTF-8 can carry, not 'a\udcff'"),
+    (
+        ["app:work", "--redis", "redis://h?a=5"],
+        "argument --redis: (or REDIS_URL) must have options of redis-py's connections only: unexpected keyword argument 'a'",
+    ),
     (["app:work", "--redis", "http://x"], f"{URL} 'http://x'"),
     (["app:work", "--conc", "2"], "unrecognized arguments: --conc 2"),
 ]

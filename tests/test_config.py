@@ -52,6 +52,9 @@ def test_empty_means_not_set() -> None:
     ("name", "value", "line"),
     [
         ("CONCURRENCY", "0", "CONCURRENCY must be a whole number, at least 1, not '0'"),
+        ("CONCURRENCY", "9" * 16, f"CONCURRENCY must have at most 15 digits, not '{'9' * 16}'"),
+        ("WORKERS", "9" * 5000, f"WORKERS must have at most 15 digits, not '{'9' * 5000}'"),
+        ("QUEUE_NAME", "a\udcff", r"QUEUE_NAME must be text that UTF-8 can carry, not 'a\udcff'"),
         ("NUM_CHAINS", "2.5", "NUM_CHAINS must be a whole number, at least 1, not '2.5'"),
         ("WORKERS", "-1", "WORKERS must be a whole number, at least 1, not '-1'"),
         ("ORDERED_EVENTS", "yes", "ORDERED_EVENTS must be true or false, not 'yes'"),
@@ -64,6 +67,11 @@ def test_empty_means_not_set() -> None:
         ("REDIS_URL", "redis://h/12abc", "REDIS_URL must name its database by a number, not 'redis://h/12abc'"),
         ("REDIS_URL", "redis://h:0", "REDIS_URL must have a port from 1 to 65535, not 'redis://h:0'"),
         ("REDIS_URL", "redis://a..b", "REDIS_URL must name a host, not 'redis://a..b'"),
+        (
+            "REDIS_URL",
+            "redis://h?sokcet_timeout=5",
+            "REDIS_URL must have options of redis-py's connections only: unexpected keyword argument 'sokcet_timeout'",
+        ),
         ("REDIS_URL", "unix://", "REDIS_URL must name a socket, as in unix:///run/redis.sock, not 'unix://'"),
     ],
 )

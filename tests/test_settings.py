@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions
 
 
 def test_defaults() -> None:
-    """bee-queue's own, and four of the port"""
+    """bee-queue's own, and five of the port"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
@@ -61,6 +61,7 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("get_events", "false", "get_events must be True or False, not 'false'"),
         ("quit_command_client", 0, "quit_command_client must be True or False, not 0"),
         ("prefix", 5, "prefix must be a string, not 5"),
+        ("prefix", "a\udcff", r"prefix must be text that UTF-8 can carry, not 'a\udcff'"),
         ("stall_interval", 0, "stall_interval must be at least 1 ms, not 0"),
         ("stall_interval", 1.5, "stall_interval must be an int of milliseconds or a timedelta, not 1.5"),
         ("near_term_window", -5, "near_term_window must be at least 1 ms, not -5"),

@@ -146,6 +146,15 @@ def test_what_cannot_be_stored_raises(make_sync: MakeSync) -> None:
     assert queue.check_health().newest_job == 0
 
 
+@pytest.mark.parametrize("wrong", [5, None, {"x": 2}], ids=str)
+def test_what_is_no_job_is_refused(make_sync: MakeSync, wrong: Any) -> None:
+    queue = make_sync()
+    for use in (queue.save, queue.result, lambda job: queue.save(job, 5_000), lambda job: queue.save_all([job])):
+        with pytest.raises(TypeError, match=f"^job must be a Job, not {re.escape(repr(wrong))}$"):
+            use(wrong)
+    assert queue.check_health().newest_job == 0
+
+
 def test_a_job_of_another_queue_is_refused(make_sync: MakeSync, make_queue: MakeQueue, name: str) -> None:
     queue, other = make_sync(), make_sync(f"{name}-other")
     for job in (other.create_job(), other.save(other.create_job()), make_queue(auto_connect=False).create_job()):
@@ -272,6 +281,7 @@ def test_an_interrupt_cancels_the_call(make_sync: MakeSync) -> None:
             "quit_command_client must not be False: nobody else uses a synchronous queue's connection",
         ),
         (("",), {}, "name must be a non-empty string, not ''"),
+        (("a\udcff",), {}, r"name must be text that UTF-8 can carry, not 'a\udcff'"),
         (("q", "http://x"), {}, "redis must be a redis://, rediss:// or unix:// URL, not 'http://x'"),
         (("q",), {"stall_interval": 0}, "stall_interval must be at least 1 ms, not 0"),
     ],
