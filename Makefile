@@ -48,7 +48,7 @@ soak: $(VENV)/.test ## the harness, and a ledger beside it, with a fault every 2
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours
 
-bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on redis-server, in 15 minutes: BENCH="--only drain,latency --rounds 9"
+bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on redis-server, in seven minutes: BENCH="--only drain,latency --rounds 9"
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 clean: ## remove .venv and what the tools left

@@ -37,6 +37,8 @@ def milliseconds(name: str, value: Duration, *, at_least: int = 0) -> int:
         raise TypeError(f"{name} must be an int of milliseconds or a timedelta, not {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least} ms, not {value}")
+    if value >= 2**53:
+        raise ValueError(f"{name} must be less than 2**53 ms, which JavaScript can count")
     return value
 
 

@@ -65,6 +65,7 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("stall_interval", 0, "stall_interval must be at least 1 ms, not 0"),
         ("stall_interval", 1.5, "stall_interval must be an int of milliseconds or a timedelta, not 1.5"),
         ("near_term_window", -5, "near_term_window must be at least 1 ms, not -5"),
+        ("near_term_window", 2**53, "near_term_window must be less than 2**53 ms, which JavaScript can count"),
         ("delayed_debounce", -1, "delayed_debounce must be at least 0 ms, not -1"),
         ("stalled_check_interval", True, "stalled_check_interval must be an int of milliseconds or a timedelta, not True"),
         ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
