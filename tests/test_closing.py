@@ -459,6 +459,32 @@ async def test_close_ends_soon_although_its_shared_connection_is_closed(own_serv
     await until(lambda: present(own_server, 0))
 
 
+async def test_a_worker_whose_shared_connection_is_closed_takes_no_more(own_server: Server, make_queue: MakeQueue) -> None:
+    """since it could settle none of them: they are another worker's"""
+    shared = await beequeue.connect(own_server.url)
+    producer = make_queue(redis=own_server.url, is_worker=False)
+    queue = make_queue(redis=shared)
+    work = Work()
+    await producer.create_job(1).save()
+    queue.process(work, 2)
+    await work.started.reaches(1)
+    await shared.close()
+    work.gate.set()
+    await until(lambda: make_queue.errors)
+    for number in range(4):
+        await producer.create_job(number).save()
+    other = make_queue(redis=own_server.url)
+    ran = Seen()
+    other.process(ran)
+    await ran.reaches(3)
+    # besides the one that it was running, it may hold the one that its open take has brought
+    assert [job.id for (job,) in ran.calls][:3] == ["3", "4", "5"]
+    assert len(work.started.calls) == 1
+    assert [type(error.__cause__) for error in make_queue.claim(OutcomeNotRecorded)] == [QueueClosed]
+    make_queue.queues.remove(queue)
+    assert await duration_of_close(queue) < 2
+
+
 async def test_close_ends_the_wait_after_a_refused_take(make_queue: MakeQueue, redis: Any) -> None:
     """QK-33: nothing is left of a wait of a minute"""
     queue = make_queue(initial_redis_failure_retry_delay=60_000)
