@@ -182,10 +182,13 @@ class Intake(Generic[AnySettling]):
         if refused := isinstance(reply, BeeQueueError):
             self._stop_if_cut_off(reply)
         for index, run in enumerate(runs):
-            self._ended(run, reply if refused else reply[index] == 1)
+            self._ended(run, reply if refused else self._store.settled_by(reply[index]))
             run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
         self._free += len(runs)
         if not refused and len(reply) > len(runs):
+            if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
+                self._host._report(refusal)
+                reply.pop()
             self._fill(self._store.taken_from(reply, len(runs)))
         self.pump_soon()
         if self.closing:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from beequeue import Job, LateFinish, Queue
+from beequeue import CommandError, Job, LateFinish, OutcomeNotRecorded, Queue
 from beequeue import intake as intake_module
 from beequeue.store import SCRIPTS
 from client import Chains
@@ -162,6 +162,44 @@ async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueu
         "job 3 had been settled, removed or handed on before its handler ended"
     ]
     assert not await redis.exists(queue.to_key("active"))
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"), [("failed", "job failed"), ("delayed", "later"), ("waiting", "at once"), ("stalling", None)]
+)
+async def test_what_redis_refuses_for_one_run_is_its_error_alone(
+    make_queue: MakeQueue, redis: Any, key: str, refused: str | None
+) -> None:
+    """the others are settled, told, and tried again"""
+    queue = make_queue(remove_on_success=True)
+    told, started, gate = Seen(), Seen(), asyncio.Event()
+    queue.on("job succeeded", lambda job_id, result: told(result))
+    queue.on("job retrying", lambda job_id, error: told(str(error)))
+    queue.on("job failed", lambda job_id, error: told("job failed"))
+    again, later = queue.create_job("at once").retries(1), queue.create_job("later").retries(1).backoff("fixed", 60_000)
+    await queue.save_all([again, queue.create_job("fails"), later, queue.create_job("good")])
+
+    async def handler(job: Job) -> str:
+        started(job.id)
+        await gate.wait()
+        if job.data == "good" or len(started.calls) > 4:
+            return f"{job.data}: done"
+        raise ValueError(job.data)
+
+    queue.process(handler, 4)
+    await started.reaches(4)
+    await redis.set(queue.to_key(key), "neither a set nor a list")
+    gate.set()
+    expected = {"at once", "job failed", "later", "good: done"} - {refused}
+    await told.reaches(len(expected))
+    await redis.delete(queue.to_key(key))
+    if key != "waiting":
+        assert await again.result(8_000) == "at once: done"
+    assert {result for (result,) in told.calls} - {"at once: done"} == expected
+    assert not await redis.exists(queue.to_key("active"))
+    unrecorded = make_queue.claim(OutcomeNotRecorded)
+    assert [str(error.__cause__).split()[0] for error in unrecorded] == (["WRONGTYPE"] if refused else [])
+    make_queue.claim(CommandError)  # of the take and the clocks, which find the same
 
 
 async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
