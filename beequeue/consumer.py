@@ -136,7 +136,10 @@ class Consumer:
             run.task = task
             self._have_them_run()
             await self._attempt(run, run.job)
-            if task.cancelling() or copy_context() != context:
+            try:
+                if task.cancelling() or copy_context() != context:
+                    break
+            except Exception:  # it has changed: what stays the same is not compared
                 break
         self._have_them_run()
 

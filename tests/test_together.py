@@ -42,6 +42,35 @@ async def test_no_job_sees_what_another_left_in_the_context(make_queue: MakeQueu
     assert await asyncio.gather(*(job.result() for job in jobs)) == ["nothing"] * 20
 
 
+class Incomparable:
+    """Like an array: whether two of them are equal has no answer."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous")
+
+
+async def test_what_a_job_leaves_in_the_context_need_not_be_comparable(
+    make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    variable: ContextVar[Any] = ContextVar("variable")
+    first = Incomparable()
+    variable.set(first)
+    queue = make_queue()
+    jobs = await save(queue, 10)
+
+    async def handler(job: Job) -> bool:
+        found = variable.get() is first
+        variable.set(Incomparable())
+        return found
+
+    queue.process(handler, 10)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == [True] * 10
+    gc.collect()
+    assert caplog.messages == []
+
+
 async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
     """one that asks for its own cancellation, and ends before it comes, has ended well"""
     queue = make_queue()
