@@ -221,6 +221,7 @@ class Consumer:
         if run.stranger:
             self._ended(run, False)
             self._intake.release()
+            self._changed.set()
         else:
             self._intake.settle(run)
 
