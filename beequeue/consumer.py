@@ -153,10 +153,10 @@ class Consumer:
             else:
                 run.result = await self._call(run, job)
         except BaseException as raised:
-            if run.abandoned:  # its job goes back
+            if run.abandoned or self._all_is_cancelled():  # its job goes back, whatever this was; or the stall check has it
                 self._leave(run)
                 self._changed.set()
-                raise
+                return
             run.error = raised
         run.task = None
         self.running -= 1
@@ -166,6 +166,10 @@ class Consumer:
             del self._held[run]
             self._intake.release()
             self._host._report(fault)
+
+    def _all_is_cancelled(self) -> bool:
+        """Whether somebody ends the whole program, as `asyncio.run` does with what an interrupted one has left."""
+        return self._beating is not None and self._beating.cancelling() > 0
 
     def _leave(self, run: Run) -> None:
         run.under_way = False
