@@ -90,6 +90,24 @@ async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
     assert await asyncio.gather(*(job.result() for job in jobs)) == [*range(10)]
 
 
+async def test_a_handler_that_suspends_has_its_task_to_itself_from_then_on(make_queue: MakeQueue) -> None:
+    """what is kept by task (a session, a way to cancel it) is the one job's"""
+    queue = make_queue()
+    jobs = await save(queue, 60)
+    suspended: list[asyncio.Task[Any] | None] = []
+
+    async def handler(job: Job) -> bool:
+        task = asyncio.current_task()
+        is_its_own = task not in suspended
+        if job.data % 3:
+            suspended.append(task)
+            await asyncio.sleep(0)
+        return is_its_own
+
+    queue.process(handler, 20)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == [True] * 60
+
+
 async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue) -> None:
     """one that suspends holds nobody up, wherever in the row it stands"""
     queue = make_queue()
