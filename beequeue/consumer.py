@@ -74,7 +74,8 @@ class Consumer:
         self._held: dict[Run, None] = {}
         self._begun: deque[Run] = deque()
         """The runs whose handler has not been called yet."""
-        self._runner_is_due = False
+        self._next_runner: asyncio.Task[None] | None = None
+        """What is about to run them."""
         self._row = min(max(concurrency // 2, SHORTEST_ROW), LONGEST_ROW)
         self._beating: asyncio.Task[None] | None = None
         self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
@@ -114,18 +115,17 @@ class Consumer:
         self._have_them_run()
 
     def _have_them_run(self) -> None:
-        if self._begun and not self._runner_is_due:
-            self._runner_is_due = True
-            asyncio.Task(self._run_all(), loop=self._loop, name="beequeue job")
+        if self._begun and self._next_runner is None:
+            self._next_runner = asyncio.Task(self._run_all(), loop=self._loop, name="beequeue job")
 
     async def _run_all(self) -> None:
         """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
 
         So a handler that never suspends costs neither a task nor a turn of the loop. A row ends at half of the slots, so Redis
         settles one while the next one runs. No job sees what another one has left in the task: a handler that changed its
-        context, or asked for its own cancellation, was the task's last.
+        context, or asked for its own cancellation, or suspended, was the task's last.
         """
-        self._runner_is_due = False
+        self._next_runner = None
         task = asyncio.current_task()
         assert task is not None
         context = copy_context()
@@ -135,8 +135,14 @@ class Consumer:
             run = self._begun.popleft()
             run.task = task
             self._have_them_run()
+            following = self._next_runner
             await self._attempt(run, run.job)
-            if task.cancelling() or copy_context() != context:
+            if self._next_runner is not following:  # it has begun meanwhile: the handler suspended
+                break
+            try:
+                if task.cancelling() or copy_context() != context:
+                    break
+            except Exception:  # it has changed: what stays the same is not compared
                 break
         self._have_them_run()
 
@@ -150,10 +156,10 @@ class Consumer:
             else:
                 run.result = await self._call(run, job)
         except BaseException as raised:
-            if run.abandoned:  # its job goes back
+            if run.abandoned or self._all_is_cancelled():  # its job goes back, whatever this was; or the stall check has it
                 self._leave(run)
                 self._changed.set()
-                raise
+                return
             run.error = raised
         run.task = None
         self.running -= 1
@@ -163,6 +169,10 @@ class Consumer:
             del self._held[run]
             self._intake.release()
             self._host._report(fault)
+
+    def _all_is_cancelled(self) -> bool:
+        """Whether somebody ends the whole program, as `asyncio.run` does with what an interrupted one has left."""
+        return self._beating is not None and self._beating.cancelling() > 0
 
     def _leave(self, run: Run) -> None:
         run.under_way = False
@@ -218,6 +228,7 @@ class Consumer:
         if run.stranger:
             self._ended(run, False)
             self._intake.release()
+            self._changed.set()
         else:
             self._intake.settle(run)
 

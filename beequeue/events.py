@@ -6,6 +6,7 @@ from the others. `Registry` is the rule of job events: bind an id to its job, de
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
@@ -182,14 +183,14 @@ class Emitter:
         for listener in present.copy():
             try:
                 result = listener(*args)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:  # the latter as from a future that it looked at
                 self._listener_failed(event, error)
             else:
                 if result is not None and inspect.isawaitable(result):
                     self._listener_awaits(event, result)
         return True
 
-    def _listener_failed(self, event: str, error: Exception) -> None:
+    def _listener_failed(self, event: str, error: BaseException) -> None:
         raise NotImplementedError
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:

@@ -171,8 +171,7 @@ class Intake(Generic[AnySettling]):
         self._reading -= 1
         if isinstance(reply, BeeQueueError):
             self._host._report(reply)
-            if isinstance(reply, QueueClosed):  # a shared connection, closed by its owner: more takes would strand more jobs
-                self.closing = self.cut_off = True
+            self._stop_if_cut_off(reply)
         else:
             self._fill(self._store.taken_from(reply))
         self.pump_soon()
@@ -180,16 +179,25 @@ class Intake(Generic[AnySettling]):
 
     def _finished(self, runs: list[AnySettling], reply: Any) -> None:
         """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
-        refused = isinstance(reply, BeeQueueError)
+        if refused := isinstance(reply, BeeQueueError):
+            self._stop_if_cut_off(reply)
         for index, run in enumerate(runs):
-            self._ended(run, reply if refused else reply[index] == 1)
+            self._ended(run, reply if refused else self._store.settled_by(reply[index]))
             run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
         self._free += len(runs)
         if not refused and len(reply) > len(runs):
+            if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
+                self._host._report(refusal)
+                reply.pop()
             self._fill(self._store.taken_from(reply, len(runs)))
         self.pump_soon()
         if self.closing:
             self._changed.set()
+
+    def _stop_if_cut_off(self, error: BeeQueueError) -> None:
+        """After an error on the command connection: more takes would strand more jobs on one that its owner has closed."""
+        if isinstance(error, QueueClosed):
+            self.closing = self.cut_off = True
 
     def _fill(self, taken: list[Taken]) -> None:
         if taken:

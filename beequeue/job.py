@@ -82,7 +82,7 @@ class Owner(Protocol):
 
     @property
     def _producer(self) -> Commands: ...
-    def _listener_failed(self, event: str, error: Exception) -> None: ...
+    def _listener_failed(self, event: str, error: BaseException) -> None: ...
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None: ...
 
 
@@ -288,7 +288,7 @@ class Job(Emitter):
         if self.ended is not None and not self.ended.done():
             self.ended.set_result(event)
 
-    def _listener_failed(self, event: str, error: Exception) -> None:
+    def _listener_failed(self, event: str, error: BaseException) -> None:
         self.queue._listener_failed(f"{event} of job {self.id}", error)
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:

@@ -365,7 +365,7 @@ class Queue(Emitter):
         if not self.emit("error", error):
             log.error("queue %s: %s: %s", self.name, type(error).__name__, error)
 
-    def _listener_failed(self, event: str, error: Exception) -> None:
+    def _listener_failed(self, event: str, error: BaseException) -> None:
         if event == "error":  # not in circles
             log.error("queue %s: a listener of error raised", self.name, exc_info=error)
             return

@@ -175,10 +175,14 @@ def _late(*, maybe_applied: bool) -> ConnectionLost:
     return ConnectionLost("Redis was not there within the time-out; the job was not saved", maybe_applied=False)
 
 
+def _is_being_saved(job: Job) -> BeeQueueError:
+    return BeeQueueError(f"{job!r} is being saved already")
+
+
 def _form_to_save(job: Job) -> _Form:
     """Raises `TypeError` or `ValueError` for what somebody put into the job past its setters."""
     if job.saving:
-        raise BeeQueueError(f"{job!r} is being saved already")
+        raise _is_being_saved(job)
     delay = job.options.get("delay")
     if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 2**53):
         raise ValueError(f"the option delay must be epoch milliseconds, not {delay!r}")
@@ -198,7 +202,11 @@ def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[lis
         size += len(form.entry)
         if together and (form.delay is not None or len(together) == IN_A_CALL or size > BYTES_IN_A_CALL):
             yield together
-            together, size = [], len(form.entry)
+            together, size = [], 0
+            if job.saving:  # meanwhile, by somebody else
+                errors[job] = _is_being_saved(job)
+                continue
+            size = len(form.entry)
         together.append((job, form))
         if form.delay is not None:
             yield together

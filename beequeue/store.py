@@ -357,8 +357,8 @@ class Store:
         return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, len(reply), 2)]
 
     def finish(self, runs: Iterable[tuple[str, Settlement]], *, take: int, on_reply: Reply) -> Command:
-        """What settles jobs, publishes their events and takes at most `take` others; the reply is for `taken_from`, behind
-        one number for each run: 1 if it was settled. Not sent yet."""
+        """What settles jobs, publishes their events and takes at most `take` others; the reply has one answer for each run,
+        for `settled_by`, and behind them what is for `taken_from`. Not sent yet."""
         args = [*self._finish, take]
         for job_id, (status, entry, message, retry_at) in runs:
             if status == "retrying":
@@ -371,6 +371,16 @@ class Store:
         # a take may stand behind it on its link: again it goes where nothing blocks
         text = SCRIPTS["finish"].text
         return Command(tuple(args), on_reply, repeat=tuple(again), script=text, resend=self._commands.send)
+
+    @staticmethod
+    def refusal_in(reply: Sequence[Any], runs: int) -> CommandError | None:
+        """Why the jobs in a reply to `finish` of so many `runs` are not all that could be taken, if Redis refused that."""
+        return CommandError(str(reply[-1])) if (len(reply) - runs) % 2 else None
+
+    @staticmethod
+    def settled_by(answer: Any) -> bool | CommandError:
+        """Whether a run's answer in a reply to `finish` says that it settled its job, or what Redis refused."""
+        return answer == 1 if type(answer) is int else CommandError(str(answer))
 
     def settle(self, finishes: Sequence[Command]) -> None:
         """Sends what `finish` has made, in one write."""
@@ -414,8 +424,10 @@ class Store:
         command = self.finish([(job_id, settlement)], take=0, on_reply=on_reply)
         command.repeat = None  # the next check finds it again, if it is still there
         self.settle((command,))
-        settled: list[int] = await future
-        return settled[0] == 1
+        settled = self.settled_by((await future)[0])
+        if isinstance(settled, CommandError):
+            raise settled
+        return settled
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
         """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left)."""

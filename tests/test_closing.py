@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import json
 import logging
 import threading
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -350,6 +352,65 @@ async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redi
     assert work.started.calls == []
 
 
+@pytest.mark.parametrize("raised", [ValueError, SystemExit])
+async def test_what_a_cancelled_handler_raises_is_no_matter(
+    make_queue: MakeQueue, redis: Any, raised: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """past the time-out; its job goes back, and the event loop hears nothing of it"""
+    queue, started = make_queue(), Seen()
+
+    async def handler(job: Job) -> None:
+        started()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise raised("mine") from None
+
+    job = await queue.create_job({}).save()
+    queue.process(handler)
+    await started.reaches(1)
+    make_queue.queues.remove(queue)
+    with pytest.raises(OperationTimedOut):
+        await queue.close(10)
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == [job.id]
+    assert not await redis.exists(queue.to_key("active"))
+    gc.collect()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", ["async", "plain"])
+async def test_a_worker_that_nobody_closed_fails_no_job(make_queue: MakeQueue, redis: Any, url: str, kind: str) -> None:
+    """`asyncio.run` cancels what is left, as after Ctrl-C; the jobs come back by the stall check"""
+    producer = make_queue(is_worker=False)
+    jobs = [await producer.create_job({}).save() for _ in range(3)]
+    gate = threading.Event()
+
+    async def program() -> None:
+        worker = Queue(producer.name, url, stall_interval=2_000)
+        started, loop = Seen(), asyncio.get_running_loop()
+
+        async def handler(job: Job) -> None:
+            started()
+            await asyncio.sleep(60)
+
+        def plain_handler(job: Job) -> None:
+            loop.call_soon_threadsafe(started)
+            gate.wait(30)
+
+        worker.process(handler if kind == "async" else plain_handler, 2)
+        await started.reaches(2)
+
+    await asyncio.to_thread(asyncio.run, program())
+    gate.set()
+    assert await redis.lrange(producer.to_key("active"), 0, -1) == ["2", "1"]
+    assert await producer.check_health() == (1, 2, 0, 0, 0, 3)
+    assert [json.loads(entry)["status"] for entry in await redis.hvals(producer.to_key("jobs"))] == ["created"] * len(jobs)
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "beequeue heart"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it has left its sockets open
+        gc.collect()
+
+
 async def test_a_handler_that_closes_its_own_queue_is_told_at_once(make_queue: MakeQueue) -> None:
     """QK-30: and the queue goes on; a task that the handler leaves behind may close it"""
     queue, done = make_queue(), Seen()
@@ -457,6 +518,32 @@ async def test_close_ends_soon_although_its_shared_connection_is_closed(own_serv
     make_queue.queues.remove(queue)
     assert await duration_of_close(queue) < 2
     await until(lambda: present(own_server, 0))
+
+
+async def test_a_worker_whose_shared_connection_is_closed_takes_no_more(own_server: Server, make_queue: MakeQueue) -> None:
+    """since it could settle none of them: they are another worker's"""
+    shared = await beequeue.connect(own_server.url)
+    producer = make_queue(redis=own_server.url, is_worker=False)
+    queue = make_queue(redis=shared)
+    work = Work()
+    await producer.create_job(1).save()
+    queue.process(work, 2)
+    await work.started.reaches(1)
+    await shared.close()
+    work.gate.set()
+    await until(lambda: make_queue.errors)
+    for number in range(4):
+        await producer.create_job(number).save()
+    other = make_queue(redis=own_server.url)
+    ran = Seen()
+    other.process(ran)
+    await ran.reaches(3)
+    # besides the one that it was running, it may hold the one that its open take has brought
+    assert [job.id for (job,) in ran.calls][:3] == ["3", "4", "5"]
+    assert len(work.started.calls) == 1
+    assert [type(error.__cause__) for error in make_queue.claim(OutcomeNotRecorded)] == [QueueClosed]
+    make_queue.queues.remove(queue)
+    assert await duration_of_close(queue) < 2
 
 
 async def test_close_ends_the_wait_after_a_refused_take(make_queue: MakeQueue, redis: Any) -> None:

@@ -107,20 +107,20 @@ def test_what_is_no_number_is_null_beside_lone_surrogates_too() -> None:
 class Collecting(Emitter):
     def __init__(self) -> None:
         super().__init__()
-        self.failures: list[tuple[str, Exception]] = []
+        self.failures: list[tuple[str, BaseException]] = []
         self.awaited: list[Awaitable[Any]] = []
 
-    def _listener_failed(self, event: str, error: Exception) -> None:
+    def _listener_failed(self, event: str, error: BaseException) -> None:
         self.failures.append((event, error))
 
     def _listener_awaits(self, event: str, result: Awaitable[Any]) -> None:
         self.awaited.append(result)
 
 
-def test_listeners_are_called_in_order_and_isolated() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("mine"), asyncio.CancelledError("of a future that it looked at")])
+def test_listeners_are_called_in_order_and_isolated(error: BaseException) -> None:
     """QK-37"""
     emitter, calls = Collecting(), []
-    error = RuntimeError("mine")
 
     def bad(value: int) -> None:
         raise error

@@ -15,6 +15,7 @@ import pytest
 from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OutcomeUnknown, QueueClosed
 from beequeue import saving as saving_module
 from beequeue.job import now_ms
+from beequeue.saving import IN_A_CALL
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Spoken, assert_says, keys, nested
 from tests.relay import Line, Relay
@@ -476,6 +477,27 @@ async def test_two_saves_at_once(make_queue: MakeQueue, redis: Any, ordered: boo
     assert str(third[job]) == "<Job None created> is being saved already"
     assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
     assert (await job.save()).id == "1"
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+async def test_a_save_beside_save_all(make_queue: MakeQueue, redis: Any, delayed: bool) -> None:
+    """each job is stored once, also the first one of a call that has not left yet"""
+    queue = await make_queue(is_worker=False).ready()
+    jobs = [queue.create_job(number) for number in range(3 * IN_A_CALL)]
+    if delayed:
+        jobs[IN_A_CALL].delay_until(now_ms() + 60_000)
+
+    async def save(job: Job) -> bool:
+        with contextlib.suppress(BeeQueueError):
+            await job.save()
+            return True
+        return False
+
+    together = asyncio.ensure_future(queue.save_all(jobs))
+    alone = await asyncio.gather(*map(save, jobs))
+    errors = await together
+    assert {job for job, is_saved in zip(jobs, alone, strict=True) if is_saved} == {*errors}
+    assert await redis.hlen(queue.to_key("jobs")) == len(jobs)
 
 
 async def test_a_save_that_was_cancelled_leaves_a_usable_job(make_queue: MakeQueue, redis: Any) -> None:

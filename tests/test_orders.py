@@ -106,7 +106,7 @@ class Host:
     def _report(self, error: Exception) -> None:
         raise error
 
-    def _listener_failed(self, event: str, error: Exception) -> None:
+    def _listener_failed(self, event: str, error: BaseException) -> None:
         raise error
 
     def _listener_awaits(self, event: str, result: Any) -> None:

@@ -158,6 +158,24 @@ async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server,
     make_queue.claim(ConnectionLost)
 
 
+async def test_close_ends_with_the_handler_of_a_job_that_is_gone(own_server: Server, make_queue: MakeQueue) -> None:
+    """and does not wait its time-out through for an answer that nobody gives"""
+    stage = Stage()
+    worker = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
+    await worker.create_job("old").save()
+    worker.process(stage)
+    await stage.started.reaches(1)
+    await wipe(own_server, worker)
+    make_queue.queues.remove(worker)
+    async with asyncio.timeout(8):
+        closing = asyncio.create_task(worker.close(30_000))
+        await asyncio.sleep(0.2)
+        stage.gates["old"].set()
+        await closing
+    assert len(make_queue.claim(LateFinish)) == 1
+    make_queue.claim(ConnectionLost)
+
+
 async def test_what_is_still_there_is_settled(own_server: Server, make_queue: MakeQueue) -> None:
     """a connection that is lost without its Redis, or one that refuses to tell, changes nothing"""
     stage = Stage()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from beequeue import Job, LateFinish, Queue
+from beequeue import CommandError, Job, LateFinish, OutcomeNotRecorded, Queue
 from beequeue import intake as intake_module
 from beequeue.store import SCRIPTS
 from client import Chains
@@ -42,6 +42,35 @@ async def test_no_job_sees_what_another_left_in_the_context(make_queue: MakeQueu
     assert await asyncio.gather(*(job.result() for job in jobs)) == ["nothing"] * 20
 
 
+class Incomparable:
+    """Like an array: whether two of them are equal has no answer."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous")
+
+
+async def test_what_a_job_leaves_in_the_context_need_not_be_comparable(
+    make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    variable: ContextVar[Any] = ContextVar("variable")
+    first = Incomparable()
+    variable.set(first)
+    queue = make_queue()
+    jobs = await save(queue, 10)
+
+    async def handler(job: Job) -> bool:
+        found = variable.get() is first
+        variable.set(Incomparable())
+        return found
+
+    queue.process(handler, 10)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == [True] * 10
+    gc.collect()
+    assert caplog.messages == []
+
+
 async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
     """one that asks for its own cancellation, and ends before it comes, has ended well"""
     queue = make_queue()
@@ -59,6 +88,24 @@ async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
 
     queue.process(handler, 10)
     assert await asyncio.gather(*(job.result() for job in jobs)) == [*range(10)]
+
+
+async def test_a_handler_that_suspends_has_its_task_to_itself_from_then_on(make_queue: MakeQueue) -> None:
+    """what is kept by task (a session, a way to cancel it) is the one job's"""
+    queue = make_queue()
+    jobs = await save(queue, 60)
+    suspended: list[asyncio.Task[Any] | None] = []
+
+    async def handler(job: Job) -> bool:
+        task = asyncio.current_task()
+        is_its_own = task not in suspended
+        if job.data % 3:
+            suspended.append(task)
+            await asyncio.sleep(0)
+        return is_its_own
+
+    queue.process(handler, 20)
+    assert await asyncio.gather(*(job.result() for job in jobs)) == [True] * 60
 
 
 async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue) -> None:
@@ -162,6 +209,44 @@ async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueu
         "job 3 had been settled, removed or handed on before its handler ended"
     ]
     assert not await redis.exists(queue.to_key("active"))
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"), [("failed", "job failed"), ("delayed", "later"), ("waiting", "at once"), ("stalling", None)]
+)
+async def test_what_redis_refuses_for_one_run_is_its_error_alone(
+    make_queue: MakeQueue, redis: Any, key: str, refused: str | None
+) -> None:
+    """the others are settled, told, and tried again"""
+    queue = make_queue(remove_on_success=True)
+    told, started, gate = Seen(), Seen(), asyncio.Event()
+    queue.on("job succeeded", lambda job_id, result: told(result))
+    queue.on("job retrying", lambda job_id, error: told(str(error)))
+    queue.on("job failed", lambda job_id, error: told("job failed"))
+    again, later = queue.create_job("at once").retries(1), queue.create_job("later").retries(1).backoff("fixed", 60_000)
+    await queue.save_all([again, queue.create_job("fails"), later, queue.create_job("good")])
+
+    async def handler(job: Job) -> str:
+        started(job.id)
+        await gate.wait()
+        if job.data == "good" or len(started.calls) > 4:
+            return f"{job.data}: done"
+        raise ValueError(job.data)
+
+    queue.process(handler, 4)
+    await started.reaches(4)
+    await redis.set(queue.to_key(key), "neither a set nor a list")
+    gate.set()
+    expected = {"at once", "job failed", "later", "good: done"} - {refused}
+    await told.reaches(len(expected))
+    await redis.delete(queue.to_key(key))
+    if key != "waiting":
+        assert await again.result(8_000) == "at once: done"
+    assert {result for (result,) in told.calls} - {"at once: done"} == expected
+    assert not await redis.exists(queue.to_key("active"))
+    unrecorded = make_queue.claim(OutcomeNotRecorded)
+    assert [str(error.__cause__).split()[0] for error in unrecorded] == (["WRONGTYPE"] if refused else [])
+    make_queue.claim(CommandError)  # of the take and the clocks, which find the same
 
 
 async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from beequeue import (
     JobFailed,
     JobTimeout,
     LateFinish,
+    ListenerFailed,
     NotConnected,
     OperationTimedOut,
     OutcomeNotRecorded,
@@ -1136,6 +1137,21 @@ async def test_a_finish_is_repeated_after_a_reconnect(make_queue: MakeQueue, red
         assert worker.late_finishes == worker.running == 0
         assert len(make_queue.claim(ConnectionLost)) == 1
         await worker.close()
+
+
+async def test_a_listener_that_is_cancelled_takes_no_slot(make_queue: MakeQueue) -> None:
+    """one that looks at a future which was cancelled; the jobs that ended beside it, and the connection, know nothing of it"""
+    queue = make_queue()
+    gone = asyncio.get_running_loop().create_future()
+    gone.cancel()
+    queue.on("succeeded", lambda job, result: gone.result())
+    jobs = [queue.create_job(number) for number in range(8)]
+    await queue.save_all(jobs)
+    queue.process(echo, 4)
+    assert await asyncio.gather(*(job.result(8_000) for job in jobs)) == [*range(8)]
+    await until(lambda: len(make_queue.errors) == 8)
+    assert len(make_queue.claim(ListenerFailed)) == 8
+    assert queue.reconnects == 0
 
 
 async def test_an_outcome_that_cannot_be_recorded_is_reported(make_queue: MakeQueue, redis: Any) -> None:

@@ -17,49 +17,54 @@
 --                         event message, or '' for none
 --                         with 'retry later': activation time, epoch ms
 --
--- Returns a flat list: for each run 1 if this call settled its job, else 0; then id, JSON, id, JSON, …
--- of the jobs that were taken.
+-- Returns a flat list: for each run 1 if this call settled its job, 0 if not, or the error; then id, JSON,
+-- id, JSON, … of the jobs that were taken; then the error, if they could not be.
 --
 -- Why: one step, so that state and event cannot part, and one call for all runs that end together; the
 -- first write is LREM, which Redis allows at maxmemory, and after it all others. Nothing is settled
 -- unless the id was in active and has data: one settlement for each entry in active, and a removed job
 -- does not come back. A job that is retried is pushed after the next ones are taken, so that it does
--- not return straight to its worker.
+-- not return straight to its worker. What Redis refuses for one run is that run's error alone.
 
 local RUN = 5
 local reply, ids = {}, {}
-for at = 2, #ARGV, RUN do
-  local id, how = ARGV[at], ARGV[at + 1]
-  local settled = 0
-  if redis.call('LREM', KEYS[1], 0, id) > 0 then
-    ids[#ids + 1] = id
-    if how == 'delete' then
-      settled = redis.call('HDEL', KEYS[3], id)
-    elseif redis.call('HEXISTS', KEYS[3], id) == 1 then
-      settled = 1
-      redis.call('HSET', KEYS[3], id, ARGV[at + 2])
-      if how == 'succeeded' then
-        redis.call('SADD', KEYS[5], id)
-      elseif how == 'failed' then
-        redis.call('SADD', KEYS[6], id)
-      elseif how == 'retry later' then
-        redis.call('ZADD', KEYS[7], ARGV[at + 4], id)
-        redis.call('PUBLISH', KEYS[9], ARGV[at + 4])
-      end
-    end
-  end
-  reply[#reply + 1] = settled
-end
-if #ids > 0 then redis.call('SREM', KEYS[2], unpack(ids)) end
 
-local runs, wanted = #reply, tonumber(ARGV[1])
+local function settle(at)
+  local id, how = ARGV[at], ARGV[at + 1]
+  local found = redis.pcall('LREM', KEYS[1], 0, id)
+  if type(found) == 'table' or found == 0 then return found end
+  ids[#ids + 1] = id
+  if how == 'delete' then return redis.pcall('HDEL', KEYS[3], id) end
+  found = redis.pcall('HEXISTS', KEYS[3], id)
+  if found ~= 1 then return found end
+  local done = redis.pcall('HSET', KEYS[3], id, ARGV[at + 2])
+  if type(done) == 'table' then return done end
+  if how == 'succeeded' then
+    done = redis.pcall('SADD', KEYS[5], id)
+  elseif how == 'failed' then
+    done = redis.pcall('SADD', KEYS[6], id)
+  elseif how == 'retry later' then
+    done = redis.pcall('ZADD', KEYS[7], ARGV[at + 4], id)
+    if type(done) ~= 'table' then done = redis.pcall('PUBLISH', KEYS[9], ARGV[at + 4]) end
+  end
+  return type(done) == 'table' and done or 1
+end
+
+for at = 2, #ARGV, RUN do
+  reply[#reply + 1] = settle(at)
+end
+-- if that is refused, so is the heartbeat, which tells
+if #ids > 0 then redis.pcall('SREM', KEYS[2], unpack(ids)) end
+
+local runs, wanted, refused = #reply, tonumber(ARGV[1]), nil
 -- an id without data (its job was removed while it waited) is dropped; the bound keeps one call short
 for _ = 1, 100 do
   if wanted == 0 then break end
   local next_ids, taken = {}, {}
   for at = 1, wanted do
-    local id = redis.call('RPOP', KEYS[4])
-    if not id then break end
+    local id = redis.pcall('RPOP', KEYS[4])
+    if type(id) == 'table' then refused = id end
+    if not id or refused then break end
     next_ids[at] = id
   end
   if #next_ids == 0 then break end
@@ -78,8 +83,11 @@ end
 for run = 1, runs do
   local at = 2 + (run - 1) * RUN
   if reply[run] == 1 then
-    if ARGV[at + 1] == 'retry now' then redis.call('LPUSH', KEYS[4], ARGV[at]) end
-    if ARGV[at + 3] ~= '' then redis.call('PUBLISH', KEYS[8], ARGV[at + 3]) end
+    local told = 1
+    if ARGV[at + 1] == 'retry now' then told = redis.pcall('LPUSH', KEYS[4], ARGV[at]) end
+    if ARGV[at + 3] ~= '' and type(told) ~= 'table' then told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3]) end
+    if type(told) == 'table' then reply[run] = told end
   end
 end
+if refused then reply[#reply + 1] = refused end
 return reply
