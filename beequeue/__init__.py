@@ -16,6 +16,7 @@ from beequeue.errors import (
     OutcomeNotRecorded,
     OutcomeUnknown,
     QueueClosed,
+    TaskFailed,
     UnreadableData,
     WrongLoop,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Queue",
     "QueueClosed",
     "QueueSettings",
+    "TaskFailed",
     "UnreadableData",
     "WrongLoop",
     "check_redis_url",

@@ -95,3 +95,7 @@ class UnreadableData(BeeQueueError):
 
 class ListenerFailed(BeeQueueError):
     """A listener raised; `__cause__` is what it raised."""
+
+
+class TaskFailed(BeeQueueError):
+    """A background task of the library raised an error that its code does not expect, `__cause__`; it begins anew."""

@@ -25,6 +25,7 @@ from beequeue.errors import (
     NotConnected,
     OperationTimedOut,
     QueueClosed,
+    TaskFailed,
     WrongLoop,
 )
 from beequeue.events import Emitter, Registry
@@ -363,7 +364,8 @@ class Queue(Emitter):
     def _report(self, error: Exception) -> None:
         """Emits `error`; without a listener it is logged."""
         if not self.emit("error", error):
-            log.error("queue %s: %s: %s", self.name, type(error).__name__, error)
+            trace = error.__cause__ if isinstance(error, TaskFailed) else None
+            log.error("queue %s: %s: %s", self.name, type(error).__name__, error, exc_info=trace)
 
     def _listener_failed(self, event: str, error: BaseException) -> None:
         if event == "error":  # not in circles

@@ -31,6 +31,7 @@ ORDER = [
     "connection",
     "address",
     "link",
+    "supervised",
     "job",
     "events",
     "settings",

@@ -1,0 +1,78 @@
+"""`supervised`: a long-lived task that never ends without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+
+import beequeue.supervised
+from beequeue import BeeQueueError, TaskFailed
+from beequeue.supervised import supervised
+from tests.conftest import Seen
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(beequeue.supervised, "LONGEST_PAUSE_S", 0.002)
+
+
+def failing(calls: list[int], *raised: BaseException) -> Callable[[], asyncio.Future[None]]:
+    """Work that raises these, one each time, and then returns."""
+
+    async def work() -> None:
+        calls.append(len(calls))
+        if len(calls) <= len(raised):
+            raise raised[len(calls) - 1]
+
+    return lambda: asyncio.ensure_future(work())
+
+
+async def test_what_is_raised_is_reported_and_the_work_begins_anew(seen: Callable[[], Seen]) -> None:
+    calls: list[int] = []
+    told = seen()
+    first, second = RuntimeError("token service down"), KeyError("x")
+    await supervised(failing(calls, first, second), "keeper", told)
+    assert len(calls) == 3
+    assert [type(error) for (error,) in told.calls] == [TaskFailed, TaskFailed]
+    assert [error.__cause__ for (error,) in told.calls] == [first, second]
+    assert str(told.calls[0][0]) == "keeper: RuntimeError: token service down; begun anew in 0.001 s"
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure(seen: Callable[[], Seen]) -> None:
+    calls: list[int] = []
+    told = seen()
+    await supervised(failing(calls, asyncio.CancelledError()), "keeper", told)
+    assert len(calls) == 2
+    assert len(told.calls) == 1
+
+
+async def test_cancelling_ends_it(seen: Callable[[], Seen]) -> None:
+    told = seen()
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = supervised(work, "keeper", told)
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    assert told.calls == []
+
+
+async def test_a_report_that_raises_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def report(error: BeeQueueError) -> None:
+        raise ValueError("no")
+
+    with caplog.at_level(logging.ERROR, "beequeue"):
+        await supervised(failing(calls, RuntimeError()), "keeper", report)
+    assert len(calls) == 2
+    assert "keeper: its failure could not be reported" in caplog.text
