@@ -41,6 +41,10 @@ _NOT_OURS = (
 )
 
 
+class NoAnswer(ConnectionLost):
+    """Nothing came within the time for a connection to be opened."""
+
+
 class Address:
     """Where Redis is and how to get in. Its `str` never shows a password."""
 
@@ -104,12 +108,26 @@ class Address:
                 writer = _disown(driver)  # kept until it is closed, or it warns
                 writer.transport.abort()
             if isinstance(error, TimeoutError):
-                raise ConnectionLost(f"{self}: no answer within {limit:g} s", maybe_applied=False) from None
+                raise NoAnswer(f"{self}: no answer within {limit:g} s", maybe_applied=False) from None
             if isinstance(error, (redis.exceptions.RedisError, OSError)):
                 raise _translated(error, self, protocol) from None
             raise
         writer = _disown(driver)
         return writer.transport, writer
+
+    async def accepts(self, limit_s: float) -> bool:
+        """Whether something accepts a connection there, be it that it says nothing."""
+        where = self._arguments
+        try:
+            async with asyncio.timeout(limit_s):
+                if path := where.get("path"):
+                    _, writer = await asyncio.open_unix_connection(path)
+                else:
+                    _, writer = await asyncio.open_connection(where["host"], where.get("port", 6379))
+        except (OSError, TimeoutError):
+            return False
+        writer.transport.abort()
+        return True
 
     def open_blocking(self, timeout_s: float) -> Any:
         """The same for a thread that waits for each reply, at most so long; raises what the driver does."""

@@ -102,8 +102,11 @@ class Queue(Emitter):
             self.client = redis
         else:
             self.client = Client(Address(redis), reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
-        connection = functools.partial(Connection, self.client.address, reconnect=settings.reconnect, report=self._report)
-        self._takes = connection("take", set_up=self._set_up_takes) if settings.is_worker else None
+        connection = functools.partial(
+            Connection, self.client.address, reconnect=settings.reconnect, report=self._report, group=self.client.group
+        )
+        # the worker waits by itself before it repeats a take
+        self._takes = connection("take", set_up=self._set_up_takes, keeps_refused=False) if settings.is_worker else None
         self._subscription = None
         if settings.get_events or settings.activate_delayed_jobs:
             self._subscription = connection(

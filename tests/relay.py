@@ -54,6 +54,8 @@ class Relay:
         self._last_words: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.lines: list[Line] = []
+        self.refused = 0
+        """How many connections were accepted and reset, since Redis was down."""
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
         """called with what a queue says, before it is passed on"""
         self.distort: Distort | None = None
@@ -104,6 +106,7 @@ class Relay:
             else:
                 inner_reader, inner_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 6379)
         except OSError:  # Redis is down
+            self.refused += 1
             writer.transport.abort()
             return
         line = Line(inner_writer, writer)
