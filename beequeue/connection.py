@@ -345,6 +345,6 @@ async def answers(address: Address, limit_s: float) -> bool:
         return UNFIT.match(str(error)) is None
     except (TimeoutError, NoAnswer):
         return not await address.accepts(limit_s)
-    except BeeQueueError:
-        pass
+    except Exception:  # whatever prevents it: the attempt to open the next link will tell
+        return True
     return True

@@ -422,7 +422,7 @@ class Queue(Emitter):
         await asyncio.shield(self._begin_opening())
         try:
             await self._stall_checker.check()
-        except BeeQueueError as error:
+        except Exception as error:  # whatever it is, jobs are taken all the same, and the check is repeated
             if not self.paused:
                 self._report(error)
         if self.paused:

@@ -443,3 +443,20 @@ async def test_what_never_fits_is_not_repeated_without_end(own_server: Server, m
         assert (await queue.create_job({}).save()).id == "1"
         await queue.close()
     make_queue.claim(ConnectionLost)
+
+
+async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """whatever it raises"""
+    queue = make_queue()
+    failures = [RuntimeError("nobody expects this")]
+    check = queue._stall_checker.check
+
+    async def failing() -> int:
+        if failures:
+            raise failures.pop()
+        return await check()
+
+    monkeypatch.setattr(queue._stall_checker, "check", failing)
+    queue.process(echo)
+    assert await (await queue.create_job("x").save()).result() == "x"
+    assert [str(error) for error in make_queue.claim(RuntimeError)] == ["nobody expects this"]
