@@ -21,6 +21,7 @@ from typing import Any
 import beequeue.link
 import beequeue.store
 from beequeue import CommandError, Job, Queue
+from tests.loops import use_loop
 
 CONCURRENCY = 4
 TICK_S = 0.2
@@ -121,5 +122,6 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
 
 
 if __name__ == "__main__":
+    use_loop(os.environ)
     hurry()
     asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))
