@@ -46,9 +46,9 @@ class Queue(Emitter):
     """A bee-queue, in the role its settings give it: producer, worker, or both.
 
     `name` and the setting `prefix` name its keys in Redis, `<prefix>:<name>:…`. `redis` is a URL (`redis://`, `rediss://`,
-    `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the settings of, a `Client` (see
-    `beequeue.connect`) whose connection several queues use for commands, or None for 127.0.0.1:6379. The settings are those of
-    `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
+    `valkey://`, `valkeys://`, `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the
+    settings of, a `Client` (see `beequeue.connect`) whose connection several queues use for commands, or None for
+    127.0.0.1:6379. The settings are those of `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
 
     Connects at once when made inside a running loop (unless `auto_connect=False`), otherwise at first use; `async with`
     opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.

@@ -16,7 +16,7 @@ from beequeue.address import Address, RedisSetting
 from beequeue.connection import Connection, Group
 from beequeue.errors import BeeQueueError, WrongLoop
 from beequeue.link import Link
-from beequeue.settings import Backoff, linear_backoff
+from beequeue.settings import Backoff, QueueSettings, linear_backoff
 from beequeue.store import load_scripts
 
 log = logging.getLogger("beequeue")
@@ -100,6 +100,7 @@ async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_bac
     `redis`, `reconnect` and `ensure_scripts` are as in `Queue`. Waits for a Redis that is not up yet. Raises `ValueError` or
     `TypeError` naming a wrong argument, `ConnectionRefused` when Redis says no.
     """
+    QueueSettings(reconnect=reconnect, ensure_scripts=ensure_scripts)  # checks them
     client = Client(Address(redis), reconnect=reconnect, ensure_scripts=ensure_scripts)
     try:
         await client.open()
