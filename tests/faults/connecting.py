@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -171,11 +172,16 @@ async def loading(field: Field) -> None:
 
     await field.until(is_rewritten)
     failed = field.save_errors["CommandError LOADING"], field.crew.look().errors["CommandError LOADING"]
-    field.server.stop()
-    field.server.start("--key-load-delay", str(LOAD_DELAY_US), "--loading-process-events-interval-bytes", "1024")
-    await redis.connection_pool.disconnect()
-    await field.until(lambda: _more_than(20, refusals(redis, "LOADING")))
-    await redis.config_set("key-load-delay", 0)
+    async with _another_queue(field) as queue:
+        field.server.stop()
+        field.server.start("--key-load-delay", str(LOAD_DELAY_US), "--loading-process-events-interval-bytes", "1024")
+        await redis.connection_pool.disconnect()
+        await field.until(lambda: _more_than(20, refusals(redis, "LOADING")))
+        saving = [asyncio.create_task(queue.create_job(number).save()) for number in range(10)]
+        refused = await refusals(redis, "LOADING")
+        await field.until(lambda: _more_than(refused + 20, refusals(redis, "LOADING")))
+        await redis.config_set("key-load-delay", 0)
+        await asyncio.gather(*saving)
     await answers(redis)
     await field.until(field.all_are_connected)
     await redis.unlink(*fillers)
@@ -246,10 +252,7 @@ async def forgotten_flow(field: Field) -> None:
     """Something on the way forgets what is idle, and tells nobody: what is used after an hour works at once."""
     await field.until(field.all_are_connected)
     lost, loop, relay = field.lost, asyncio.get_running_loop(), field.to_producer
-    quiet = Queue(
-        f"{field.name}-quiet", with_provider(relay.url, field.moods.path), is_worker=False, get_events=False, reconnect=soon
-    )
-    async with quiet:
+    async with _another_queue(field, get_events=False) as quiet:
         await quiet.create_job("first").save()
         address = urlsplit(relay.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -266,9 +269,17 @@ async def forgotten_flow(field: Field) -> None:
             await field.producer.check_health()
         field.to_producer.forget_after_s = field.to_workers.forget_after_s = None
         assert quiet.reconnects == 0
-        await quiet.destroy()
     assert field.lost == lost
     plain.cut()
+
+
+@asynccontextmanager
+async def _another_queue(field: Field, **settings: Any) -> AsyncIterator[Queue]:
+    """A producer of another queue, which nobody works for; it is destroyed at the end."""
+    redis = with_provider(field.to_producer.url, field.moods.path)
+    async with Queue(f"{field.name}-quiet", redis, is_worker=False, reconnect=soon, **settings) as queue:
+        yield queue
+        await queue.destroy()
 
 
 # --- much at once ------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ class Provider(CredentialProvider):
             raise {kind.__name__: kind for kind in FAILURES}[failure]("the token service is down")
         return (password,)
 
+    async def get_credentials_async(self) -> tuple[str]:
+        return self.get_credentials()
+
 
 class Moods:
     """What the providers do."""
