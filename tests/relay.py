@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 import tempfile
@@ -40,13 +41,14 @@ class Line:
         return not (self.dead or self._outer.transport.is_closing() or self._inner.transport.is_closing())
 
     def cut(self) -> None:
-        self._inner.transport.abort()
-        self._outer.transport.abort()
+        for writer in (self._inner, self._outer):
+            with contextlib.suppress(AttributeError):  # of asyncio's own: it was closed while it still had something to say
+                writer.transport.abort()
 
     def reset(self) -> None:
         """Cuts it; the queue gets RST."""
         reset(self._outer)
-        self._inner.transport.abort()
+        self.cut()
 
     async def pass_back(self, data: bytes) -> None:
         """Gives the queue what Redis has said."""

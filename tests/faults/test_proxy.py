@@ -153,13 +153,16 @@ async def workers(url: str, name: str, directory: Path) -> AsyncIterator[None]:
                 await worker.wait()
 
 
+FRONTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Front]]] = {"resets": relay, "tls": haproxy}
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("front", [relay, haproxy], ids=["resets", "tls"])
-async def test_all_work_again(front: Callable[[Path], AbstractAsyncContextManager[Front]], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("front", FRONTS)
+async def test_all_work_again(front: str, name: str, tmp_path: Path) -> None:
     """Redis is away when all connect for the first time, and once more when all are at work."""
     errors: list[BeeQueueError] = []
     async with AsyncExitStack() as stack:
-        url, redis = await stack.enter_async_context(front(tmp_path))
+        url, redis = await stack.enter_async_context(FRONTS[front](tmp_path))
         redis.go()
         await stack.enter_async_context(workers(url, name, tmp_path))
         producers = [Queue(name, url, is_worker=False) for _ in range(PRODUCERS)]
