@@ -450,6 +450,8 @@ class BlockingConnection:
         except BeeQueueError:
             raise
         except redis.exceptions.ResponseError as error:
+            if isinstance(error, _FOR_NOW):  # the next call may find another server there
+                self.close()
             failure = CommandError(str(error))
         except Exception as error:  # also whatever the driver makes of a socket that `close` has taken away
             self.close()

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import beequeue.link as link_module
-from beequeue.address import Address, NoAnswer
+from beequeue.address import Address, NoAnswer, refusal_in
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
 from beequeue.link import UNFIT, Command, Link, settle
 from beequeue.settings import Backoff, linear_backoff
@@ -217,6 +217,12 @@ class Connection:
             link.drop("set-up refused")
             if error.code in ("NOAUTH", "NOPERM", "WRONGPASS"):
                 raise ConnectionRefused(f"{self.address}: {error}") from None
+            raise
+        except ConnectionLost:
+            link.drop("set-up ended")
+            # TLS 1.3 lets a client in first, and asks for its certificate then
+            if (refusal := refusal_in(link.error, self.address)) is not None:
+                raise refusal from None
             raise
         except BaseException:
             link.drop("set-up ended")

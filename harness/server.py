@@ -76,10 +76,10 @@ class Server:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Starts it and waits for its PONG on its own socket; raises `NoServer`."""
+    def start(self, *options: str) -> None:
+        """Starts it, this time with more options, and waits for its answer on its own socket; raises `NoServer`."""
         command = [str(self.binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory)]
-        command += ["--save", "", "--loglevel", "warning", *self._options]
+        command += ["--save", "", "--loglevel", "warning", *self._options, *options]
         self._process = subprocess.Popen(  # noqa: S603 - the user's own server
             command,
             stdout=self._log if self._log is not None else subprocess.DEVNULL,

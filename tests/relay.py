@@ -1,14 +1,22 @@
-"""A relay between queues and their Redis that a test can make slow, silent or dead. It changes no byte."""
+"""A relay between queues and their Redis that a test can make slow, silent, forgetful or dead. It changes no byte."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import struct
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 Distort = Callable[["Line", bytes], Awaitable[bytes]]
+CHUNK = 2**14
+"""How many bytes a slow relay passes on at once."""
+AT_ONCE = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing sends RST in place of FIN."""
 
 
 class Line:
@@ -18,6 +26,7 @@ class Line:
         self.said = b""
         self.dead = False
         """From now on nothing comes through, in either direction, and neither side is told."""
+        self.moved_at = asyncio.get_running_loop().time()
         self._inner = inner
         self._outer = outer
 
@@ -32,8 +41,14 @@ class Line:
         return not (self.dead or self._outer.transport.is_closing() or self._inner.transport.is_closing())
 
     def cut(self) -> None:
-        self._inner.transport.abort()
-        self._outer.transport.abort()
+        for writer in (self._inner, self._outer):
+            with contextlib.suppress(AttributeError):  # of asyncio's own: it was closed while it still had something to say
+                writer.transport.abort()
+
+    def reset(self) -> None:
+        """Cuts it; the queue gets RST."""
+        reset(self._outer)
+        self.cut()
 
     async def pass_back(self, data: bytes) -> None:
         """Gives the queue what Redis has said."""
@@ -41,11 +56,21 @@ class Line:
         await self._outer.drain()
 
 
-class Relay:
-    """Listens on a unix socket and passes everything on to `target`; of what is said it keeps `remember` bytes a connection."""
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Closes a TCP connection by RST."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+    writer.transport.abort()
 
-    def __init__(self, target: str, *, remember: int | None = None) -> None:
+
+class Relay:
+    """Passes everything on to `target`; of what is said it keeps `remember` bytes a connection.
+
+    It listens on a unix socket, or with `tcp` on a port of the loopback; `url` says where.
+    """
+
+    def __init__(self, target: str, *, remember: int | None = None, tcp: bool = False) -> None:
         self._target = urlsplit(target)
+        self._tcp = tcp
         self._remember = remember
         self._directory = tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")
         self._path = Path(self._directory.name) / "relay.sock"
@@ -54,16 +79,28 @@ class Relay:
         self._last_words: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.lines: list[Line] = []
-        self.refused = 0
-        """How many connections were accepted and reset, since Redis was down."""
+        self._new: set[Line] = set()
+        """on which Redis has said nothing yet"""
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
         """called with what a queue says, before it is passed on"""
         self.distort: Distort | None = None
         """Awaited with what Redis says, which it may delay, pass on in part, or cut; what it returns is passed on."""
+        self.resets: Literal["", "accepted", "greeted"] = ""
+        """Resets new connections: when they are accepted, or behind the first that Redis says."""
+        self.resets_done = 0
+        self.rate: int | None = None
+        """Bytes a second that come through in each direction, on all connections together; the rest waits on the other side."""
+        self._free_at = [0.0, 0.0]
+        self.forget_after_s: float | None = None
+        """A connection that was idle for longer is dead, which nobody is told."""
         self.url = f"unix://{self._path}"
 
     async def __aenter__(self) -> Relay:
-        self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+        if self._tcp:
+            self._server: asyncio.Server = await asyncio.start_server(self._serve, "127.0.0.1")
+            self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        else:
+            self._server = await asyncio.start_unix_server(self._serve, str(self._path))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -100,27 +137,46 @@ class Relay:
         self.lines = [line for line in self.lines if line.is_open]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.resets == "accepted":
+            self.resets_done += 1
+            reset(writer)
+            return
         try:
             if self._target.scheme == "unix":
                 inner_reader, inner_writer = await asyncio.open_unix_connection(self._target.path)
             else:
                 inner_reader, inner_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 6379)
         except OSError:  # Redis is down
-            self.refused += 1
             writer.transport.abort()
             return
         line = Line(inner_writer, writer)
         self.lines.append(line)
+        self._new.add(line)
         for source, sink, to_redis in ((reader, inner_writer, True), (inner_reader, writer, False)):
             task = asyncio.create_task(self._pass_on(line, source, sink, to_redis))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _forget(self, line: Line) -> None:
+        """Something has been said: too late, where the connection is forgotten."""
+        now = asyncio.get_running_loop().time()
+        if self.forget_after_s is not None and now > line.moved_at + self.forget_after_s:
+            line.dead = True
+        line.moved_at = now
+
+    async def _take_turn(self, takes_s: float, to_redis: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        self._free_at[to_redis] = max(now, self._free_at[to_redis]) + takes_s
+        await asyncio.sleep(self._free_at[to_redis] - now)
+
     async def _pass_on(self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool) -> None:
         try:
-            while data := await source.read(2**20):
+            while data := await source.read(2**20 if self.rate is None else CHUNK):
+                self._forget(line)
                 if line.dead:
                     continue
+                if self.rate is not None:
+                    await self._take_turn(len(data) / self.rate, to_redis)
                 if to_redis:
                     if self._remember is None or len(line.said) < self._remember:
                         line.said += data
@@ -153,7 +209,15 @@ class Relay:
                         data = await self.distort(line, data)
                         if line.dead:
                             continue
+                    if self.resets == "greeted" and line in self._new:
+                        self.resets_done += 1
+                        await line.pass_back(data)
+                        line.reset()
+                        return
+                    self._new.discard(line)
                 sink.write(data)
+                if self.rate is not None:
+                    await sink.drain()
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:

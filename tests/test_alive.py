@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import uvloop
@@ -44,16 +44,19 @@ async def own_redis(own_server: Server) -> AsyncIterator[Redis]:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_a_proxy_that_accepts_and_resets(own_server: Server, name: str, run: Run) -> None:
-    """each queue is ready soon after Redis is back behind it"""
+@pytest.mark.parametrize("reset", ["accepted", "greeted"])
+def test_a_proxy_that_accepts_and_resets(
+    own_server: Server, name: str, run: Run, reset: Literal["accepted", "greeted"]
+) -> None:
+    """each queue is ready soon after the proxy lets it through"""
 
     async def main() -> None:
-        own_server.stop()
         async with Relay(own_server.url) as relay:
+            relay.resets = reset
             queues = [Queue(name, relay.url, is_worker=False, get_events=False, reconnect=soon) for _ in range(20)]
             opening = [asyncio.create_task(queue.ready()) for queue in queues]
-            await until(lambda: relay.refused >= 100)
-            own_server.start()
+            await until(lambda: relay.resets_done >= 100)
+            relay.resets = ""
             async with asyncio.timeout(10):
                 await asyncio.gather(*opening)
                 await asyncio.gather(*(queue.create_job({}).save() for queue in queues))

@@ -6,12 +6,14 @@ import asyncio
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from beequeue import Job, Queue
 from config import Config
 from tests.conftest import MakeQueue
 from tests.faults.scenarios import FAULTS
+from tests.faults.test_proxy import FRONTS
 from tests.test_example import public
 from tests.test_harness_faults import FAULTS as HARNESS_FAULTS
 
@@ -75,6 +77,13 @@ def test_the_table_of_events_has_them_all() -> None:
     assert emitted - {"job "} <= listed
 
 
+PARAMETERS: dict[str, Collection[str]] = {
+    "test_alone": FAULTS,
+    "test_it_lives_on": HARNESS_FAULTS,
+    "test_all_work_again": FRONTS,
+}
+
+
 def promises() -> list[tuple[str, str, str | None]]:
     """The tests that the promises name: module, function, parameter."""
     rows = table("### What is promised under which fault", "fault")
@@ -88,13 +97,12 @@ def test_each_promise_names_a_test() -> None:
         path = next((ROOT / "tests").rglob(module))
         assert re.search(rf"^(async )?def {function}\(", path.read_text(), re.MULTILINE), function
         if parameter is not None:
-            assert parameter in (FAULTS if function == "test_alone" else HARNESS_FAULTS)
+            assert parameter in PARAMETERS[function], parameter
 
 
 def test_each_fault_has_a_promise() -> None:
-    assert {("test_alone", fault) for fault in FAULTS} | {("test_it_lives_on", fault) for fault in HARNESS_FAULTS} == {
-        (function, parameter) for _, function, parameter in promises() if parameter is not None
-    }
+    all_of_them = {(function, parameter) for function, parameters in PARAMETERS.items() for parameter in parameters}
+    assert all_of_them == {(function, parameter) for _, function, parameter in promises() if parameter is not None}
 
 
 def test_the_files_that_it_lists_exist() -> None:

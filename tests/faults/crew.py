@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.children import end_with_parent
 from tests.conftest import until
 from tests.faults.ledger import Notes
+from tests.faults.worker import CONCURRENCY
 
 
 class Worker:
@@ -67,6 +68,14 @@ class Worker:
         self._process.send_signal(signal.SIGCONT)
         self._stopped = False
 
+    def open_gate(self) -> None:
+        """Its gated jobs end, those to come too."""
+        self._process.send_signal(signal.SIGHUP)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def jump(self, *, ahead: bool) -> None:
         """Its clock is set by an hour; returns when it is."""
         self.look()
@@ -103,22 +112,24 @@ class Worker:
 class Crew:
     """The workers of a queue, the killed ones too. `directory` gets their files."""
 
-    def __init__(self, url: str, name: str, directory: Path, stall_interval: int) -> None:
+    def __init__(self, url: str, name: str, directory: Path, stall_interval: int, mood: Path) -> None:
         self.notes = Notes()
         self.alive: list[Worker] = []
         self._all: list[Worker] = []
         self._arguments = (url, name)
         self._directory = directory
         self._stall_interval = stall_interval
+        self._mood = mood
         self._hired = 0
         self.complaints = directory / "stderr"
 
-    async def hire(self) -> Worker:
+    async def hire(self, concurrency: int = CONCURRENCY) -> Worker:
         """Starts a worker."""
         self._hired += 1
         path = self._directory / f"worker-{self._hired}"
         path.touch()
-        arguments = ("-m", "tests.faults.worker", *self._arguments, str(path), str(self._stall_interval))
+        arguments = ["-m", "tests.faults.worker", *self._arguments, str(path)]
+        arguments += [str(self._stall_interval), str(self._mood), str(concurrency)]
         with self.complaints.open("ab") as complaints:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stderr=complaints, preexec_fn=end_with_parent()
@@ -127,6 +138,11 @@ class Crew:
         self._all.append(worker)
         self.alive.append(worker)
         return worker
+
+    async def retire(self, worker: Worker) -> None:
+        """Lets one end in peace, which it must do."""
+        self.alive.remove(worker)
+        assert await worker.end() == 0
 
     async def replace_the_dead(self) -> int:
         """Hires another worker for each that a job has killed; how many those were."""

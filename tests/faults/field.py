@@ -28,6 +28,7 @@ from harness.server import Server, find_server, running_server
 from tests.conftest import until
 from tests.faults.crew import Crew
 from tests.faults.ledger import ENDS, Ledger, Stored, discrepancies, end_of, is_delayed, retries_of, summary
+from tests.faults.provider import Moods, with_provider
 from tests.faults.worker import soon
 from tests.observe import ONLOOKER, answers, beequeue_tasks
 from tests.relay import Distort, Line, Relay
@@ -91,7 +92,8 @@ class Field:
         enter = self._stack.enter_async_context
         try:
             await self._set_up()
-            self.producer = await enter(Queue(self.name, with_password(self.to_producer.url), is_worker=False, reconnect=soon))
+            redis = with_provider(self.to_producer.url, self.moods.path)
+            self.producer = await enter(Queue(self.name, redis, is_worker=False, reconnect=soon))
         except BaseException:
             await self._stack.aclose()
             raise
@@ -109,10 +111,11 @@ class Field:
         enter = self._stack.enter_async_context
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bq", dir="/tmp")))
         self.server: Server = self._stack.enter_context(running_server(find_server(os.environ), *OPTIONS))
-        self.to_producer = await enter(Relay(self.server.url, remember=2**16))
-        self.to_workers = await enter(Relay(self.server.url, remember=2**16))
+        self.moods = Moods(directory / "mood", PASSWORD)
+        self.to_producer = await enter(Relay(self.server.url, remember=2**16, tcp=True))
+        self.to_workers = await enter(Relay(self.server.url, remember=2**16, tcp=True))
         self.redis = await enter(self.onlooker(self.server.url))
-        self.crew = Crew(with_password(self.to_workers.url), self.name, directory, STALL_INTERVAL_MS)
+        self.crew = Crew(self.to_workers.url, self.name, directory, STALL_INTERVAL_MS, self.moods.path)
         self._stack.push_async_callback(self.crew.bury)
         for _ in range(2):
             await self.crew.hire()
@@ -143,16 +146,25 @@ class Field:
     # --- load ------------------------------------------------------------------------------------------------------------
 
     def new_job(
-        self, *, due: int | None = None, ms: int | None = None, blocks: bool = False, kills: bool = False
+        self,
+        *,
+        due: int | None = None,
+        ms: int | None = None,
+        blocks: bool = False,
+        kills: bool = False,
+        gated: bool = False,
+        size: int = 0,
     ) -> tuple[int, Job, asyncio.Future[None]]:
         """A job that is entered in the ledger when it ends; its number, and what completes then.
 
-        For `ms` its handler sleeps, or `blocks` the event loop; one that `kills` its worker then does so.
+        For `ms` its handler sleeps, or `blocks` the event loop; one that `kills` its worker then does so. One that is `gated`
+        ends when its worker is told to open the gate. `size` bytes come with it.
         """
         number = self.ledger.issue()
         if kills:
             self.ledger.killers.add(number)
-        data = {"number": number, "end": "killed" if kills else end_of(number), "blocks": blocks}
+        data = {"number": number, "end": "killed" if kills else end_of(number), "blocks": blocks, "gated": gated}
+        data["filler"] = "x" * size
         data["ms"] = self.chance.randrange(2, 20) if ms is None else ms
         job = self.producer.create_job(data).retries(retries_of(number))
         if due is not None or is_delayed(number):
@@ -175,6 +187,24 @@ class Field:
         for number, job, _ in jobs:
             assert job.id is not None
             self.ledger.saved[number] = job.id
+
+    async def save_each(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
+        """Saves what `new_job` has made, each by itself and all at once; every save must work."""
+        for (number, job, _), saved in zip(
+            jobs, await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True), strict=True
+        ):
+            if isinstance(saved, BeeQueueError):
+                self.ledger.save_failed(number, saved)
+            else:
+                assert job.id is not None
+                self.ledger.saved[number] = job.id
+        assert [number for number, *_ in jobs if number not in self.ledger.saved] == []
+
+    async def make_due(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
+        """Lets delayed jobs be due now."""
+        key, now = self.producer.to_key, now_ms()
+        await self.redis.zadd(key("delayed"), {job.id: now for _, job, _ in jobs}, xx=True)
+        await self.redis.publish(key("earlierDelayed"), now)
 
     async def _keep_going(self) -> None:
         while self._running:
@@ -212,6 +242,17 @@ class Field:
     def _published(self, job_id: str, result: Any) -> None:
         self.ledger.published[result["number"]] += 1
 
+    @property
+    def lost(self) -> tuple[int, int]:
+        """How many connections the producer has got back, and how many the workers have reported as lost."""
+        return self.producer.reconnects, self.crew.look().errors["ConnectionLost"]
+
+    def claim(self, kind: type[Exception]) -> list[Exception]:
+        """What the producer has reported of a kind, which is thereby expected."""
+        claimed = [error for error in self.unexpected if isinstance(error, kind)]
+        self.unexpected = [error for error in self.unexpected if not isinstance(error, kind)]
+        return claimed
+
     def _error(self, error: Exception) -> None:
         if isinstance(error, ConnectionRefused):
             self.refusals.append(error)
@@ -220,20 +261,19 @@ class Field:
 
     # --- Redis -----------------------------------------------------------------------------------------------------------
 
-    async def clients(self) -> list[dict[str, str]]:
-        """The connections of producer and workers."""
-        return [
-            client for client in await self.redis.client_list() if client["name"] == "" and client["flags"] not in ("S", "M")
-        ]
+    async def clients(self, redis: Any = None) -> list[dict[str, str]]:
+        """The connections of producer and workers, of which `redis` knows."""
+        found = await (redis or self.redis).client_list()
+        return [client for client in found if client["name"] == "" and client["flags"] not in ("S", "M")]
 
     async def all_are_connected(self) -> bool:
         """Whether the producer's two connections are up, and each worker's three."""
         return len(await self.clients()) == 2 + 3 * len(self.crew.alive)
 
-    async def kill(self, clients: Iterable[dict[str, str]]) -> None:
+    async def kill(self, clients: Iterable[dict[str, str]], redis: Any = None) -> None:
         """CLIENT KILL."""
         for client in clients:
-            await self.redis.client_kill_filter(_id=client["id"])
+            await (redis or self.redis).client_kill_filter(_id=client["id"])
 
     async def restart(self, *, wipe: bool) -> None:
         """Kills the server and starts it again, with what it has written down or without; returns when it answers."""
@@ -325,4 +365,4 @@ class Field:
 
 
 def with_password(url: str) -> str:
-    return url.replace("unix://", f"unix://:{PASSWORD}@")
+    return url.replace("://", f"://:{PASSWORD}@")

@@ -6,18 +6,26 @@ Each asserts that it has happened at all; that nothing was lost is the ledger's 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from collections.abc import Awaitable, Callable
 
-import pytest
-
-from beequeue import CommandError
 from beequeue.job import now_ms
+from tests.faults.connecting import (
+    demoted_alive,
+    ended_at_once,
+    forgotten_flow,
+    loading,
+    paused_for_long,
+    provider_fails,
+    proxy_resets,
+    refusals,
+    replica_promoted,
+    right_missing,
+    server_stopped,
+    slow_link,
+)
 from tests.faults.field import AT_ONCE, PASSWORD, STALL_INTERVAL_MS, Field
 from tests.faults.ledger import retries_of
 from tests.faults.worker import HOUR_S, MAX_STALLS
-from tests.observe import ONLOOKER
 from tests.relay import Line
 
 Fault = Callable[[Field], Awaitable[None]]
@@ -138,22 +146,22 @@ async def restart_without_aof(field: Field) -> None:
 
 async def flush_scripts(field: Field) -> None:
     """SCRIPT FLUSH, again and again, under load."""
-    refused = await _refusals(field, "NOSCRIPT")
+    refused = await refusals(field.redis, "NOSCRIPT")
     for _ in range(8):
         await field.redis.script_flush()
         await field.more(6)
-    assert await _refusals(field, "NOSCRIPT") > refused
+    assert await refusals(field.redis, "NOSCRIPT") > refused
 
 
 async def flush_scripts_in_save_all(field: Field) -> None:
     """SCRIPT FLUSH while one call saves many jobs: all are saved."""
-    refused = await _refusals(field, "NOSCRIPT")
+    refused = await refusals(field.redis, "NOSCRIPT")
     jobs = [field.new_job(ms=0) for _ in range(2_500)]
     saving = asyncio.create_task(field.save_all(jobs))
     while not saving.done():
         await field.redis.script_flush()
     await saving
-    assert await _refusals(field, "NOSCRIPT") > refused
+    assert await refusals(field.redis, "NOSCRIPT") > refused
     await asyncio.gather(*(ended for _, _, ended in jobs))
 
 
@@ -284,70 +292,17 @@ async def password_changes(field: Field) -> None:
     await field.until(field.all_are_connected)
 
 
-async def replica_promoted(field: Field) -> None:
-    """A planned failover: old connections say UNBLOCKED or READONLY until they are killed, and find the new one."""
-    old, replica = field.redis, field.another_server()
-    await field.look_on(replica.url)
-    ports = free_ports(2)
-    for redis, port in zip((old, field.redis), ports, strict=True):
-        await redis.config_set("port", port)
-    await field.redis.replicaof("127.0.0.1", ports[0])
-
-    async def is_online() -> bool:
-        told = await old.info("replication")
-        replicas = [told[f"slave{index}"] for index in range(told["connected_slaves"])]
-        return any(each["port"] == ports[1] and each["state"] == "online" for each in replicas)
-
-    await field.until(is_online)
-    unrecorded = field.crew.look().errors["CommandError READONLY"]
-    await old.execute_command("FAILOVER", "TO", "127.0.0.1", ports[1], "TIMEOUT", 10_000)
-
-    async def is_demoted() -> bool:
-        return bool((await old.info("replication"))["role"] == "slave")
-
-    await field.until(is_demoted)
-    number, job, _ = field.new_job()  # the load may have come to a stand: what has run cannot be recorded
-    with pytest.raises(CommandError, match="^READONLY ") as refused:
-        await job.save()
-    field.ledger.save_failed(number, refused.value)
-    await field.until(lambda: field.crew.look().errors["CommandError READONLY"] > unrecorded)
-    for relay in (field.to_producer, field.to_workers):
-        relay.lead_to(replica.url)
-    for client in await old.client_list():
-        if client["name"] != ONLOOKER and client["flags"] not in ("S", "M"):
-            await old.client_kill_filter(_id=client["id"])
-    field.server = replica
-
-
 async def ten_thousand_due(field: Field) -> None:
     """10,000 delayed jobs are due at once."""
     jobs = [field.new_job(due=now_ms() + 3_600_000, ms=0) for _ in range(10_000)]
     await field.save_all(jobs)
-    key = field.producer.to_key
-    assert await field.redis.zcard(key("delayed")) >= len(jobs)
-    now = now_ms()
-    await field.redis.zadd(key("delayed"), {job.id: now for _, job, _ in jobs}, xx=True)
-    await field.redis.publish(key("earlierDelayed"), now)
+    assert await field.redis.zcard(field.producer.to_key("delayed")) >= len(jobs)
+    await field.make_due(jobs)
     await asyncio.gather(*(ended for _, _, ended in jobs))
 
 
 _FINISHED = {"command": (b"*3\r\n:1\r\n", b"*1\r\n:1\r\n"), "take": (b"*1\r\n:1\r\n",), "event": ()}
 """How the reply to a finish begins that has settled its job, where no other reply does."""
-
-
-async def _refusals(field: Field, code: str) -> int:
-    """How often Redis has said so."""
-    refusals: int = (await field.redis.info("errorstats")).get(f"errorstat_{code}", {"count": 0})["count"]
-    return refusals
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody uses now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 FAULTS: dict[str, Fault] = {
@@ -372,7 +327,17 @@ FAULTS: dict[str, Fault] = {
         memory_runs_out,
         password_changes,
         replica_promoted,
+        demoted_alive,
         ten_thousand_due,
+        proxy_resets,
+        provider_fails,
+        right_missing,
+        loading,
+        paused_for_long,
+        server_stopped,
+        slow_link,
+        forgotten_flow,
+        ended_at_once,
     )
 }
 """By name; alone in this order."""

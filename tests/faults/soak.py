@@ -36,8 +36,15 @@ SOAKED = (
     "relay-cuts",
     "relay-halves",
     "password-changes",
+    "proxy-resets",
+    "provider-fails",
+    "loading",
+    "paused-for-long",
+    "server-stopped",
+    "slow-link",
+    "forgotten-flow",
 )
-"""The faults that leave this Redis where it is."""
+"""The faults that leave this Redis where it is, the rights of the harness, and most of the workers."""
 GROWTH_MB = 3
 """What a process may grow by after the first third of its life; what two sockets lose would be over 50 MB in 30 minutes."""
 ROWS = 10

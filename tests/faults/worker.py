@@ -1,6 +1,8 @@
-"""A worker that writes down what it does: `python -m tests.faults.worker URL NAME FILE STALL_INTERVAL_MS`.
+"""A worker that writes down what it does: `python -m tests.faults.worker URL NAME FILE STALL_INTERVAL_MS MOOD CONCURRENCY`.
 
-SIGUSR1 sets the process's clock an hour ahead, SIGUSR2 an hour back: `time.time`, which is what due times are held against.
+It runs on the loop that TEST_LOOP names, and gets its password from a provider that the file MOOD rules. SIGUSR1 sets the
+process's clock an hour ahead, SIGUSR2 an hour back: `time.time`, which is what due times are held against. SIGHUP opens the
+gate that gated jobs wait for.
 
 Each line goes to FILE in one write with O_APPEND, so a kill loses none. A job starts behind its line, and ends behind it too.
 SIGTERM closes the queue. Half-open sockets are found in a fifth of the usual time.
@@ -16,12 +18,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import uvloop
 
 import beequeue.link
 import beequeue.store
 from beequeue import CommandError, Job, Queue
-from tests.loops import use_loop
+from tests.faults.provider import with_provider
 
 CONCURRENCY = 4
 TICK_S = 0.2
@@ -70,7 +75,7 @@ class Warnings(logging.Handler):
             self._note("blocked", blocked[1])
 
 
-async def main(url: str, name: str, path: str, stall_interval: int) -> None:
+async def main(url: str, name: str, path: str, stall_interval: int, mood: Path, concurrency: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(*words: object) -> None:
@@ -83,6 +88,8 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
             time.sleep(job.data["ms"] / 1000)  # noqa: ASYNC251  # that is what it is for
         else:
             await asyncio.sleep(job.data["ms"] / 1000)
+        if job.data["gated"]:
+            await gate.wait()
         if job.data["end"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         fails = job.data["end"] == "failed" or job.options.get("retries", 0) > 0
@@ -91,16 +98,17 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
             raise ValueError(f"bad {number}")
         return {"number": number}
 
-    stop = asyncio.Event()
+    stop, gate = asyncio.Event(), asyncio.Event()
     clock, loop = Clock(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, gate.set)
     loop.add_signal_handler(signal.SIGUSR1, lambda: note("jumped", clock.jump(HOUR_S)))
     loop.add_signal_handler(signal.SIGUSR2, lambda: note("jumped", clock.jump(-HOUR_S)))
     logging.getLogger("beequeue").addHandler(Warnings(note))
     logging.getLogger("beequeue").addHandler(logging.StreamHandler())
     queue = Queue(
         name,
-        url,
+        with_provider(url, mood),
         get_events=False,
         activate_delayed_jobs=True,
         delayed_debounce=20,
@@ -115,13 +123,20 @@ async def main(url: str, name: str, path: str, stall_interval: int) -> None:
         "error", lambda error: note("error", type(error).__name__, *([error.code] if isinstance(error, CommandError) else []))
     )
     async with queue:
-        queue.process(handler, CONCURRENCY)
+        queue.process(handler, concurrency)
         note("ready")
         await stop.wait()
     note("closed")
 
 
-if __name__ == "__main__":
-    use_loop(os.environ)
+def run() -> None:
+    """Reads the arguments."""
+    url, name, path, stall_interval, mood, concurrency = sys.argv[1:]
     hurry()
-    asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))
+    factory = uvloop.new_event_loop if os.environ.get("TEST_LOOP") == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main(url, name, path, int(stall_interval), Path(mood), int(concurrency)))
+
+
+if __name__ == "__main__":
+    run()
