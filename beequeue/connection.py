@@ -308,7 +308,7 @@ class Connection:
 
     def _is_unfit(self, command: Command | None, refusal: str) -> None:
         """Redis has refused `command`, which did nothing, or is found to be a replica now."""
-        if True:
+        if self.link is not None:  # not a late answer on a link that is being left already
             self._group.leave(refusal)
         if command is None:
             return
