@@ -34,5 +34,9 @@ for at = 1, #ARGV, 2 do
     reply[#reply + 1] = added ~= 0 and added
   end
 end
-if #stored > 0 then redis.call('LPUSH', KEYS[3], unpack(stored)) end
+local pushed = #stored > 0 and redis.pcall('LPUSH', KEYS[3], unpack(stored))
+if type(pushed) == 'table' then
+  redis.call('HDEL', KEYS[2], unpack(stored))
+  return pushed
+end
 return reply
