@@ -21,14 +21,18 @@ if id == '' then
 elseif redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 0 then
   return nil
 end
-local answer = redis.pcall('ZADD', KEYS[3], ARGV[3], id)
+local tried, answer = 'ZADD', redis.pcall('ZADD', KEYS[3], ARGV[3], id)
 if type(answer) == 'number' then
   local earliest = redis.pcall('ZRANGE', KEYS[3], 0, 0)
-  answer = earliest.err and earliest or earliest[1] == id and redis.pcall('PUBLISH', KEYS[4], ARGV[3])
+  if earliest.err then
+    tried, answer = 'ZRANGE', earliest
+  elseif earliest[1] == id then
+    tried, answer = 'PUBLISH', redis.pcall('PUBLISH', KEYS[4], ARGV[3])
+  end
   if type(answer) == 'table' then redis.call('ZREM', KEYS[3], id) end
 end
 if type(answer) == 'table' then
   redis.call('HDEL', KEYS[2], id)
-  return answer
+  return {err = answer.err .. ' (' .. tried .. ')'}
 end
 return id

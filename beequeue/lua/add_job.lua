@@ -22,6 +22,6 @@ end
 local pushed = redis.pcall('LPUSH', KEYS[3], id)
 if type(pushed) == 'table' then
   redis.call('HDEL', KEYS[2], id)
-  return pushed
+  return {err = pushed.err .. ' (LPUSH)'}
 end
 return id

@@ -52,7 +52,8 @@ redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
 -- a command gets at most 1024 ids: Lua's unpack has a limit
 local function in_batches(command, key, ids)
   for first = 1, #ids, 1024 do
-    redis.call(command, key, unpack(ids, first, math.min(first + 1023, #ids)))
+    local answer = redis.pcall(command, key, unpack(ids, first, math.min(first + 1023, #ids)))
+    if type(answer) == 'table' then error(answer.err .. ' (' .. command .. ')') end
   end
 end
 

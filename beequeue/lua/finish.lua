@@ -39,58 +39,62 @@
 local RUN, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
 
+local function named(refused, command)
+  return {err = refused.err .. ' (' .. command .. ')'}
+end
+
 local function is_overtaken(id)
   return redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1
 end
 
--- puts the job into its next state; returns an error, or something else
+-- puts the job into its next state; returns the error, if that is refused
 local function move_on(at)
   local id, how = ARGV[at], ARGV[at + 1]
-  if how == 'delete' then return redis.pcall('HDEL', KEYS[3], id) end
   local done
-  if how == 'succeeded' then
+  if how == 'delete' then
+    done = redis.pcall('HDEL', KEYS[3], id)
+    return type(done) == 'table' and named(done, 'HDEL')
+  elseif how == 'succeeded' then
     done = redis.pcall('SADD', KEYS[5], id)
   elseif how == 'failed' then
     done = redis.pcall('SADD', KEYS[6], id)
   elseif how == 'retry later' then
     done = redis.pcall('ZADD', KEYS[7], ARGV[at + 4], id)
   end
-  if type(done) == 'table' then return done end
+  if type(done) == 'table' then return named(done, how == 'retry later' and 'ZADD' or 'SADD') end
   local stored = redis.pcall('HSET', KEYS[3], id, ARGV[at + 2])
   if type(stored) == 'table' then
     if how == 'succeeded' then redis.call('SREM', KEYS[5], id) end
     if how == 'failed' then redis.call('SREM', KEYS[6], id) end
     if how == 'retry later' then redis.call('ZREM', KEYS[7], id) end
+    return named(stored, 'HSET')
   end
-  return stored
 end
 
 local function settle(at)
   local id, own = ARGV[at], ARGV[at + 5]
   local length = redis.pcall('HSTRLEN', KEYS[3], id)
   local exists = length == 0 and redis.pcall('HEXISTS', KEYS[3], id) or 1
-  if type(length) == 'table' then return length end
-  if type(exists) == 'table' then return exists end
+  if type(length) == 'table' then return named(length, 'HSTRLEN') end
+  if type(exists) == 'table' then return named(exists, 'HEXISTS') end
   if #own == SHA_LENGTH then
     local data = redis.pcall('HGET', KEYS[3], id)
-    if type(data) == 'table' then return data end
+    if type(data) == 'table' then return named(data, 'HGET') end
     if not data or redis.sha1hex(data) ~= own then return 0 end
   end
   local found = redis.pcall('LREM', KEYS[1], 1, id)
-  if found ~= 1 then return found end
+  if found ~= 1 then return found == 0 and 0 or named(found, 'LREM') end
   ids[#ids + 1] = id
   if exists == 0 then return 0 end
   if #own < SHA_LENGTH and length ~= tonumber(own) and is_overtaken(id) then return 0 end
-  local done = move_on(at)
-  if type(done) == 'table' then
+  local refused = move_on(at)
+  if refused then
     redis.call('RPUSH', KEYS[1], id)
     ids[#ids] = nil
-    return done
+    return refused
   end
-  if ARGV[at + 1] == 'retry later' then
-    done = redis.pcall('PUBLISH', KEYS[9], ARGV[at + 4])
-  end
-  return type(done) == 'table' and done or 1
+  local told = ARGV[at + 1] == 'retry later' and redis.pcall('PUBLISH', KEYS[9], ARGV[at + 4])
+  return type(told) == 'table' and named(told, 'PUBLISH') or 1
 end
 
 for at = 2, #ARGV, RUN do
@@ -106,7 +110,7 @@ for _ = 1, 100 do
   local next_ids, taken = {}, {}
   for at = 1, wanted do
     local id = redis.pcall('RPOP', KEYS[4])
-    if type(id) == 'table' then refused = id end
+    if type(id) == 'table' then refused = named(id, 'RPOP') end
     if not id or refused then break end
     next_ids[at] = id
   end
@@ -118,7 +122,7 @@ for _ = 1, 100 do
   local moved = data
   if #taken > 0 then moved = redis.pcall('LPUSH', KEYS[1], unpack(taken)) end
   if type(moved) == 'table' and moved.err then
-    refused = moved
+    refused = named(moved, moved == data and 'HMGET' or 'LPUSH')
     for at = #next_ids, 1, -1 do
       redis.call('RPUSH', KEYS[4], next_ids[at])
     end
@@ -139,9 +143,15 @@ for run = 1, runs do
     local told = 1
     if ARGV[at + 1] == 'retry now' then
       told = redis.pcall('LPUSH', KEYS[4], ARGV[at])
-      if type(told) == 'table' then redis.call('RPUSH', KEYS[1], ARGV[at]) end
+      if type(told) == 'table' then
+        redis.call('RPUSH', KEYS[1], ARGV[at])
+        told = named(told, 'LPUSH')
+      end
     end
-    if ARGV[at + 3] ~= '' and type(told) ~= 'table' then told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3]) end
+    if ARGV[at + 3] ~= '' and type(told) ~= 'table' then
+      told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3])
+      if type(told) == 'table' then told = named(told, 'PUBLISH') end
+    end
     if type(told) == 'table' then reply[run] = told end
   end
 end

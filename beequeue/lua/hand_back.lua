@@ -20,7 +20,7 @@ for _, id in ipairs(ARGV) do
     local pushed = redis.pcall('RPUSH', KEYS[4], id)
     if type(pushed) == 'table' then
       redis.call('LPUSH', KEYS[1], id)
-      return pushed
+      return {err = pushed.err .. ' (RPUSH)'}
     end
     handed = handed + 1
   end

@@ -38,7 +38,7 @@ while wanted > 0 do
   if type(data) == 'string' then refused = redis.pcall('LPUSH', KEYS[3], id) end
   if type(refused) == 'table' then
     redis.call('RPUSH', KEYS[2], id)
-    return refused
+    return {err = refused.err .. (refused == data and ' (HGET)' or ' (LPUSH)')}
   end
   if data then
     reply[#reply + 1] = id
