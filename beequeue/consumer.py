@@ -44,6 +44,8 @@ SHORTEST_ROW, LONGEST_ROW = 4, 16
 """How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
+REPORTED_AT_ONCE = 1_000
+"""How many jobs one command reports, so that it does not hold Redis up."""
 MORE_THREADS = 100
 """Threads beyond the concurrency: a time-out frees a slot, but does not stop the thread."""
 
@@ -266,15 +268,22 @@ class Consumer:
             emit("failed:fatal", job, error)
 
     async def _beat(self) -> None:
-        """Reports all running jobs at once, twice in each stall interval."""
+        """Reports all running jobs, twice in each stall interval."""
+        half_s = self._settings.stall_interval / 2000
+        due_at = self._loop.time()
         while True:
-            await asyncio.sleep(self._settings.stall_interval / 2000)
+            # by the clock: how long Redis takes to answer must not stretch the interval
+            due_at = max(due_at + half_s, self._loop.time())
+            await asyncio.sleep(due_at - self._loop.time())
             self._heart.sign()
-            if own := self._own():
-                try:
-                    await self._store.heartbeat({run.id for run in own})
-                except BeeQueueError as error:
-                    self._host._report(error)
+            ids = list({run.id for run in self._own()})
+            reports = [self._store.heartbeat(ids[at : at + REPORTED_AT_ONCE]) for at in range(0, len(ids), REPORTED_AT_ONCE)]
+            answers = await asyncio.gather(*reports, return_exceptions=True)
+            refused = next((answer for answer in answers if answer is not None), None)
+            if isinstance(refused, BeeQueueError):
+                self._host._report(refused)
+            elif refused is not None:
+                raise refused
 
     def _own(self) -> list[Run]:
         """The runs whose job is here; also for the heart's thread."""
