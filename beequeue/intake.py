@@ -50,6 +50,8 @@ class Settling(Protocol):
     settlement: Settlement | None
     finish: Command | None
     """The command that settles it, once that has been issued."""
+    slots: int
+    """How many slots its end gives back."""
 
 
 AnySettling = TypeVar("AnySettling", bound=Settling)
@@ -116,8 +118,9 @@ class Intake(Generic[AnySettling]):
 
     def _finish(self, runs: list[AnySettling]) -> Command:
         settlements = [(run.id, cast(Settlement, run.settlement)) for run in runs]
-        on_reply = functools.partial(self._finished, runs)
-        finish = self._store.finish(settlements, take=0 if self.closing else len(runs), on_reply=on_reply)
+        slots = sum([run.slots for run in runs])
+        on_reply = functools.partial(self._finished, runs, slots)
+        finish = self._store.finish(settlements, take=0 if self.closing else slots, on_reply=on_reply)
         for run in runs:
             run.finish = finish
         self._unanswered += 1
@@ -143,9 +146,9 @@ class Intake(Generic[AnySettling]):
                     self._store.settle([again])
         return back
 
-    def release(self) -> None:
-        """Gives a slot back."""
-        self._free += 1
+    def release(self, slots: int = 1) -> None:
+        """Gives slots back."""
+        self._free += slots
         self.pump_soon()
 
     # --- what comes in ---------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ class Intake(Generic[AnySettling]):
         self.pump_soon()
         self._changed.set()
 
-    def _finished(self, runs: list[AnySettling], reply: Any) -> None:
+    def _finished(self, runs: list[AnySettling], slots: int, reply: Any) -> None:
         """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
         self._unanswered -= 1
         if refused := isinstance(reply, BeeQueueError):
@@ -196,7 +199,7 @@ class Intake(Generic[AnySettling]):
         for index, run in enumerate(runs):
             self._ended(run, reply if refused else self._store.settled_by(reply[index]))
             run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
-        self._free += len(runs)
+        self._free += slots
         if not refused and len(reply) > len(runs):
             if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
                 self._host._report(refusal)

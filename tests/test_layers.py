@@ -21,6 +21,7 @@ ORDER = [
     "heart",
     "strangers",
     "intake",
+    "threads",
     "run",
     "maintenance",
     "decisions",
