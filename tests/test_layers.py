@@ -33,6 +33,7 @@ ORDER = [
     "address",
     "link",
     "supervised",
+    "forks",
     "job",
     "events",
     "settings",
