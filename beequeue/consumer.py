@@ -16,7 +16,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import copy_context
 from typing import Any, Protocol
 
@@ -33,10 +33,11 @@ from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Link
-from beequeue.run import Handler, Run, in_thread, is_async
+from beequeue.run import Handler, Run, is_async
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
 from beequeue.strangers import strangers
+from beequeue.threads import Threads
 
 log = logging.getLogger("beequeue")
 
@@ -44,8 +45,8 @@ SHORTEST_ROW, LONGEST_ROW = 4, 16
 """How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
-MORE_THREADS = 100
-"""Threads beyond the concurrency: a time-out frees a slot, but does not stop the thread."""
+REPORTED_AT_ONCE = 1_000
+"""How many jobs one command reports, so that it does not hold Redis up."""
 
 
 class Host(Protocol):
@@ -70,7 +71,6 @@ class Consumer:
         self._host = host
         self._settings = host.settings
         self._handler = handler
-        self._threads = None if is_async(handler) else ThreadPoolExecutor(concurrency + MORE_THREADS, "beequeue handler")
         self._held: dict[Run, None] = {}
         self._begun: deque[Run] = deque()
         """The runs whose handler has not been called yet."""
@@ -82,6 +82,7 @@ class Consumer:
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
+        self._threads = None if is_async(handler) else Threads(host.name, handler, concurrency, self._intake.release)
 
     def start(self) -> None:
         """Begins to take jobs."""
@@ -116,7 +117,7 @@ class Consumer:
 
     def _have_them_run(self) -> None:
         if self._begun and self._next_runner is None:
-            self._next_runner = asyncio.Task(self._run_all(), loop=self._loop, name="beequeue job")
+            self._next_runner = self._loop.create_task(self._run_all(), name="beequeue job")
 
     async def _run_all(self) -> None:
         """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
@@ -125,9 +126,11 @@ class Consumer:
         settles one while the next one runs. No job sees what another one has left in the task: a handler that changed its
         context, or asked for its own cancellation, or suspended, was the task's last.
         """
-        self._next_runner = None
         task = asyncio.current_task()
         assert task is not None
+        if self._next_runner is not task:  # an eager task factory has it run within `_have_them_run`
+            await asyncio.sleep(0)
+        self._next_runner = None
         context = copy_context()
         for _ in range(self._row):
             if not self._begun:
@@ -161,13 +164,15 @@ class Consumer:
                 self._changed.set()
                 return
             run.error = raised
+            if self._threads is not None and run.call is not None and not run.call.done() and self._threads.hangs(run.call):
+                run.slots = 0
         run.task = None
         self.running -= 1
         try:
             self._settle(run, self._decide(run, job))
         except Exception as fault:  # ours; without a heartbeat the stall check brings the job back
             del self._held[run]
-            self._intake.release()
+            self._intake.release(run.slots)
             self._host._report(fault)
 
     def _all_is_cancelled(self) -> bool:
@@ -195,7 +200,7 @@ class Consumer:
         if self._threads is None:
             outcome: Awaitable[Any] = self._handler(job)
             return outcome
-        run.call = self._threads.submit(in_thread, self._handler, job)
+        run.call = self._threads.call(job)
         return asyncio.wrap_future(run.call)
 
     def _decide(self, run: Run, job: Job) -> Settlement:
@@ -227,7 +232,7 @@ class Consumer:
         run.settlement = settlement
         if run.stranger:
             self._ended(run, False)
-            self._intake.release()
+            self._intake.release(run.slots)
             self._changed.set()
         else:
             self._intake.settle(run)
@@ -266,15 +271,22 @@ class Consumer:
             emit("failed:fatal", job, error)
 
     async def _beat(self) -> None:
-        """Reports all running jobs at once, twice in each stall interval."""
+        """Reports all running jobs, twice in each stall interval."""
+        half_s = self._settings.stall_interval / 2000
+        due_at = self._loop.time()
         while True:
-            await asyncio.sleep(self._settings.stall_interval / 2000)
+            # by the clock: how long Redis takes to answer must not stretch the interval
+            due_at = max(due_at + half_s, self._loop.time())
+            await asyncio.sleep(due_at - self._loop.time())
             self._heart.sign()
-            if own := self._own():
-                try:
-                    await self._store.heartbeat({run.id for run in own})
-                except BeeQueueError as error:
-                    self._host._report(error)
+            ids = list({run.id for run in self._own()})
+            reports = [self._store.heartbeat(ids[at : at + REPORTED_AT_ONCE]) for at in range(0, len(ids), REPORTED_AT_ONCE)]
+            answers = await asyncio.gather(*reports, return_exceptions=True)
+            refused = next((answer for answer in answers if answer is not None), None)
+            if isinstance(refused, BeeQueueError):
+                self._host._report(refused)
+            elif refused is not None:
+                raise refused
 
     def _own(self) -> list[Run]:
         """The runs whose job is here; also for the heart's thread."""
@@ -288,7 +300,7 @@ class Consumer:
             run.stranger = True
         for run in self._intake.withdraw(found, held):
             self._ended(run, False)
-            self._intake.release()
+            self._intake.release(run.slots)
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
@@ -315,7 +327,7 @@ class Consumer:
             self._beating.cancel()
             await asyncio.wait((self._beating,))
         if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.end()
         return in_time
 
     def _abandon(self, run: Run) -> None:

@@ -40,7 +40,7 @@ class NotConnected(BeeQueueError):
 
 
 class WrongLoop(BeeQueueError):
-    """A queue was used from another event loop or thread than the one that opened it."""
+    """A queue was used from another event loop, thread or process than the one that opened it."""
 
 
 class OperationTimedOut(BeeQueueError):

@@ -21,8 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
+from beequeue.run import name_of
 from beequeue.store import Store
 
 log = logging.getLogger("beequeue")
@@ -151,7 +152,7 @@ class Heart:
         task = asyncio.current_task(self._loop)
         job = next((run for run in held if run.task is not None and run.task is task), None)
         frames = _inner_frames(sys._current_frames().get(self._loop_thread))
-        what = "something" if job is None else f"the handler {_name_of(self._handler)} of job {job.id}"
+        what = "something" if job is None else f"the handler {name_of(self._handler)} of job {job.id}"
         own = [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
         places = dict.fromkeys((*own[-1:], *frames[-1:]))
         place = "".join(f", in {frame.f_code.co_filename}:{frame.f_lineno}" for frame in places)
@@ -166,8 +167,3 @@ def _inner_frames(frame: FrameType | None) -> list[FrameType]:
         frames.append(frame)
         frame = frame.f_back
     return frames[::-1]
-
-
-def _name_of(handler: Any) -> str:
-    named = handler if hasattr(handler, "__qualname__") else type(handler)
-    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"

@@ -27,6 +27,9 @@ UNBLOCK_EVERY_S = 0.05
 LONGEST_REFUSAL_DELAY_MS = 15_000
 AT_ONCE = 64
 """How many runs one script settles at most, so that it does not hold Redis up."""
+MOST_UNANSWERED = 8
+"""How many of these scripts Redis owes an answer at most: however many runs end together, heartbeats and other commands of the
+queue do not wait behind all of them."""
 
 Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
 """Waits until a condition holds, or until a deadline in the loop's time."""
@@ -48,6 +51,8 @@ class Settling(Protocol):
     settlement: Settlement | None
     finish: Command | None
     """The command that settles it, once that has been issued."""
+    slots: int
+    """How many slots its end gives back."""
 
 
 AnySettling = TypeVar("AnySettling", bound=Settling)
@@ -80,6 +85,7 @@ class Intake(Generic[AnySettling]):
         self._reading = 0
         self._pump_is_due = False
         self._settling: list[AnySettling] = []
+        self._unanswered = 0
         self._refused_in_a_row = 0
         self._refusal_timer: asyncio.TimerHandle | None = None
 
@@ -90,16 +96,21 @@ class Intake(Generic[AnySettling]):
 
         While a take is open a slot that becomes free is none: its answer may be next, and what that begins goes first.
         """
-        if not self._pump_is_due and (self._settling or not self._take):
+        if not self._pump_is_due and (self._may_settle() or not self._take):
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
+
+    def _may_settle(self) -> bool:
+        """Whether there is something to settle, and few enough answers are due. A connection that is closed refuses at once."""
+        return bool(self._settling) and (self._unanswered < MOST_UNANSWERED or self.cut_off)
 
     def _pump(self) -> None:
         """Sends what has been settled, and keeps one take open while a slot is free."""
         self._pump_is_due = False
         finishes = []
-        while self._settling:
-            runs, self._settling = self._settling[:AT_ONCE], self._settling[AT_ONCE:]
+        while self._may_settle():
+            runs = self._settling[:AT_ONCE]
+            del self._settling[:AT_ONCE]
             finishes.append(self._finish(runs))
         if self._free and not (self._take or self._reading or self._refusal_timer or self.closing):
             self._take = self._store.take_blocking(finishes, self._free - 1, self._answered, self._read_behind)
@@ -108,10 +119,12 @@ class Intake(Generic[AnySettling]):
 
     def _finish(self, runs: list[AnySettling]) -> Command:
         settlements = [(run.id, run.entry, cast(Settlement, run.settlement)) for run in runs]
-        on_reply = functools.partial(self._finished, runs)
-        finish = self._store.finish(settlements, take=0 if self.closing else len(runs), on_reply=on_reply)
+        slots = sum([run.slots for run in runs])
+        on_reply = functools.partial(self._finished, runs, slots)
+        finish = self._store.finish(settlements, take=0 if self.closing else slots, on_reply=on_reply)
         for run in runs:
             run.finish = finish
+        self._unanswered += 1
         return finish
 
     def settle(self, run: AnySettling) -> None:
@@ -125,6 +138,7 @@ class Intake(Generic[AnySettling]):
         self._settling = [run for run in self._settling if run not in runs]
         for finish in {run.finish for run in runs if run.finish is not None}:
             if self._store.withdraw(finish):
+                self._unanswered -= 1
                 together = [run for run in held if run.finish is finish]
                 back += [run for run in together if run in runs]
                 if left := [run for run in together if run not in runs]:
@@ -134,9 +148,9 @@ class Intake(Generic[AnySettling]):
                     self._store.settle([again])
         return back
 
-    def release(self) -> None:
-        """Gives a slot back."""
-        self._free += 1
+    def release(self, slots: int = 1) -> None:
+        """Gives slots back."""
+        self._free += slots
         self.pump_soon()
 
     # --- what comes in ---------------------------------------------------------------------------------------------------
@@ -179,14 +193,15 @@ class Intake(Generic[AnySettling]):
         self.pump_soon()
         self._changed.set()
 
-    def _finished(self, runs: list[AnySettling], reply: Any) -> None:
+    def _finished(self, runs: list[AnySettling], slots: int, reply: Any) -> None:
         """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
+        self._unanswered -= 1
         if refused := isinstance(reply, BeeQueueError):
             self._stop_if_cut_off(reply)
         for index, run in enumerate(runs):
             self._ended(run, reply if refused else self._store.settled_by(reply[index]))
             run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
-        self._free += len(runs)
+        self._free += slots
         if not refused and len(reply) > len(runs):
             if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
                 self._host._report(refusal)

@@ -29,6 +29,7 @@ from beequeue.errors import (
     WrongLoop,
 )
 from beequeue.events import Emitter, Registry
+from beequeue.forks import process
 from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
 from beequeue.link import Link
 from beequeue.maintenance import DelayedActivator, StallChecker
@@ -78,6 +79,7 @@ class Queue(Emitter):
         self._stall_checker = StallChecker(self._store, self)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
+        self._forks = 0
         self._opening: asyncio.Task[None] | None = None
         self._opening_is_awaited = False
         self._closing: asyncio.Task[None] | None = None
@@ -212,6 +214,7 @@ class Queue(Emitter):
         self.client.attach(self._report, self._look_at_held)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
+        self._forks = process.forks
         settings = self.settings
         if settings.activate_delayed_jobs:
             self._activator = DelayedActivator(
@@ -275,6 +278,8 @@ class Queue(Emitter):
     def _check_usable(self) -> None:
         if self._closed:
             raise QueueClosed
+        if self._loop is not None and self._forks != process.forks:
+            raise WrongLoop(f"queue {self.name} was opened before a fork and is used in the child: make one there")
         # one loop runs in a thread at a time; asking asyncio for it costs a system call in Python 3.11
         if self._loop is not None and not (self._loop.is_running() and self._thread == threading.get_ident()):
             raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is used from another one")
@@ -468,7 +473,7 @@ class Queue(Emitter):
         if self._consumer is not None and self._consumer.owns_current_task():
             raise BeeQueueError("a handler cannot close its own queue: close() waits for the handler")
         if self._closing is None:
-            if self._loop is None:  # never opened
+            if self._loop is None or self._forks != process.forks:  # never opened, or the parent's
                 self.paused = self._closed = True
                 return
             if asyncio.get_running_loop() is not self._loop:

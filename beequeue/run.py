@@ -29,6 +29,7 @@ class Run:
         "job",
         "result",
         "settlement",
+        "slots",
         "stranger",
         "task",
         "under_way",
@@ -49,6 +50,8 @@ class Run:
         self.error: BaseException | None = None
         self.settlement: Settlement | None = None
         self.finish: Command | None = None
+        self.slots = 1
+        """How many slots its end gives back: none while the thread of its handler goes on and keeps its own."""
         self.stranger = False
         """Its id is another job's now, or nobody's: nothing is said to Redis about it any more."""
 
@@ -68,3 +71,9 @@ def in_thread(handler: Handler, job: Job) -> Any:
 def is_async(handler: Handler) -> bool:
     """Also for an object whose class has an `async def __call__`."""
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))  # noqa: B004
+
+
+def name_of(handler: Any) -> str:
+    """A handler's full name, or that of its class."""
+    named = handler if hasattr(handler, "__qualname__") else type(handler)
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"

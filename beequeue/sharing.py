@@ -15,6 +15,7 @@ from typing import Self
 from beequeue.address import Address, RedisSetting
 from beequeue.connection import Connection, Group
 from beequeue.errors import BeeQueueError, WrongLoop
+from beequeue.forks import process
 from beequeue.link import Link
 from beequeue.settings import Backoff, QueueSettings, linear_backoff
 from beequeue.store import load_scripts
@@ -43,6 +44,7 @@ class Client:
         self._ensure_scripts = ensure_scripts
         self._queues: dict[Report, OnLink] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._forks = 0
 
     def __repr__(self) -> str:
         return f"<Client {self.address}>"
@@ -50,15 +52,22 @@ class Client:
     async def open(self) -> None:
         """Returns when the connection is up; raises `ConnectionRefused` when Redis says no, `QueueClosed` when closed."""
         self._loop = asyncio.get_running_loop()
+        self._forks = process.forks
         await self.connection.open()
 
     async def ping(self) -> None:
         """Returns when Redis has answered `PING`; raises `ConnectionLost`, `CommandError`, `QueueClosed`."""
+        self._check_process()
         await self.connection.call(b"PING", repeatable=True)
 
     async def close(self) -> None:
-        """Closes the connection; every later command raises `QueueClosed`."""
-        await self.connection.close()
+        """Closes the connection; every later command raises `QueueClosed`. In a forked child it does nothing."""
+        if self._loop is None or self._forks == process.forks:
+            await self.connection.close()
+
+    def _check_process(self) -> None:
+        if self._loop is not None and self._forks != process.forks:
+            raise WrongLoop(f"{self!r} was opened before a fork and is used in the child: make one there")
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,8 +80,9 @@ class Client:
     def attach(self, report: Report, on_link: OnLink) -> None:
         """From now on `report` gets the connection's errors, and `on_link` each new link.
 
-        Raises `WrongLoop` when another loop has opened it.
+        Raises `WrongLoop` when another loop has opened it, or it was opened before a fork.
         """
+        self._check_process()
         if self._loop is not None and self._loop is not asyncio.get_running_loop():
             raise WrongLoop(f"{self!r} belongs to the event loop that opened it and is used from another one")
         self._queues[report] = on_link
