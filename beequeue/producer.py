@@ -46,7 +46,7 @@ class Producer:
         self._host = host
         self._tracker = tracker
         self._ordered = host.settings.ordered
-        self._store_jobs = host.settings.store_jobs
+        self._binds = host.settings.store_jobs and host.settings.get_events
         self._saver = Saver(host, self._bind, ordered=self._ordered)
 
     # --- saving ------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Producer:
         return await self._saver.save_all(list(dict.fromkeys(jobs)), timeout_ms)
 
     def _bind(self, job: Job) -> None:
-        if self._store_jobs:
+        if self._binds:  # where no event comes, none would take it off again
             self._tracker.bind(job)
 
     # --- one job -----------------------------------------------------------------------------------------------------
@@ -87,6 +87,8 @@ class Producer:
         answered: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Any) -> None:
+            if answered.done():  # cancelled: a job that nobody gets must not be bound
+                return
             try:
                 settle(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
             except UnreadableData as error:
@@ -182,7 +184,7 @@ class Producer:
     def _bind_again(self, job: Job) -> bool:
         """Binds a job that is retried; another object of the same job keeps its place until it has ended."""
         assert job.id is not None
-        if not self._store_jobs or (job.id in self._tracker.jobs and not self._tracker.is_ending(job.id)):
+        if not self._binds or (job.id in self._tracker.jobs and not self._tracker.is_ending(job.id)):
             return False
         self._tracker.bind(job)
         return True
@@ -212,7 +214,7 @@ class Producer:
         if job.last_event is not None:
             return job.last_event
         await self._host._usable()
-        if not self._host.settings.get_events or not self._store_jobs:
+        if not self._binds:
             raise BeeQueueError("result() needs a queue with get_events and store_jobs")
         if job.last_event is None and (job.id is None or self._tracker.jobs.get(job.id) is not job):
             raise BeeQueueError("result() is for a job that this queue has saved or fetched")

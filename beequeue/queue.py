@@ -116,7 +116,7 @@ class Queue(Emitter):
         commands = self.client.connection
         jobs = self._subscription if settings.ordered and self._subscription is not None else commands
         self._store = Store(self.key_prefix, commands, self._takes, jobs)
-        self._tracker.look_up = self._store.look_up
+        self._tracker.look_up, self._tracker.which_ended = self._store.look_up, self._store.ended
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
@@ -338,8 +338,8 @@ class Queue(Emitter):
     async def destroy(self) -> int:
         """Deletes all keys of the queue, the counter of ids too; returns how many there were.
 
-        Stops nothing: workers go on, and what this process holds in `jobs` stays. Raises `ConnectionLost`, `CommandError`,
-        `QueueClosed`.
+        Stops nothing: workers go on; a job in `jobs` ends as `OutcomeUnknown` when it is next asked about. Raises
+        `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
         store = await self._usable()
         return await store.destroy()

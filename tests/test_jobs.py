@@ -372,11 +372,10 @@ async def test_a_job_is_taken_as_it_is_when_save_is_called(make_queue: MakeQueue
     assert await redis.exists(queue.to_key("delayed")) == 0
 
 
-@pytest.mark.parametrize("get_events", [True, False])
-async def test_what_was_saved_is_kept(make_queue: MakeQueue, get_events: bool) -> None:
-    """S-09, SJ-01, SJ-02: under its id, with store_jobs, whether events are received or not"""
-    keeping = make_queue(is_worker=False, get_events=get_events)
-    forgetful = make_queue(is_worker=False, get_events=get_events, store_jobs=False)
+async def test_what_was_saved_is_kept(make_queue: MakeQueue) -> None:
+    """S-09, SJ-01, SJ-02: under its id, with store_jobs"""
+    keeping = make_queue(is_worker=False)
+    forgetful = make_queue(is_worker=False, store_jobs=False)
     job, delayed = keeping.create_job({}).set_id("own"), keeping.create_job({}).delay_until(now_ms() + 60_000)
     await asyncio.gather(job.save(), delayed.save(), *(forgetful.create_job({}).save() for _ in range(3)))
     assert {job_id: kept.id for job_id, kept in keeping.jobs.items()} == {"own": "own", delayed.id: delayed.id}
