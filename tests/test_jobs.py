@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OutcomeUnknown, QueueClosed
+from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OperationTimedOut, OutcomeUnknown, QueueClosed
 from beequeue import saving as saving_module
 from beequeue.job import now_ms
 from beequeue.saving import IN_A_CALL
@@ -696,7 +696,9 @@ async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: st
         jobs = [queue.create_job(number) for number in range(6)]
         saving = asyncio.ensure_future(queue.save_all(jobs))
         await until(lambda: spoken.names == [("event", "add_jobs")])
-        await queue.close()
+        make_queue.queues.remove(queue)
+        with pytest.raises(OperationTimedOut):
+            await queue.close(10)
         errors = await saving
         assert list(errors) == jobs
         for job in jobs[:3]:

@@ -32,6 +32,7 @@ ORDER = [
     "address",
     "link",
     "supervised",
+    "calls",
     "job",
     "events",
     "settings",
