@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
+from beequeue.calls import Calls
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.job import Job, id_from, now_ms
 from beequeue.link import settle
-from beequeue.saving import Saver
+from beequeue.saving import Saver, late
 from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
 from beequeue.store import Store
 from beequeue.tracker import Tracker, summary
@@ -32,6 +33,7 @@ class Host(Protocol):
     """What a producer asks of its queue."""
 
     settings: QueueSettings
+    _calls: Calls
 
     async def _usable(self) -> Store: ...
     def _job_is_due(self, when: float) -> None: ...
@@ -44,9 +46,10 @@ class Producer:
 
     def __init__(self, host: Host, tracker: Tracker) -> None:
         self._host = host
+        self._calls = host._calls
         self._tracker = tracker
         self._ordered = host.settings.ordered
-        self._store_jobs = host.settings.store_jobs
+        self._binds = host.settings.store_jobs and host.settings.get_events
         self._saver = Saver(host, self._bind, ordered=self._ordered)
 
     # --- saving ------------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class Producer:
         return await self._saver.save_all(list(dict.fromkeys(jobs)), timeout_ms)
 
     def _bind(self, job: Job) -> None:
-        if self._store_jobs:
+        if self._binds:  # where no event comes, none would take it off again
             self._tracker.bind(job)
 
     # --- one job -----------------------------------------------------------------------------------------------------
@@ -87,12 +90,15 @@ class Producer:
         answered: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
 
         def on_reply(reply: Any) -> None:
+            if answered.done():  # cancelled: a job that nobody gets must not be bound
+                return
             try:
                 settle(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
             except UnreadableData as error:
                 settle(answered, error)
 
-        return await store.wait(store.get(job_id, on_reply), answered)
+        with self._calls:
+            return await store.wait(store.get(job_id, on_reply), answered)
 
     def _read(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         """A new object from a reply to `Store.get`; it knows its end, if that has come."""
@@ -133,11 +139,10 @@ class Producer:
         if job.last_event is None and self._tracker.jobs.get(job.id) is not job:
             self._bind(job)
 
-    async def remove(self, job_id: str | int) -> None:
-        """`Queue.remove_job` and `Job.remove`: takes the id out of every key."""
+    async def remove(self, job_id: str | int, timeout_ms: int | None = None) -> None:
+        """`Queue.remove_job` and `Job.remove`: takes the id out of every key. Past `timeout_ms` it waits no longer."""
         job_id = id_from(job_id)
-        store = await self._host._usable()
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sent = False
 
         def on_reply(reply: Any) -> None:
             if not isinstance(reply, BeeQueueError):
@@ -145,7 +150,21 @@ class Producer:
                 self._tracker.forget(job_id, "it was removed")
             settle(answered, reply)
 
-        await store.wait(store.remove(job_id, on_reply), answered)
+        try:
+            async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000) as limit:
+                store = await self._host._usable()
+                answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                command = store.remove(job_id, on_reply)
+                try:
+                    with self._calls:
+                        await answered
+                except asyncio.CancelledError:
+                    sent = not store.withdraw(command) or command.repeated
+                    raise
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise late("removed", maybe_applied=sent) from None
 
     async def retry(self, job: Job) -> tuple[int, int]:
         """`Job.retry`: moves the id from `failed` or `succeeded` to `waiting`."""
@@ -166,7 +185,8 @@ class Producer:
         bound = not self._ordered and self._bind_again(job)
         command = store.retry(job_id, on_reply)
         try:
-            reply = await answered
+            with self._calls:
+                reply = await answered
             if reply is None:
                 raise BeeQueueError(f"job {job_id} cannot be retried: it has no entry in jobs")
         except (BeeQueueError, asyncio.CancelledError) as error:
@@ -182,7 +202,7 @@ class Producer:
     def _bind_again(self, job: Job) -> bool:
         """Binds a job that is retried; another object of the same job keeps its place until it has ended."""
         assert job.id is not None
-        if not self._store_jobs or (job.id in self._tracker.jobs and not self._tracker.is_ending(job.id)):
+        if not self._binds or (job.id in self._tracker.jobs and not self._tracker.is_ending(job.id)):
             return False
         self._tracker.bind(job)
         return True
@@ -194,7 +214,8 @@ class Producer:
         if kind not in HOLDING_IDS:
             raise ValueError(f"is_in_set takes one of {', '.join(HOLDING_IDS)}, not {kind!r}")
         store = await self._host._usable()
-        return await store.is_in(kind, job.id)
+        with self._calls:
+            return await store.is_in(kind, job.id)
 
     async def report_progress(self, job: Job, value: Any) -> int:
         """`Job.report_progress`: one message on `events`."""
@@ -205,14 +226,15 @@ class Producer:
         message = encode_event(job.id, "progress", value)
         store = await self._host._usable()
         job.progress = value
-        return await store.publish(message)
+        with self._calls:
+            return await store.publish(message)
 
     async def end_of(self, job: Job) -> Event:
         """`Job.result`: waits for the job's last event."""
         if job.last_event is not None:
             return job.last_event
         await self._host._usable()
-        if not self._host.settings.get_events or not self._store_jobs:
+        if not self._binds:
             raise BeeQueueError("result() needs a queue with get_events and store_jobs")
         if job.last_event is None and (job.id is None or self._tracker.jobs.get(job.id) is not job):
             raise BeeQueueError("result() is for a job that this queue has saved or fetched")
@@ -227,18 +249,19 @@ class Producer:
             raise ValueError(f"Improper queue type {kind!r}: it must be one of {', '.join(LISTED)}")
         start, end = whole_number("start", start), whole_number("end", end)
         whole_number("size", size, at_least=1)
-        ids = await self._scan(store, kind, size) if kind in ENDED else await store.ids_from(kind, start, end)
-        jobs = []
-        for first in range(0, len(ids), AT_ONCE):
-            some = ids[first : first + AT_ONCE]
-            for job_id, entry in zip(some, await store.entries(some), strict=True):
-                if entry is None:  # removed since
-                    continue
-                try:
-                    jobs.append(self._known(self._host._decode_job(job_id, entry), entry))
-                except UnreadableData as error:
-                    self._host._report(error)
-        return jobs
+        with self._calls:
+            ids = await self._scan(store, kind, size) if kind in ENDED else await store.ids_from(kind, start, end)
+            jobs = []
+            for first in range(0, len(ids), AT_ONCE):
+                some = ids[first : first + AT_ONCE]
+                for job_id, entry in zip(some, await store.entries(some), strict=True):
+                    if entry is None:  # removed since
+                        continue
+                    try:
+                        jobs.append(self._known(self._host._decode_job(job_id, entry), entry))
+                    except UnreadableData as error:
+                        self._host._report(error)
+            return jobs
 
     async def _scan(self, store: Store, kind: str, size: int) -> list[str]:
         count = min(size, self._host.settings.redis_scan_count)
@@ -258,8 +281,9 @@ class Producer:
         created_until = now_ms() - milliseconds("older_than", older_than)
         deleted = 0
         cursor = None
-        while cursor != b"0" and deleted < limit:
-            cursor, ids = await store.scan(kind, cursor or b"0", self._host.settings.redis_scan_count)
-            if ids:
-                deleted += await store.clean(kind, created_until, limit - deleted, ids)
+        with self._calls:
+            while cursor != b"0" and deleted < limit:
+                cursor, ids = await store.scan(kind, cursor or b"0", self._host.settings.redis_scan_count)
+                if ids:
+                    deleted += await store.clean(kind, created_until, limit - deleted, ids)
         return deleted

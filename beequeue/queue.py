@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from beequeue.address import Address, RedisSetting
+from beequeue.calls import Calls
 from beequeue.connection import Connection
 from beequeue.consumer import Consumer
 from beequeue.errors import (
@@ -69,6 +70,7 @@ class Queue(Emitter):
         self.key_prefix = f"{self.settings.prefix}:{name}:"
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
         self.paused = False
+        self._calls = Calls()
         self._tracker = Tracker(self, ordered=self.settings.ordered, max_event_bytes=self.settings.max_event_bytes)
         self._producer = Producer(self, self._tracker)
         self._connect_parts(redis)
@@ -121,7 +123,7 @@ class Queue(Emitter):
         commands = self.client.connection
         jobs = self._subscription if settings.ordered and self._subscription is not None else commands
         self._store = Store(self.key_prefix, commands, self._takes, jobs)
-        self._tracker.look_up = self._store.look_up
+        self._tracker.look_up, self._tracker.which_ended = self._store.look_up, self._store.ended
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "closing" if self.paused else "ready" if self._ready else "not ready"
@@ -265,6 +267,7 @@ class Queue(Emitter):
         if not self._ready:
             self._opening_is_awaited = True
             await asyncio.shield(self._begin_opening())
+            self._check_usable()  # it may have been closed meanwhile
         return self._store
 
     def _begin_opening(self) -> asyncio.Task[None]:
@@ -341,16 +344,18 @@ class Queue(Emitter):
         Raises `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
         store = await self._usable()
-        return await store.check_health()
+        with self._calls:
+            return await store.check_health()
 
     async def destroy(self) -> int:
         """Deletes all keys of the queue, the counter of ids too; returns how many there were.
 
-        Stops nothing: workers go on, and what this process holds in `jobs` stays. Raises `ConnectionLost`, `CommandError`,
-        `QueueClosed`.
+        Stops nothing: workers go on; a job in `jobs` ends as `OutcomeUnknown` when it is next asked about. Raises
+        `ConnectionLost`, `CommandError`, `QueueClosed`.
         """
         store = await self._usable()
-        return await store.destroy()
+        with self._calls:
+            return await store.destroy()
 
     def _job_is_due(self, when: float) -> None:
         """A delayed job has been saved here, for `when` (epoch ms): looks then, if this queue raises delayed jobs."""
@@ -454,9 +459,10 @@ class Queue(Emitter):
         """
         interval_ms = 0 if interval is None else milliseconds("interval", interval)
         await self._usable()
-        if interval_ms:
-            return await self._stall_checker.check_and_repeat(interval_ms)
-        return await self._stall_checker.check()
+        with self._calls:
+            if interval_ms:
+                return await self._stall_checker.check_and_repeat(interval_ms)
+            return await self._stall_checker.check()
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
@@ -464,10 +470,10 @@ class Queue(Emitter):
         """Closes the queue; a second call waits for the first and ends as it did.
 
         1. From now on `is_running()` is False; the clocks stop. 2. A worker takes no more jobs, and handlers have until
-        `timeout` (ms or `timedelta`) to end; saving still works. 3. What is still held goes back to `waiting`. 4. The
-        connections are closed; every later call raises `QueueClosed`. 5. Raises `OperationTimedOut` when handlers had to be
-        cancelled, or Redis did not answer; `ConnectionRefused` when it had never let the queue in. From a handler of its own it
-        raises at once.
+        `timeout` (ms or `timedelta`) to end; saving still works. 3. What is still held goes back to `waiting`. 4. Every later
+        call raises `QueueClosed`; those under way have the rest of `timeout` to be answered, unless a connection is down.
+        5. The connections are closed. 6. Raises `OperationTimedOut` when handlers had to be cancelled, or Redis did not answer;
+        `ConnectionRefused` when it had never let the queue in. From a handler of its own it raises at once.
         """
         timeout_ms = milliseconds("timeout", timeout) or 5_000
         if self._consumer is not None and self._consumer.owns_current_task():
@@ -490,11 +496,29 @@ class Queue(Emitter):
             raise refused
 
     async def _drain(self, timeout_s: float) -> None:
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout_s
         await self._stall_checker.close()
         if self._activator is not None:
             await self._activator.close()
         if self._consumer is not None and not await self._consumer.drain(self._client_id, timeout_s):
             raise OperationTimedOut
+        self._closed = True
+        if not await self._calls_are_over(deadline - now()):
+            raise OperationTimedOut
+
+    async def _calls_are_over(self, timeout_s: float) -> bool:
+        """Waits for the answers to what has been called, or until a connection is down; False when neither comes in time."""
+        if not self._calls.count:
+            return True
+        ends: list[asyncio.Future[Any]] = [self._calls.over()]
+        for connection in (self.client.connection, self._subscription):
+            if connection is not None:
+                if connection.link is None:
+                    return True
+                ends.append(connection.link.lost)
+        ended, _ = await asyncio.wait(ends, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+        return bool(ended)
 
     async def _close_connections(self) -> None:
         self._closed = True

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
+from beequeue.calls import Calls
 from beequeue.errors import BeeQueueError, ConnectionLost
 from beequeue.job import Job, id_from
 from beequeue.link import Command, settle
@@ -29,6 +30,8 @@ Outcome = bool | BeeQueueError
 class Host(Protocol):
     """What saving asks of the queue."""
 
+    _calls: Calls
+
     async def _usable(self) -> Store: ...
     def _job_is_due(self, when: float) -> None: ...
 
@@ -38,6 +41,7 @@ class Saver:
 
     def __init__(self, host: Host, bind: Callable[[Job], None], *, ordered: bool) -> None:
         self._host = host
+        self._calls = host._calls
         self._bind = bind
         self._ordered = ordered
 
@@ -52,11 +56,12 @@ class Saver:
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         command = store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
-        try:
-            was_stored = await answered
-        except asyncio.CancelledError:
-            job.saving = job.saving and not store.withdraw(command)
-            raise
+        with self._calls:
+            try:
+                was_stored = await answered
+            except asyncio.CancelledError:
+                job.saving = job.saving and not store.withdraw(command)
+                raise
         if was_stored:
             self._stored(job, form)
 
@@ -69,13 +74,15 @@ class Saver:
             async with asyncio.timeout_at(deadline):
                 store = await self._host._usable()
         except TimeoutError:
-            return {job: _late(maybe_applied=False) for job in jobs}
-        for start in range(0, len(jobs), AT_ONCE):
-            some = jobs[start : start + AT_ONCE]
-            if deadline is not None and start > 0 and now() >= deadline:
-                errors.update((job, _late(maybe_applied=False)) for job in some)
-            else:
-                errors.update(await self._save_at_once(store, some, None if deadline is None else max(0.0, deadline - now())))
+            return {job: late(maybe_applied=False) for job in jobs}
+        with self._calls:
+            for start in range(0, len(jobs), AT_ONCE):
+                some = jobs[start : start + AT_ONCE]
+                if deadline is not None and start > 0 and now() >= deadline:
+                    errors.update((job, late(maybe_applied=False)) for job in some)
+                else:
+                    left_s = None if deadline is None else max(0.0, deadline - now())
+                    errors.update(await self._save_at_once(store, some, left_s))
         return errors
 
     async def _save_at_once(self, store: Store, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
@@ -103,14 +110,14 @@ class Saver:
 
         def take_back() -> dict[Job, Exception]:
             """For what has no answer yet; what has not been sent must not be sent later."""
-            late: dict[Job, Exception] = {}
+            left: dict[Job, Exception] = {}
             for number, (command, saves) in enumerate(calls):
                 if number not in answers:
                     withdrawn = store.withdraw(command)
                     for job, _ in saves:
                         job.saving = not withdrawn
-                        late[job] = _late(maybe_applied=not withdrawn)
-            return late
+                        left[job] = late(maybe_applied=not withdrawn)
+            return left
 
         try:
             for number, saves in enumerate(_in_calls(jobs, errors)):
@@ -169,10 +176,11 @@ class _Form(NamedTuple):
     delay: float | None
 
 
-def _late(*, maybe_applied: bool) -> ConnectionLost:
+def late(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
+    """What a caller gets past its time-out; the job was not, or may have been, `done`."""
     if maybe_applied:
-        return ConnectionLost("Redis did not answer within the time-out; the job may have been saved", maybe_applied=True)
-    return ConnectionLost("Redis was not there within the time-out; the job was not saved", maybe_applied=False)
+        return ConnectionLost(f"Redis did not answer within the time-out; the job may have been {done}", maybe_applied=True)
+    return ConnectionLost(f"Redis was not there within the time-out; the job was not {done}", maybe_applied=False)
 
 
 def _is_being_saved(job: Job) -> BeeQueueError:

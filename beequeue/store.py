@@ -200,6 +200,7 @@ class Store:
         events, earlier = self.events_channel, self.earlier_channel
         self._finish = _head("finish", active, self._stalling, jobs_key, waiting, succeeded, failed, delayed, events, earlier)
         self._look_up = _head("look_up", jobs_key, succeeded, failed)
+        self._ended = _head("ended", jobs_key, succeeded, failed)
         self._get_job = _head("get_job", jobs_key, succeeded, failed)
         self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
         self._remove_job = _head("remove_job", succeeded, failed, waiting, active, self._stalling, jobs_key, delayed)
@@ -282,6 +283,12 @@ class Store:
             reply = await link.call(b"EVAL", text, *self._look_up[2:], *ids)
         texts = [text.decode(errors="replace") for text in reply]
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
+
+    async def ended(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of some jobs that have ended (`jobs`, `succeeded`, `failed`)."""
+        args = (*self._ended, *map(_bytes, job_ids))
+        ended = await self._jobs.call(*args, repeatable=True, script=SCRIPTS["ended"].text)
+        return {_text(job_id) for job_id in ended}
 
     # --- one job, by its id ------------------------------------------------------------------------------------------
 

@@ -48,7 +48,8 @@ class Queue:
 
     Every method that asks Redis waits until that is up, and may raise `ConnectionRefused`, `ConnectionLost`, `CommandError`,
     `QueueClosed` once the queue has been closed, and `BeeQueueError` when a listener calls it. With a `timeout` (ms or a
-    `timedelta`) it raises `ConnectionLost` when Redis has not answered by then. A wait that is interrupted, as by
+    `timedelta`) it raises `ConnectionLost` when Redis has not answered by then; `maybe_applied` is True when something was sent
+    that changes a job. A wait that is interrupted, as by
     `KeyboardInterrupt`, cancels the call. What had been sent by then may still happen; nothing is sent later.
     """
 
@@ -130,7 +131,8 @@ class Queue:
 
     def remove_job(self, job_id: str | int, *, timeout: Duration | None = None) -> Self:
         """Deletes the job of that id from every key, if there is one; returns the queue."""
-        self._call(lambda queue: queue.remove_job(job_id), timeout)
+        timeout_ms = None if timeout is None else milliseconds("timeout", timeout)
+        self._call(lambda queue: queue._producer.remove(job_id, timeout_ms))
         return self
 
     def check_health(self, *, timeout: Duration | None = None) -> Health:
@@ -142,7 +144,8 @@ class Queue:
     def close(self, timeout: Duration = 5_000) -> None:
         """Closes this process's connections; from now on calls raise `QueueClosed`, and so do those that wait for results.
 
-        `timeout` is in ms or a `timedelta`. A second call does nothing, nor does one before the first use. Raises
+        Calls under way have until `timeout` (ms or a `timedelta`) to be answered, unless a connection is down. A second call
+        does nothing, nor does one before the first use. Raises `OperationTimedOut` when Redis did not answer,
         `ConnectionRefused` when the queue had never been able to open.
         """
         milliseconds("timeout", timeout)
@@ -154,6 +157,7 @@ class Queue:
             background.run(lambda: background.close(self, timeout))
 
     def _call(self, method: Callable[[AsyncQueue], Coroutine[Any, Any, Result]], timeout: Duration | None = None) -> Result:
+        """Runs `method` in the background thread; a `timeout` is for what only reads."""
         background = _background
         limit_s = None if timeout is None else milliseconds("timeout", timeout) / 1000
 
@@ -163,7 +167,7 @@ class Queue:
                     return await method(self._opened(background))
             except TimeoutError:
                 if limit.expired():
-                    raise ConnectionLost("Redis did not answer within the time-out", maybe_applied=True) from None
+                    raise ConnectionLost("Redis did not answer within the time-out", maybe_applied=False) from None
                 raise
 
         if self._closed:
@@ -276,7 +280,7 @@ class _Background:
         await self._end_wanted.wait()
         self._loop.set_exception_handler(lambda loop, context: None)
         for queue in self.queues.values():
-            self._loop.create_task(queue.close())
+            self._loop.create_task(queue.close(round(EXIT_S / 4 * 1000)))
         # that ends whatever calls there are, too
         if ending := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(ending, timeout=EXIT_S / 2)

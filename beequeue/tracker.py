@@ -20,11 +20,16 @@ from beequeue.events import ENDS, Event, Registry, peek
 from beequeue.job import Job
 from beequeue.settings import MAX_EVENT_BYTES
 from beequeue.store import Found
+from beequeue.supervised import supervised
 
 LOOK_UP_AT_ONCE = 100
 """How many jobs are asked about in one call of a script."""
 LOOK_EVERY_S = 5.0
 """How often the jobs whose result somebody waits for are asked about."""
+SWEEP_EVERY_S = 5.0
+"""How long a job has been bound, at least, when it is looked for, and how long a sweep waits before the next."""
+SWEEP_PAUSE_S = 0.02
+"""How long a sweep rests after a call that found few ended jobs; and nine times as long as that call took."""
 LARGE_BYTES = 65_536
 """From this size on a message is looked at before it is decoded; below, that would cost more than it saves."""
 REPORTS_AT_ONCE = 20
@@ -33,6 +38,8 @@ REPORT_EVERY_S = 10.0
 
 LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
 """From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
+WhichEnded = Callable[[Sequence[str]], Awaitable[set[str]]]
+"""From ids to those whose jobs have ended; ordered likewise."""
 
 
 class Host(Protocol):
@@ -44,9 +51,10 @@ class Host(Protocol):
 
 
 class Tracker:
-    """Which job an event belongs to, for one queue. `look_up` is to be set before anything is asked."""
+    """Which job an event belongs to, for one queue. `look_up` and `which_ended` are to be set before anything is asked."""
 
     look_up: LookUp
+    which_ended: WhichEnded
 
     def __init__(self, host: Host, *, ordered: bool, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.jobs: Registry[Job] = Registry()
@@ -60,6 +68,10 @@ class Tracker:
         self._unread = Complaints(host._report)
         self._too_large: dict[Job, str] = {}
         self._looking_at_large: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
+        self._must_sweep = ordered
+        """Whether the next job that is bound has to start a sweep."""
+        self._stopped = False
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -71,6 +83,9 @@ class Tracker:
         job.last_event = None
         if older is not None and not self.is_ending(job.id):
             self._lose(older, job.id, "its id has been given to another job")
+        if self._must_sweep:
+            self._must_sweep = False
+            self._sweeping = supervised(self._sweep, "sweep", self._host._report)
 
     def read(self, payload: bytes) -> None:
         """A message of the channel `events`, in the step that parses it; what is unreadable is reported."""
@@ -101,8 +116,8 @@ class Tracker:
         if head is not None and job is not None and head[1] in ENDS:
             # whoever sent it: Redis knows whether the job has ended
             self._too_large[job] = head[0]
-            if self._looking_at_large is None or self._looking_at_large.done():
-                self._looking_at_large = asyncio.create_task(self._look_at_large(), name="beequeue large results")
+            if not self._stopped and (self._looking_at_large is None or self._looking_at_large.done()):
+                self._looking_at_large = supervised(self._look_at_large, "large results", self._host._report)
         return False
 
     async def _look_at_large(self) -> None:
@@ -172,6 +187,34 @@ class Tracker:
                     ended.append((job, job_id, found))
         return [each for each in ended if each[0].last_event is None and not self.is_ending(each[1])]
 
+    async def _sweep(self) -> None:
+        """Asks about the jobs that have been bound for a while, as long as any is; lets those go that have ended."""
+        while self.jobs:
+            job_ids = [*self.jobs]
+            await asyncio.sleep(SWEEP_EVERY_S)
+            try:
+                for start in range(0, len(job_ids), LOOK_UP_AT_ONCE):
+                    await asyncio.sleep(await self._let_go(job_ids[start : start + LOOK_UP_AT_ONCE]))
+            except BeeQueueError as error:
+                self._host._report(error)
+        self._must_sweep = True
+
+    async def _let_go(self, job_ids: Sequence[str]) -> float:
+        """Settles those of some jobs that have ended; returns how long to rest, s."""
+        bound = [(job, job_id) for job_id in job_ids if (job := self.jobs.get(job_id)) is not None]
+        if not bound:
+            return 0.0
+        now = asyncio.get_running_loop().time
+        began_at = now()
+        which = await self.which_ended([job_id for _, job_id in bound])
+        rest_s = max(SWEEP_PAUSE_S, 9 * (now() - began_at))
+        suspects = [each for each in bound if each[1] in which]
+        for job, job_id, found in await self._ended_unseen(suspects, self.look_up):
+            if self.jobs.get(job_id) is job:
+                self._settle(job, job_id, found)
+        # where most have ended, as without events, a sweep must not be slower than those who save
+        return 0.0 if 2 * len(suspects) > len(bound) else rest_s
+
     def _settle(self, job: Job, job_id: str, found: Found) -> None:
         if self.jobs.get(job_id) is job:
             del self.jobs[job_id]
@@ -191,8 +234,8 @@ class Tracker:
         if job.ended is None:
             job.ended = asyncio.get_running_loop().create_future()
         self._awaited[job] = self._awaited.get(job, 0) + 1
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look_regularly(), name="beequeue results")
+        if not self._stopped and (self._looking is None or self._looking.done()):
+            self._looking = supervised(self._look_regularly, "results", self._host._report)
         try:
             return await asyncio.shield(job.ended)
         finally:
@@ -221,7 +264,8 @@ class Tracker:
     async def stop_looking(self) -> None:
         """From now on only events settle a job."""
         self._unread.close()
-        for looking in (self._looking, self._looking_at_large):
+        self._stopped, self._must_sweep = True, False
+        for looking in (self._looking, self._looking_at_large, self._sweeping):
             if looking is not None:
                 looking.cancel()
                 await asyncio.wait((looking,))

@@ -11,6 +11,10 @@ import pytest
 import client
 from beequeue import BeeQueueError, ConnectionLost
 from client import Chains
+from tests.conftest import until
+
+NEVER_S = 600
+"""A wait that no test sits through."""
 
 
 class Job:
@@ -92,24 +96,33 @@ async def test_an_end_may_come_before_the_reply(queue: Queue, chains: Chains) ->
     assert (chains.alive, len(queue.saving)) == (3, 3)
 
 
-async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Chains) -> None:
-    await queue.answer(BeeQueueError("no"))
-    assert (chains.alive, len(queue.saving)) == (3, 2)
-    async with asyncio.timeout(5):
-        while len(queue.saving) < 3:
-            await asyncio.sleep(0.01)
-    assert (chains.alive, chains.restarted, chains.counts["numJobSaveError"]) == (3, 1, 1)
+async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
+    """after the back-off, and not after the time that one which may have been applied has"""
+    monkeypatch.setattr(client, "MAYBE_SAVED_S", NEVER_S)
+    for error in (BeeQueueError("no"), ConnectionLost("down", maybe_applied=False)):
+        await queue.answer(error)
+        assert (chains.alive, len(queue.saving)) == (3, 2)
+        await until(lambda: len(queue.saving) == 3)
+    assert (chains.alive, chains.restarted, chains.counts["numJobSaveError"]) == (3, 2, 2)
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_a_save_that_may_have_been_applied_waits_for_its_end(queue: Queue, chains: Chains, applied: bool) -> None:
+async def test_a_save_that_may_have_been_applied_waits_for_its_end(
+    queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch, applied: bool
+) -> None:
+    monkeypatch.setattr(client, "linear_backoff", lambda failures: 1000 * NEVER_S)
     await queue.answer("1")
     await queue.answer(ConnectionLost("lost", maybe_applied=True))
     assert (chains.alive, len(queue.saving)) == (3, 1)
+    under_way = [task for task in chains._saving if task is not None]
+    assert len(under_way) == 2
     if applied:
         await queue.end("2")
         assert (chains.alive, len(queue.saving)) == (3, 2)
-    await asyncio.sleep(0.1)
+    # the other one has no answer yet
+    ended, _ = await asyncio.wait(under_way, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    assert len(ended) == 1
+    await settle()
     assert (chains.alive, len(queue.saving)) == (3, 2)
     assert chains.restarted == (0 if applied else 1)
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import redis as sync_redis
+from tqdm import tqdm
 
 from client import Latencies
+from harness.compare import Contestant, NotCompared, _run_client
 from harness.original import NoOriginal, install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict
 from harness.server import Server
@@ -103,6 +105,19 @@ def compare(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     environment = {**os.environ, "WORKERS": "2", **variables}
     command = [sys.executable, "-m", "harness", "compare", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
+
+
+@pytest.mark.parametrize("what", ["numJobSaveError", "numQueueFailed", "numReconnects", "numRestarted"])
+async def test_a_run_that_was_disturbed_is_not_judged(what: str) -> None:
+    lines = [{"numQueueSucceeded": jobs, "numJobSucceeded": jobs} for jobs in (1, 2)]
+
+    def client(last: dict[str, int]) -> Contestant:
+        said = "\n".join(map(json.dumps, (lines[0], last)))
+        return Contestant("a client", [sys.executable, "-c", f"print({said!r})"], [], {**os.environ, "DURATION": "10"})
+
+    assert (await _run_client(client(lines[1]), tqdm(disable=True))).last == lines[1]
+    with pytest.raises(NotCompared, match=f"^the client of 'a client' was disturbed, {what} is 1: it said nothing$"):
+        await _run_client(client(lines[1] | {what: 1}), tqdm(disable=True))
 
 
 def test_both_orderings_on_ones_own_redis(own_server: Server) -> None:

@@ -155,6 +155,21 @@ def test_once_off_and_decorators() -> None:
     assert calls == ["always", "once", "always"]
 
 
+def test_a_listener_of_once_may_emit_again() -> None:
+    """it is taken off before it is called"""
+    emitter, calls = Collecting(), []
+
+    def again() -> None:
+        calls.append("once")
+        if len(calls) < 5:
+            emitter.emit("x")
+
+    emitter.once("x", again)
+    assert emitter.emit("x") is True
+    assert emitter.emit("x") is False
+    assert calls == ["once"]
+
+
 def test_a_listener_that_takes_itself_off_skips_nobody() -> None:
     emitter, calls = Collecting(), []
 

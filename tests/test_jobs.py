@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OutcomeUnknown, QueueClosed
+from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OperationTimedOut, OutcomeUnknown, QueueClosed
 from beequeue import saving as saving_module
 from beequeue.job import now_ms
 from beequeue.saving import IN_A_CALL
@@ -372,11 +372,10 @@ async def test_a_job_is_taken_as_it_is_when_save_is_called(make_queue: MakeQueue
     assert await redis.exists(queue.to_key("delayed")) == 0
 
 
-@pytest.mark.parametrize("get_events", [True, False])
-async def test_what_was_saved_is_kept(make_queue: MakeQueue, get_events: bool) -> None:
-    """S-09, SJ-01, SJ-02: under its id, with store_jobs, whether events are received or not"""
-    keeping = make_queue(is_worker=False, get_events=get_events)
-    forgetful = make_queue(is_worker=False, get_events=get_events, store_jobs=False)
+async def test_what_was_saved_is_kept(make_queue: MakeQueue) -> None:
+    """S-09, SJ-01, SJ-02: under its id, with store_jobs"""
+    keeping = make_queue(is_worker=False)
+    forgetful = make_queue(is_worker=False, store_jobs=False)
     job, delayed = keeping.create_job({}).set_id("own"), keeping.create_job({}).delay_until(now_ms() + 60_000)
     await asyncio.gather(job.save(), delayed.save(), *(forgetful.create_job({}).save() for _ in range(3)))
     assert {job_id: kept.id for job_id, kept in keeping.jobs.items()} == {"own": "own", delayed.id: delayed.id}
@@ -697,7 +696,9 @@ async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: st
         jobs = [queue.create_job(number) for number in range(6)]
         saving = asyncio.ensure_future(queue.save_all(jobs))
         await until(lambda: spoken.names == [("event", "add_jobs")])
-        await queue.close()
+        make_queue.queues.remove(queue)
+        with pytest.raises(OperationTimedOut):
+            await queue.close(10)
         errors = await saving
         assert list(errors) == jobs
         for job in jobs[:3]:

@@ -34,6 +34,7 @@ ORDER = [
     "link",
     "supervised",
     "forks",
+    "calls",
     "job",
     "events",
     "settings",

@@ -1032,6 +1032,30 @@ async def test_looking_tells_another_job_with_the_same_id(make_queue: MakeQueue,
         await job.result(timeout=5000)
 
 
+@pytest.mark.usefixtures("look_often")
+async def test_an_end_that_was_read_comes_before_what_a_look_finds(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """QK-39: event and answer stand in one read, and the event is told a step later"""
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False).ready()
+        worker, done, heard = make_queue(get_events=False), Seen(), Seen()
+        worker.on("succeeded", done)
+        job = await queue.create_job("x").save()
+        for event in ("succeeded", "unknown"):
+            job.on(event, heard)
+        relay.hold("event")
+        worker.process(echo)
+        await done.reaches(1)
+        spoken = Spoken(relay)
+        waiting = asyncio.ensure_future(job.result())
+        await until(lambda: spoken.names == [("event", "look_up")])
+        await redis.ping()  # Redis has answered the look by then
+        relay.release("event")
+        assert await waiting == "x"
+        assert heard.calls == [("x",)]
+        assert queue.unknown_outcomes == 0
+        await queue.close()
+
+
 async def test_on_two_sockets_an_event_may_come_after_the_answer(
     make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

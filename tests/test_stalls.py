@@ -77,6 +77,24 @@ async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: A
     assert await counts(redis, queue) == {"1": 1}
 
 
+@pytest.mark.parametrize("limit", [None, 0])
+async def test_an_ended_job_that_is_still_in_stalling_has_not_stalled(
+    make_queue: MakeQueue, redis: Any, limit: int | None
+) -> None:
+    """ST-05: what is not in active has no worker to lose"""
+    queue = make_queue(is_worker=False, max_stalls=limit)
+    stalled = Seen()
+    queue.on("stalled", stalled)
+    await queue.create_job("x").save()
+    await redis.lpop(queue.to_key("waiting"))
+    await redis.sadd(queue.to_key("succeeded"), "1")
+    await redis.sadd(queue.to_key("stalling"), "1")
+    assert await queue.check_stalled_jobs() == 0
+    assert await queue.check_health() == (0, 0, 1, 0, 0, 1)
+    assert not await redis.exists(queue.to_key("stalling"))
+    assert stalled.calls == []
+
+
 async def test_a_failure_by_stalls_may_leave_nothing(make_queue: MakeQueue, redis: Any) -> None:
     """with remove_on_failure; without send_events nobody is told"""
     queue = make_queue(max_stalls=0, remove_on_failure=True, send_events=False)

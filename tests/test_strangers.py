@@ -13,7 +13,7 @@ from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, 
 from beequeue.strangers import is_same_job
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
-from tests.observe import soon
+from tests.observe import soon, takes_no_more
 from tests.relay import Relay
 
 
@@ -216,7 +216,7 @@ async def test_close_ends_with_the_handler_of_a_job_that_is_gone(own_server: Ser
     make_queue.queues.remove(worker)
     async with asyncio.timeout(8):
         closing = asyncio.create_task(worker.close(30_000))
-        await asyncio.sleep(0.2)
+        await until(lambda: takes_no_more(worker))
         stage.gates["old"].set()
         await closing
     assert len(make_queue.claim(LateFinish)) == 1
