@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import hiredis
 import redis.connection
 import redis.credentials
 import redis.exceptions
@@ -127,12 +128,11 @@ class Address:
             raise failure
         if self._asks_sentinel:
             self._master = {"host": driver.host, "port": driver.port}
-        reader = driver._reader
-        is_alive = not (driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() or reader._buffer)
+        end = _end_of(driver)
         writer = _disown(driver)
-        if not is_alive:
+        if end is not None:
             writer.transport.abort()
-            raise ConnectionLost(f"{self}: the connection was closed as soon as it was open", maybe_applied=False)
+            raise ConnectionLost(f"{self}: {end}", maybe_applied=False)
         return writer.transport, writer
 
     def open_blocking(self, timeout_s: float) -> Any:
@@ -187,6 +187,16 @@ async def _connect(driver: Any) -> None:
             await driver.read_response()
 
 
+def _end_of(driver: Any) -> str | None:
+    """Why a connection that is open cannot be used: the driver has seen its end, or a reply to no command; None if it can."""
+    reader, parser = driver._reader, driver._parser
+    if driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() is not None:
+        return "the connection was closed as soon as it was open"
+    if reader._buffer or (isinstance(kept := getattr(parser, "_reader", None), hiredis.Reader) and kept.has_data()):
+        return "a reply came to no command"
+    return None
+
+
 def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -195,6 +205,9 @@ def _is_being_cancelled() -> bool:
 def _no_passphrase() -> str:
     """In place of a prompt on the terminal."""
     raise ValueError("it is encrypted, and ssl_password is not given")
+
+
+_KEY_SETTINGS = ("ssl_certfile", "ssl_keyfile", "ssl_password")
 
 
 def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -206,7 +219,7 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
                     pass
             except OSError as error:
                 return f"{name} {path!r}: {error.strerror}"
-    certificate, key, password = (arguments.get(name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_password"))
+    certificate, key, password = (arguments.get(name) for name in _KEY_SETTINGS)
     if key and not certificate:
         return f"ssl_keyfile {key!r} needs an ssl_certfile"
     if certificate:
@@ -220,8 +233,9 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
         if context is not None:
             context.get()
     except Exception as error:
-        files = ", ".join(f"{name} {value!r}" for name, value in arguments.items() if name.startswith("ssl_ca") and value)
-        return f"{files or 'a setting of TLS'}: {getattr(error, 'reason', None) or error}"
+        told = {name: value for name, value in arguments.items() if name.startswith("ssl_") and name not in _KEY_SETTINGS}
+        given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in told.items())
+        return f"{given or 'TLS'}: {getattr(error, 'reason', None) or error}"
     return None
 
 
@@ -233,6 +247,8 @@ def _check(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"redis: {name} must be a string, not {value!r}")
         if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
             raise ValueError(f"redis: {name} must have no NUL, and has one: {value!r}")
+    if isinstance(arguments.get("host"), str) and not _is_host(arguments["host"]):
+        raise ValueError(f"redis: host must be a host's name or address, not {arguments['host']!r}")
     for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):
         value = arguments.get(name, least)
         number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12 else value
@@ -393,8 +409,16 @@ def refusal_in(error: BaseException | None, address: Address) -> ConnectionRefus
     return None
 
 
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a credential provider, say, has raised, where the driver has wrapped it in an error of its own."""
+    cause = error.__cause__
+    foreign = isinstance(error, redis.exceptions.ConnectionError) and cause is not None
+    return cause if foreign and not isinstance(cause, (redis.exceptions.RedisError, OSError)) else error  # type: ignore[return-value]
+
+
 def _translated(error: BaseException, address: Address, protocol: int) -> BeeQueueError:
     """An exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
+    error = _unwrapped(error)
     message = f"{address}: {address._without_secrets(error)}"
     if not isinstance(error, (redis.exceptions.RedisError, OSError)):  # of a credential provider, say
         return ConnectionLost(message, maybe_applied=False)
