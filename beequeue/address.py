@@ -47,6 +47,10 @@ _NOT_OURS = (
 )
 
 
+ALERT_S = 0.5
+"""How long a connection by TLS that was closed at once is looked into."""
+
+
 class Address:
     """Where Redis is and how to get in. Its `str` never shows a password."""
 
@@ -179,12 +183,35 @@ class Address:
 
 
 async def _connect(driver: Any) -> None:
-    await driver.connect()
-    if isinstance(driver, SSLConnection):
+    try:
+        await driver.connect()
+        if not isinstance(driver, SSLConnection):
+            return
         # with TLS 1.3 a server that wants a certificate says so behind the handshake, and so does a relay without a backend
         await driver.send_command("PING", check_health=False)
         with suppress(redis.exceptions.ResponseError):  # an answer too: NOAUTH, NOPERM
             await driver.read_response()
+    except redis.exceptions.ConnectionError as error:
+        if isinstance(driver, SSLConnection) and (alert := await _alert(driver)) is not None:
+            raise error from alert
+        raise
+
+
+async def _alert(driver: Any) -> ssl.SSLError | None:
+    """Why a server closes at once: another connection listens, as a write to one that is closed can hide the alert."""
+    writer: Any = None
+    try:
+        async with asyncio.timeout(ALERT_S):
+            reader, writer = await asyncio.open_connection(**driver._connection_arguments())
+            await reader.read(1)
+    except ssl.SSLError as alert:
+        return alert
+    except (OSError, UnicodeError):  # and TimeoutError, which is one
+        pass
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+    return None
 
 
 def _end_of(driver: Any) -> str | None:
@@ -229,6 +256,9 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
             what = f"ssl_keyfile {key!r}, of ssl_certfile {certificate!r}" if key else f"ssl_certfile {certificate!r}"
             return f"{what}: {getattr(error, 'reason', None) or error}"
     try:
+        authorities = [arguments.get(name) for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data")]
+        if any(authorities):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(*authorities)
         context = getattr(driver, "ssl_context", None)  # the blocking driver has none, and makes it when it connects
         if context is not None:
             context.get()
@@ -389,8 +419,8 @@ _FOR_NOW = (redis.exceptions.ClusterDownError, redis.exceptions.ReadOnlyError, r
 
 
 _REFUSING_ALERTS = re.compile(
-    "ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|PROTOCOL_VERSION"
-    "|INSUFFICIENT_SECURITY|UNRECOGNIZED_NAME)"
+    r"ALERT_(\w*CERTIFICATE\w*|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|PROTOCOL_VERSION|INSUFFICIENT_SECURITY"
+    r"|UNRECOGNIZED_NAME)"
 )
 """What the other side says when TLS will not do: no certificate, one that it does not trust, no common version."""
 
@@ -400,8 +430,8 @@ def refusal_in(error: BaseException | None, address: Address) -> ConnectionRefus
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, ssl.SSLError) and (alert := _REFUSING_ALERTS.search(error.reason or "")):
-            what = alert[0].removeprefix("ALERT_").lower().replace("_", " ")
+        if isinstance(error, ssl.SSLError) and (alert := _REFUSING_ALERTS.search(getattr(error, "reason", None) or "")):
+            what = alert[1].lower().replace("_", " ")
             given = address._arguments.get("ssl_certfile")
             sent = f"our certificate is {given!r}" if given else "no ssl_certfile is given"
             return ConnectionRefused(f"{address}: the server refuses TLS: {what}; {sent}")
@@ -459,7 +489,8 @@ class BlockingConnection:
             failure = CommandError(str(error))
         except Exception as error:  # also whatever the driver makes of a socket that `close` has taken away
             self.close()
-            failure = ConnectionLost(f"{self._address}: {self._address._without_secrets(error)}", maybe_applied=sent)
+            text = f"{self._address}: {self._address._without_secrets(error)}"
+            failure = refusal_in(error, self._address) or ConnectionLost(text, maybe_applied=sent)
         raise failure
 
     def close(self) -> None:
