@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import hiredis
 import redis.connection
 import redis.credentials
 import redis.exceptions
@@ -44,6 +45,10 @@ _NOT_OURS = (
     "himport_registry",
     "driver_info",
 )
+
+
+ALERT_S = 0.5
+"""How long a connection by TLS that was closed at once is looked into."""
 
 
 class NoAnswer(ConnectionLost):
@@ -131,12 +136,11 @@ class Address:
             raise failure
         if self._asks_sentinel:
             self._master = {"host": driver.host, "port": driver.port}
-        reader = driver._reader
-        is_alive = not (driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() or reader._buffer)
+        end = _end_of(driver)
         writer = _disown(driver)
-        if not is_alive:
+        if end is not None:
             writer.transport.abort()
-            raise ConnectionLost(f"{self}: the connection was closed as soon as it was open", maybe_applied=False)
+            raise ConnectionLost(f"{self}: {end}", maybe_applied=False)
         return writer.transport, writer
 
     async def accepts(self, limit_s: float) -> bool:
@@ -197,12 +201,45 @@ class Address:
 
 
 async def _connect(driver: Any) -> None:
-    await driver.connect()
-    if isinstance(driver, SSLConnection):
+    try:
+        await driver.connect()
+        if not isinstance(driver, SSLConnection):
+            return
         # with TLS 1.3 a server that wants a certificate says so behind the handshake, and so does a relay without a backend
         await driver.send_command("PING", check_health=False)
         with suppress(redis.exceptions.ResponseError):  # an answer too: NOAUTH, NOPERM
             await driver.read_response()
+    except redis.exceptions.ConnectionError as error:
+        if isinstance(driver, SSLConnection) and (alert := await _alert(driver)) is not None:
+            raise error from alert
+        raise
+
+
+async def _alert(driver: Any) -> ssl.SSLError | None:
+    """Why a server closes at once: another connection listens, as a write to one that is closed can hide the alert."""
+    writer: Any = None
+    try:
+        async with asyncio.timeout(ALERT_S):
+            reader, writer = await asyncio.open_connection(**driver._connection_arguments())
+            await reader.read(1)
+    except ssl.SSLError as alert:
+        return alert
+    except (OSError, UnicodeError):  # and TimeoutError, which is one
+        pass
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+    return None
+
+
+def _end_of(driver: Any) -> str | None:
+    """Why a connection that is open cannot be used: the driver has seen its end, or a reply to no command; None if it can."""
+    reader, parser = driver._reader, driver._parser
+    if driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() is not None:
+        return "the connection was closed as soon as it was open"
+    if reader._buffer or (isinstance(kept := getattr(parser, "_reader", None), hiredis.Reader) and kept.has_data()):
+        return "a reply came to no command"
+    return None
 
 
 def _is_being_cancelled() -> bool:
@@ -215,6 +252,9 @@ def _no_passphrase() -> str:
     raise ValueError("it is encrypted, and ssl_password is not given")
 
 
+_KEY_SETTINGS = ("ssl_certfile", "ssl_keyfile", "ssl_password")
+
+
 def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
     """What is wrong with the files that TLS needs, with the file's name."""
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
@@ -224,7 +264,7 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
                     pass
             except OSError as error:
                 return f"{name} {path!r}: {error.strerror}"
-    certificate, key, password = (arguments.get(name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_password"))
+    certificate, key, password = (arguments.get(name) for name in _KEY_SETTINGS)
     if key and not certificate:
         return f"ssl_keyfile {key!r} needs an ssl_certfile"
     if certificate:
@@ -234,12 +274,16 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
             what = f"ssl_keyfile {key!r}, of ssl_certfile {certificate!r}" if key else f"ssl_certfile {certificate!r}"
             return f"{what}: {getattr(error, 'reason', None) or error}"
     try:
+        authorities = [arguments.get(name) for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data")]
+        if any(authorities):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(*authorities)
         context = getattr(driver, "ssl_context", None)  # the blocking driver has none, and makes it when it connects
         if context is not None:
             context.get()
     except Exception as error:
-        files = ", ".join(f"{name} {value!r}" for name, value in arguments.items() if name.startswith("ssl_ca") and value)
-        return f"{files or 'a setting of TLS'}: {getattr(error, 'reason', None) or error}"
+        told = {name: value for name, value in arguments.items() if name.startswith("ssl_") and name not in _KEY_SETTINGS}
+        given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in told.items())
+        return f"{given or 'TLS'}: {getattr(error, 'reason', None) or error}"
     return None
 
 
@@ -251,6 +295,8 @@ def _check(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"redis: {name} must be a string, not {value!r}")
         if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
             raise ValueError(f"redis: {name} must have no NUL, and has one: {value!r}")
+    if isinstance(arguments.get("host"), str) and not _is_host(arguments["host"]):
+        raise ValueError(f"redis: host must be a host's name or address, not {arguments['host']!r}")
     for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):
         value = arguments.get(name, least)
         number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12 else value
@@ -391,8 +437,8 @@ _FOR_NOW = (redis.exceptions.ClusterDownError, redis.exceptions.ReadOnlyError, r
 
 
 _REFUSING_ALERTS = re.compile(
-    "ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|PROTOCOL_VERSION"
-    "|INSUFFICIENT_SECURITY|UNRECOGNIZED_NAME)"
+    r"ALERT_(\w*CERTIFICATE\w*|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|PROTOCOL_VERSION|INSUFFICIENT_SECURITY"
+    r"|UNRECOGNIZED_NAME)"
 )
 """What the other side says when TLS will not do: no certificate, one that it does not trust, no common version."""
 
@@ -402,8 +448,8 @@ def refusal_in(error: BaseException | None, address: Address) -> ConnectionRefus
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, ssl.SSLError) and (alert := _REFUSING_ALERTS.search(error.reason or "")):
-            what = alert[0].removeprefix("ALERT_").lower().replace("_", " ")
+        if isinstance(error, ssl.SSLError) and (alert := _REFUSING_ALERTS.search(getattr(error, "reason", None) or "")):
+            what = alert[1].lower().replace("_", " ")
             given = address._arguments.get("ssl_certfile")
             sent = f"our certificate is {given!r}" if given else "no ssl_certfile is given"
             return ConnectionRefused(f"{address}: the server refuses TLS: {what}; {sent}")
@@ -411,8 +457,16 @@ def refusal_in(error: BaseException | None, address: Address) -> ConnectionRefus
     return None
 
 
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a credential provider, say, has raised, where the driver has wrapped it in an error of its own."""
+    cause = error.__cause__
+    foreign = isinstance(error, redis.exceptions.ConnectionError) and cause is not None
+    return cause if foreign and not isinstance(cause, (redis.exceptions.RedisError, OSError)) else error  # type: ignore[return-value]
+
+
 def _translated(error: BaseException, address: Address, protocol: int) -> BeeQueueError:
     """An exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
+    error = _unwrapped(error)
     message = f"{address}: {address._without_secrets(error)}"
     if not isinstance(error, (redis.exceptions.RedisError, OSError)):  # of a credential provider, say
         return ConnectionLost(message, maybe_applied=False)
@@ -455,7 +509,8 @@ class BlockingConnection:
             failure = CommandError(str(error))
         except Exception as error:  # also whatever the driver makes of a socket that `close` has taken away
             self.close()
-            failure = ConnectionLost(f"{self._address}: {self._address._without_secrets(error)}", maybe_applied=sent)
+            text = f"{self._address}: {self._address._without_secrets(error)}"
+            failure = refusal_in(error, self._address) or ConnectionLost(text, maybe_applied=sent)
         raise failure
 
     def close(self) -> None:

@@ -307,6 +307,85 @@ async def test_a_wrong_url(url: str, log: pytest.LogCaptureFixture) -> None:
         assert_kept(caught.value)
 
 
+SECRET = "Kx7q9Zw3Yp5d"
+
+
+def passwords() -> Iterator[str]:
+    """`SECRET` with what stands for something else in a URL at each place, raw; digits in front are taken for a port.
+
+    Not `?password=`: an address whose password has an @ is written with it.
+    """
+    for mark in ("?", "/", "#", "@", ":", "%", "&", "=", "[", "]", " ", "%zz", "?CCGDG=", "?db=1&", "&x=", "://"):
+        for place in (0, 4, 8, len(SECRET)):
+            yield SECRET[:place] + mark + SECRET[place:]
+        yield f"7788{mark}{SECRET}"
+    yield SECRET
+
+
+WHERE = [
+    "redis://:{}@h",
+    "redis://user:{}@h:6379/1",
+    "redis://{}@h",
+    "rediss://:{}@h/0?ssl_cert_reqs=none",
+    "valkey://:{}@h",
+    "unix://:{}@/s",
+    ":{}@h:6379",
+    "user:{}@h",
+    "//:{}@h",
+    "redis:/:{}@h",
+    "redis//:{}@h",
+    "http://:{}@h",
+    "{}",
+    "redis://h?password={}",
+    "unix:///s?password={}",
+    "redis://h/1?username=u&password={}",
+]
+
+
+@pytest.mark.parametrize("where", WHERE)
+async def test_a_password_wherever_it_may_stand(where: str, log: pytest.LogCaptureFixture) -> None:
+    """no four letters of it are shown, by an error, its causes, or the address that was made of it"""
+    pieces = {SECRET[start : start + 4] for start in range(len(SECRET) - 3)} | {"CCGDG", "7788"}
+    refused = 0
+    for password in passwords():
+        url = where.format(password)
+        told: list[str] = []
+        try:
+            told += [str(Address(url)), repr(Address(url))]
+        except ValueError as error:
+            refused += 1
+            seen: BaseException | None = error
+            while seen is not None:
+                told += [str(seen), repr(seen)]
+                seen = seen.__cause__ or seen.__context__
+        try:
+            config.parse({"REDIS_URL": url})
+        except ValueError as error:
+            told += [str(error), *traceback.format_exception(error)]
+            with pytest.raises(ValueError, match=r"^must be .*|^must "):
+                beequeue.address.check_redis_url(url)
+        for text in told:
+            assert not [piece for piece in pieces if piece in text], (url, text)
+    assert refused
+
+
+@pytest.mark.parametrize("mark", ["?CCGDG=", " ", "/"])
+@pytest.mark.parametrize("where", ["redis://:7788{}@h", "{}", "redis://h?password={}"])
+@pytest.mark.parametrize("option", ["--redis", "--reddis", ""])
+async def test_a_wrong_url_on_the_command_line(option: str, where: str, mark: str) -> None:
+    """also behind an option that is written wrongly, in place of a handler, and cut at a space"""
+    url = where.format(f"{mark}{SECRET}").split(" ")
+    arguments = [*([option] if option else []), *url]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "beequeue", "check", "q", *arguments, cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env={**os.environ, "REDIS_URL": "redis://h:1"},
+    )  # fmt: skip
+    said = (await process.communicate())[0].decode()
+    assert process.returncode in (2, 3), said
+    assert said.count("\n") == 1
+    assert not [SECRET[start : start + 4] for start in range(len(SECRET) - 3) if SECRET[start : start + 4] in said], said
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -1,0 +1,271 @@
+"""Where Redis is: wrong arguments are named, whatever fails at run time can be retried, and an open connection is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+from redis.asyncio import Redis, Sentinel
+from redis.credentials import CredentialProvider
+from redis.exceptions import RedisError
+
+import beequeue
+from beequeue import ConnectionLost, ConnectionRefused, Queue, QueueSettings
+from beequeue.address import Address, BlockingConnection
+from harness.server import Server, find_server, running_server
+from tests.conftest import until
+
+PASSWORD = "Zq7/k@v9%#x"
+
+
+# --- wrong arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"port": "abc"}, "redis: port must be a number from 1 to 65535, not 'abc'"),
+        ({"port": 0}, "redis: port must be a number from 1 to 65535, not 0"),
+        ({"port": 65_536}, "redis: port must be a number from 1 to 65535, not 65536"),
+        ({"port": None}, "redis: port must be a number from 1 to 65535, not None"),
+        ({"db": "x"}, "redis: db must be a number from 0 to 2147483647, not 'x'"),
+        ({"db": -1}, "redis: db must be a number from 0 to 2147483647, not -1"),
+        ({"db": True}, "redis: db must be a number from 0 to 2147483647, not True"),
+        ({"host": 5}, "redis: host must be a string, not 5"),
+        ({"host": None}, "redis: host must be a string, not None"),
+        ({"host": "a..b"}, "redis: host must be a host's name or address, not 'a..b'"),
+        ({"host": "a\0b"}, "redis: host must have no NUL, and has one: 'a\\x00b'"),
+        ({"path": 5}, "redis: path must be a string, not 5"),
+        ({"password": ["secret"]}, "redis: password must be a string, not list"),
+        ({"ssl": True, "ssl_keyfile": 5}, "redis: ssl_keyfile must be a string, not 5"),
+        ({"socket_connect_timeout": "5"}, "redis: socket_connect_timeout must be a number of seconds, more than 0, not '5'"),
+        ({"credential_provider": "secret"}, "redis: credential_provider must be a redis.CredentialProvider, not str"),
+        ({"connection_class": 5}, "redis: connection_class must be a class of redis.asyncio's connections, not 5"),
+    ],
+)
+async def test_a_wrong_argument(arguments: dict[str, Any], message: str) -> None:
+    """it is named when the queue is made"""
+    for make in (lambda: Queue("q", arguments), lambda: beequeue.sync.Queue("q", arguments)):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            make()
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prot": 1}, "unexpected keyword argument 'prot'"),
+        ({"ssl": True, "ssl_cert_reqs": "what"}, "Requirements Flag: what"),
+        ({"ssl": True, "ssl_ciphers": "what"}, "ssl_ciphers 'what': .*[Cc]ipher"),
+        ({"ssl": True, "ssl_min_version": "what"}, "ssl_min_version 'what': "),
+        ({"ssl": True, "ssl_ca_data": "what"}, "^redis: ssl_ca_data: "),
+    ],
+)
+async def test_an_argument_that_the_driver_refuses(arguments: dict[str, Any], message: str) -> None:
+    """the first connect names it"""
+    queue = Queue("q", {"port": 1, **arguments})
+    with pytest.raises(ConnectionRefused, match=message):
+        await queue.ready()
+    with pytest.raises(ConnectionRefused, match=message):
+        await queue.close()
+
+
+async def slow(attempt: int) -> int:
+    return attempt
+
+
+@pytest.mark.parametrize("wrong", [5, slow])
+async def test_a_back_off_that_is_none(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="^reconnect must be a function from attempt to milliseconds, not "):
+        QueueSettings(reconnect=wrong)
+    with pytest.raises(TypeError, match="^reconnect must be a function from attempt to milliseconds, not "):
+        await beequeue.connect({"port": 1}, reconnect=wrong)
+
+
+@pytest.mark.parametrize("scheme", ["valkey", "VALKEY"])
+async def test_valkey_is_a_scheme(scheme: str) -> None:
+    assert str(Address(f"{scheme}://user:{'x'}@h:7/3")) == "h:7/3"
+    assert Address("valkeys://h")._class is Address("rediss://h")._class is not Address("valkey://h")._class
+    beequeue.check_redis_url(f"{scheme}://h")
+    with pytest.raises(ValueError, match="database by a number, not 'redis://h/x'"):
+        beequeue.check_redis_url("valkey://h/x")
+
+
+# --- what fails at run time --------------------------------------------------------------------------------------------
+
+
+class Unreliable(CredentialProvider):
+    """Raises the first time."""
+
+    def __init__(self, failure: BaseException) -> None:
+        self._failures = [failure]
+
+    def get_credentials(self) -> tuple[str]:
+        if self._failures:
+            raise self._failures.pop()
+        return (PASSWORD,)
+
+    async def get_credentials_async(self) -> tuple[str]:
+        return self.get_credentials()
+
+
+FAILURES = [RuntimeError("token service\n down"), KeyError("x"), TimeoutError(), OSError("away"), asyncio.CancelledError()]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_a_provider_that_fails_once(failure: BaseException, protocol: int) -> None:
+    with running_server(find_server({}), "--requirepass", PASSWORD) as server:
+        address = Address({"path": str(server.socket), "credential_provider": Unreliable(failure)})
+        with pytest.raises(ConnectionLost) as caught:
+            await address.open(protocol)
+        assert caught.value.maybe_applied is False
+        assert type(failure).__name__ in str(caught.value) or str(failure) in str(caught.value)
+        assert str(caught.value).isprintable()
+        transport, _keep = await address.open(protocol)
+        transport.abort()
+
+
+async def test_a_provider_that_fails_once_in_a_queue(make_queue: Any) -> None:
+    with running_server(find_server({}), "--requirepass", PASSWORD) as server:
+        provider = Unreliable(RuntimeError("token service down"))
+        setting = {"path": str(server.socket), "credential_provider": provider}
+        queue = Queue("q", setting, reconnect=lambda attempt: 1)
+        await queue.ready()
+        await queue.close()
+
+
+async def test_a_cancelled_open_is_cancelled(own_server: Server) -> None:
+    opening = asyncio.create_task(Address(own_server.url).open(2))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("token service down"), OSError("away")], ids=repr)
+async def test_a_blocking_connection_raises_its_own_errors(failure: Exception) -> None:
+    with running_server(find_server({}), "--requirepass", PASSWORD) as server:
+        connection = BlockingConnection(
+            Address({"path": str(server.socket), "credential_provider": Unreliable(failure)}), timeout_s=5
+        )
+        with pytest.raises(ConnectionLost, match=str(failure)):
+            await asyncio.to_thread(connection.call, "PING")
+        assert await asyncio.to_thread(connection.call, "PING") == b"PONG"
+        connection.close()
+
+
+# --- Sentinel ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[tuple[int, int]]:
+    """A server, and a Sentinel that names it as `shop`: their ports."""
+    port, sentinel_port = free_port(), free_port()
+    with running_server(find_server({}), "--port", str(port), "--bind", "127.0.0.1") as server:
+        (server.directory / "sentinel.conf").write_text(f"sentinel monitor shop 127.0.0.1 {port} 1\n")
+        process = await asyncio.create_subprocess_exec(
+            server.binary, "sentinel.conf", "--sentinel", "--port", str(sentinel_port), cwd=server.directory,
+            stdout=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            async with Redis(port=sentinel_port) as client:
+                await until(lambda: answers(client))
+            yield port, sentinel_port
+        finally:
+            process.kill()
+            await process.wait()
+
+
+async def answers(client: Redis) -> bool:
+    try:
+        return bool(await client.ping())
+    except (OSError, RedisError):
+        return False
+
+
+async def test_a_client_of_sentinel_that_nobody_keeps() -> None:
+    """its pool is only weakly held by what it tells its connections"""
+    async with watched() as (port, sentinel_port):
+        address = Address(Sentinel([("127.0.0.1", sentinel_port)]).master_for("shop"))  # type: ignore[no-untyped-call]
+        pool: Any = address._setting.connection_pool  # type: ignore[union-attr]
+        gc.collect()
+        assert str(address) == "the server that Sentinel names/0"
+        blocking = BlockingConnection(address, 5)
+        with pytest.raises(ConnectionLost, match="has not been asked yet"):
+            blocking.call("PING")
+        for protocol in (2, 3):
+            transport, _keep = await address.open(protocol)
+            transport.abort()
+        assert str(address) == f"127.0.0.1:{port}/0"
+        assert await asyncio.to_thread(blocking.call, "PING") == b"PONG"
+        blocking.close()
+        for client in pool.sentinel_manager.sentinels:
+            await client.aclose()
+
+
+# --- alive when handed over --------------------------------------------------------------------------------------------
+
+HELLO = b"%1\r\n$5\r\nproto\r\n:3\r\n"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def reset(peer: socket.socket) -> None:
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+
+
+ENDS: dict[str, Callable[[socket.socket], object]] = {
+    "closes": lambda peer: peer.close(),
+    "half-closes": lambda peer: peer.shutdown(socket.SHUT_WR),
+    "resets": reset,
+    "says more": lambda peer: peer.sendall(b"+more\r\n"),
+}
+
+RUNS: dict[str, Callable[[Awaitable[Any]], Any]] = {"asyncio": asyncio.run, "uvloop": uvloop.run}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_peer_that_goes_between_handshake_and_hand_over(
+    end: Callable[[socket.socket], object], protocol: int, run: Callable[[Awaitable[Any]], Any]
+) -> None:
+    """`open` hands over nothing that is dead; with a HELLO the end has been read by then"""
+
+    async def use() -> None:
+        loop = asyncio.get_running_loop()
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
+        address = Address({"host": "127.0.0.1", "port": listener.getsockname()[1]})
+        opening = asyncio.ensure_future(address.open(protocol))
+        peer, _ = await loop.sock_accept(listener)
+        if protocol == 3:
+            await loop.sock_recv(peer, 1000)
+            peer.sendall(HELLO)
+        end(peer)
+        (outcome,) = await asyncio.gather(opening, return_exceptions=True)
+        if protocol == 2 and isinstance(outcome, tuple):  # the end comes behind the hand-over, and is the link's
+            transport, keep = outcome
+            assert not transport.is_closing()
+            assert not keep._protocol._stream_reader.at_eof()  # type: ignore[attr-defined]
+            transport.abort()
+        else:
+            assert type(outcome) is ConnectionLost, outcome
+            assert outcome.maybe_applied is False
+        peer.close()
+        listener.close()
+
+    run(use())
