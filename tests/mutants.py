@@ -84,8 +84,11 @@ def mutants(text: str) -> Iterator[Mutant]:
                 mutated = mutate_code(text, operator, place)
             except AttributeError:  # `except module.Error`, which cosmic-ray cannot replace
                 continue
-            if mutated is not None and mutated != text:
-                yield Mutant(mutated, *difference(text, mutated))
+            if mutated is None or mutated == text:
+                continue
+            mutant = Mutant(mutated, *difference(text, mutated))
+            if " /, " not in mutant.change:  # the bare * of a signature, taken for a product
+                yield mutant
     yield from without_a_statement(text)
 
 

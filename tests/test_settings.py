@@ -84,6 +84,10 @@ def test_wrong_values(name: str, value: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
+def test_the_longest_duration() -> None:
+    assert QueueSettings(near_term_window=2**53 - 1).near_term_window == 2**53 - 1
+
+
 def test_whole_numbers_fit_in_64_bits() -> None:
     assert [whole_number("n", number) for number in (-(2**63), 2**63 - 1)] == [-(2**63), 2**63 - 1]
     for number in (-(2**63) - 1, 2**63):
