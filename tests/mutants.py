@@ -28,10 +28,10 @@ from harness.server import redis_url
 ROOT = Path(__file__).parent.parent
 MODULES = {
     "decisions": "test_decisions",
-    "settings": "test_settings test_opening",
-    "events": "test_events test_orders test_fuzz test_model test_job_events test_jobs",
-    "saving": "test_jobs test_queue test_connection test_model test_closing",
-    "tracker": "test_orders test_job_events test_race test_lookup test_connection test_model test_sizes test_closing",
+    "settings": "test_settings",
+    "events": "test_events test_job_events",
+    "saving": "test_jobs test_queue test_lookup test_connection",
+    "tracker": "test_job_events test_race test_lookup test_connection test_orders",
     "fsck": "test_fsck",
 }
 """The modules, and the tests that see each: the soonest to notice first."""
