@@ -9,7 +9,7 @@ COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-comp
 export WORKERS
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart test lint audit behaviours proof faults soak bench clean
+.PHONY: help up local compare chart test lint audit behaviours proof faults soak bench mutants clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ faults: $(VENV)/.test ## nothing is lost when workers, Redis and connections fai
 
 soak: $(VENV)/.test ## the harness, and a ledger beside it, with a fault every 20 s for half an hour: SEED=1 MINUTES=30 EVERY=20 FAULTS="kill-workers"
 	@FAULTS="$(FAULTS)" $(VENV)/bin/python -m tests.faults.soak
+
+mutants: $(VENV)/.mutants ## faults put into the modules without I/O, one at a time: which does no test notice; MODULES="events settings"
+	$(VENV)/bin/python -m tests.mutants
 
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours
@@ -82,6 +85,11 @@ $(VENV)/.bench: requirements.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.audit: requirements.txt pyproject.toml | $(VENV)/bin/python
 	@echo "installing what the audit needs into $(VENV)" >&2
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[audit]' >&2
+	@touch $@
+
+$(VENV)/.mutants: requirements.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what the mutants need into $(VENV)" >&2
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[server,test,lint,mutants]' >&2
 	@touch $@
 
 $(VENV)/.test: requirements.txt pyproject.toml | $(VENV)/bin/python

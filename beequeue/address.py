@@ -145,7 +145,7 @@ class Address:
 
     async def accepts(self, limit_s: float) -> bool:
         """Whether something accepts a connection there, be it that it says nothing."""
-        where = self._arguments
+        where = self._arguments | (self._master or {})
         try:
             async with asyncio.timeout(limit_s):
                 if path := where.get("path"):

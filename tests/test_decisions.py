@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from beequeue import Job, JobTimeout, QueueSettings
-from beequeue.decisions import fail, retry_delay, stack_trace, succeed
+from beequeue.decisions import fail, fail_as_stored, message_of, retry_delay, stack_trace, succeed
 from beequeue.job import BUILT_IN_STRATEGIES, Strategy
+from beequeue.store import Settlement
 
 
 class NoQueue:
@@ -118,13 +119,14 @@ def test_final_failure(job: Job) -> None:
 
 def test_retry(job: Job) -> None:
     """EV-04, B-11, B-12: one retry fewer, the newest trace first, status retrying"""
-    job.retries(2).options["stacktraces"].append("older")
+    job.retries(2).options["stacktraces"] = ["older", "oldest"]
     settlement = fail(job, raised(ValueError("fail!")), 50, 1000, QueueSettings(remove_on_failure=True))
     assert settlement.status == "retrying"
     assert settlement.retry_at == 1050
     options = json.loads(settlement.entry or b"")["options"]
     assert options["retries"] == 1
-    assert options["stacktraces"][1] == "older"
+    assert options["stacktraces"][0].endswith("ValueError: fail!\n")
+    assert options["stacktraces"][1:] == ["older", "oldest"]
     assert fail(job, ValueError(), 0, 1000, QueueSettings()).retry_at is None
 
 
@@ -132,6 +134,27 @@ def test_an_error_without_text_is_named(job: Job) -> None:
     """QK-25"""
     settlement = fail(job, KeyError(), None, 0, QueueSettings())
     assert settlement.message == b'{"id":"7","event":"failed","data":"KeyError"}'
+
+
+class Mute(Exception):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_error_whose_text_cannot_be_had_is_named() -> None:
+    """QK-25"""
+    assert message_of(Mute()) == "Mute"
+
+
+def test_failed_as_stored() -> None:
+    """the entry stays as it is, and the event says why"""
+    error = ValueError("too deep")
+    settlement = fail_as_stored("7", b"stored", error, QueueSettings())
+    assert settlement == Settlement("failed", b"stored", b'{"id":"7","event":"failed","data":"too deep"}')
+    silent = fail_as_stored("7", b"stored", error, QueueSettings(remove_on_failure=True, send_events=False))
+    assert silent == Settlement("failed", None, b"")
 
 
 def test_removed_on_failure(job: Job) -> None:

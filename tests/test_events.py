@@ -6,7 +6,7 @@ import asyncio
 import gc
 import math
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json
+from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json, peek
 
 
 def test_messages_as_node_writes_them() -> None:
@@ -155,19 +155,44 @@ def test_once_off_and_decorators() -> None:
     assert calls == ["always", "once", "always"]
 
 
-def test_a_listener_of_once_may_emit_again() -> None:
-    """it is taken off before it is called"""
+def test_a_once_listener_that_emits_again_is_called_once() -> None:
+    """it is taken off before its call"""
     emitter, calls = Collecting(), []
 
-    def again() -> None:
-        calls.append("once")
+    def once(value: int) -> None:
+        calls.append(value)
         if len(calls) < 5:
-            emitter.emit("x")
+            emitter.emit("x", value + 1)
 
-    emitter.once("x", again)
-    assert emitter.emit("x") is True
-    assert emitter.emit("x") is False
-    assert calls == ["once"]
+    emitter.once("x", once)
+    assert emitter.emit("x", 1) is True
+    assert emitter.emit("x", 1) is False
+    assert calls == [1]
+
+
+def test_off_takes_one_listener_off() -> None:
+    emitter, calls = Collecting(), []
+
+    def note(number: int) -> Callable[[], None]:
+        return lambda: calls.append(number)
+
+    first, second, third, fourth = (note(number) for number in range(4))
+    for listener in (first, second, third, second, fourth):
+        emitter.on("x", listener)
+    emitter.off("x", second)
+    emitter.off("y", first)
+    emitter.emit("x")
+    assert calls == [0, 2, 1, 3]
+
+
+def test_whether_anybody_listens() -> None:
+    emitter = Collecting()
+    assert not emitter._listens_to("x")
+    emitter.once("x", print)
+    assert emitter._listens_to("x")
+    assert not emitter._listens_to("y")
+    emitter.off("x", print)
+    assert not emitter._listens_to("x")
 
 
 def test_a_listener_that_takes_itself_off_skips_nobody() -> None:
@@ -186,6 +211,8 @@ def test_a_listener_that_takes_itself_off_skips_nobody() -> None:
 def test_a_listener_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="the listener of 'x' must be callable, not 3"):
         Collecting().on("x", 3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="the listener of 'x' must be callable, not 3"):
+        Collecting().once("x", 3)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +240,62 @@ def test_json_nested_deep_or_in_circles() -> None:
 
 def test_json_of_nodes_that_the_fast_reader_refuses() -> None:
     assert load_json(b'[100000000000000000000,-9223372036854775808,"\\ud83d"]', "test") == [1e20, -(2**63), "\ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(2**64 - 1, int), (2**64, float), (-(2**63), int), (-(2**63) - 1, float), (0, int)]
+)
+def test_numbers_beside_a_lone_surrogate_are_read_as_without_it(number: int, kind: type) -> None:
+    """beyond 64 bits a float"""
+    for text in (f"[{number}]", f'[{number},"\\ud83d"]'):
+        (read, *_) = load_json(text.encode(), "test")
+        assert type(read) is kind
+        assert read == kind(number)
+
+
+def test_what_is_not_json_is_quoted_in_part() -> None:
+    text = b'{"a":' + b"x" * 1000
+    with pytest.raises(UnreadableData) as caught:
+        load_json(text, "test")
+    quoted = repr(text[:200])
+    assert str(caught.value) == f"a test is not JSON (Expecting value: line 1 column 6 (char 5)): {quoted}"
+    with pytest.raises(UnreadableData) as caught:
+        Event.decode(b'{"event":"x","data":"' + b"x" * 1000 + b'"}')
+    quoted = repr(b'{"event":"x","data":"' + b"x" * 179)
+    assert str(caught.value) == f"a message on the events channel names no job or no event: {quoted}"
+
+
+def test_what_json_cannot_carry() -> None:
+    with pytest.raises(TypeError, match="^Type is not JSON serializable: object$"):
+        dump_json(object())
+    with pytest.raises(TypeError, match="^JSON cannot carry it: "):
+        dump_json(_deep(100_000))
+
+
+def _deep(levels: int) -> Any:
+    value: Any = None
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("payload", "seen"),
+    [
+        (b'{"id":"1","event":"succeeded","data":1}', ("1", "succeeded")),
+        ('{"id":"ü","event":"progress"}'.encode(), ("ü", "progress")),
+        (b'{"event":"succeeded","id":"1"}', None),
+        (b'{"id":"a\\"b","event":"succeeded"}', None),
+        (b'{"id":"\xff","event":"succeeded"}', None),
+        (b'{"id":"","event":"succeeded"}', None),
+        (b'{"id":"' + b"x" * 1000 + b'","event":"' + b"y" * 100 + b'"}', ("x" * 1000, "y" * 100)),
+        (b'{"id":"' + b"x" * 1001 + b'","event":"succeeded"}', None),
+    ],
+    ids=range(8),
+)
+def test_peek(payload: bytes, seen: tuple[str, str] | None) -> None:
+    """job and event, of a message in bee-queue's order; it decodes nothing"""
+    assert peek(payload) == seen
 
 
 async def test_an_async_listener_is_handed_on() -> None:

@@ -27,6 +27,6 @@ def test_all_that_is_needed_is_listed() -> None:
 
 @pytest.mark.parametrize("name", PINNED)
 def test_the_licence_is_the_packages_own(name: str) -> None:
-    told = importlib.metadata.metadata(name)
-    assert told["Version"] == PINNED[name]
-    assert LISTED[name] == (told["License-Expression"] or told["License"])
+    told = importlib.metadata.metadata(name).json
+    assert told["version"] == PINNED[name]
+    assert LISTED[name] == (told.get("license_expression") or told.get("license"))

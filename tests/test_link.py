@@ -64,12 +64,15 @@ PUSH = b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\np\r\n"
 
 
 async def test_commands_of_one_step_leave_in_one_write(peer: Peer) -> None:
+    """one that is alone leaves at once"""
     await peer.connect()
+    peer.send(b"PING")
+    assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
     peer.send(b"GET", "a")
     peer.send(b"GET", "ü")
     assert await peer.reader.read(1000) == b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n*2\r\n$3\r\nGET\r\n$2\r\n\xc3\xbc\r\n"
-    await peer.say(b"$1\r\n1\r\n$-1\r\n")
-    assert await peer.logs(2) == [b"1", None]
+    await peer.say(b"+PONG\r\n$1\r\n1\r\n$-1\r\n")
+    assert await peer.logs(3) == [b"PONG", b"1", None]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])

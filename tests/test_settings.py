@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import QueueSettings, linear_backoff
-from beequeue.settings import QueueOptions
+from beequeue.settings import QueueOptions, whole_number
 
 
 def test_defaults() -> None:
@@ -82,6 +82,17 @@ def test_wrong_values(name: str, value: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         QueueSettings(**{name: value})
     assert str(caught.value) == message
+
+
+def test_the_longest_duration() -> None:
+    assert QueueSettings(near_term_window=2**53 - 1).near_term_window == 2**53 - 1
+
+
+def test_whole_numbers_fit_in_64_bits() -> None:
+    assert [whole_number("n", number) for number in (-(2**63), 2**63 - 1)] == [-(2**63), 2**63 - 1]
+    for number in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match=f"^n must fit in 64 bits, not {number}$"):
+            whole_number("n", number)
 
 
 def test_the_back_off_is_linear_and_capped() -> None:

@@ -1385,3 +1385,17 @@ async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
         assert await (await producer.create_job("x").save()).result(5_000) == "x"
     for queue in (worker, producer):
         await queue.close()
+
+
+async def test_a_worker_that_may_take_with_no_settlement_goes_on(own_server: Server, make_queue: MakeQueue) -> None:
+    """what Redis refuses is reported, and no job: each comes with a take of its own"""
+    async with Redis.from_url(own_server.url) as administrator:
+        await administrator.execute_command("ACL SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all", "-rpop")
+        queue = make_queue(redis=own_server.url.replace("unix://", "unix://worker:secret@"))
+        succeeded = Seen()
+        queue.on("succeeded", lambda job, result: succeeded(job.data))
+        assert await queue.save_all([queue.create_job(number) for number in range(3)]) == {}
+        queue.process(echo)
+        assert await succeeded.reaches(3) == [(0,), (1,), (2,)]
+        await queue.close()
+    assert {error.code for error in make_queue.claim(CommandError) if isinstance(error, CommandError)} <= {"NOPERM", "ERR"}
