@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from beequeue import Job, Queue
@@ -76,7 +77,11 @@ def test_the_table_of_events_has_them_all() -> None:
     assert emitted - {"job "} <= listed
 
 
-PARAMETERS = {"test_alone": FAULTS, "test_it_lives_on": HARNESS_FAULTS, "test_all_work_again": FRONTS}
+PARAMETERS: dict[str, Collection[str]] = {
+    "test_alone": FAULTS,
+    "test_it_lives_on": HARNESS_FAULTS,
+    "test_all_work_again": FRONTS,
+}
 
 
 def promises() -> list[tuple[str, str, str | None]]:
