@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 WORKERS ?= 6
+PROCESSES ?= auto
 CHART ?= chart.png
 INTERVAL ?= 3
 COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-compose || echo docker compose)
@@ -25,8 +26,8 @@ compare: $(VENV)/.compare ## both orderings in turn: what is lost, what the cure
 chart: $(VENV)/.chart ## a picture of saved logs: LOGS="a.log NAME=b.log", CHART=chart.png or .svg, INTERVAL=3
 	@$(VENV)/bin/python -m harness chart $(LOGS) --output $(CHART) --interval $(INTERVAL)
 
-test: $(VENV)/.test ## all tests, on a real Redis; those of the containers where there is a Docker engine
-	$(VENV)/bin/python -m pytest $(TESTS)
+test: $(VENV)/.test ## all tests, side by side, on a real Redis; containers where there is a Docker engine: TESTS=tests/test_job.py TEST_LOOP=uvloop
+	$(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadgroup $(TESTS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check .

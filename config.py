@@ -18,6 +18,7 @@ from typing import NoReturn
 from dotenv import dotenv_values
 
 from beequeue import check_redis_url
+from beequeue.shown import OneLine, shown
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ def load() -> Config:
 
 def log_to_stderr() -> None:
     """Everything but the stats lines goes to stderr."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    out = logging.StreamHandler()
+    out.addFilter(OneLine())
+    logging.basicConfig(handlers=[out], level=logging.INFO, format="%(message)s")
 
 
 def fail(line: str, code: int = 1) -> NoReturn:
     """Ends the program with one line."""
-    print(line, file=sys.stderr)
+    print(shown(line), file=sys.stderr)
     sys.exit(code)

@@ -16,6 +16,7 @@ import json
 import logging
 import operator
 import os
+import re
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ from beequeue.link import settle
 from beequeue.queue import Queue
 from beequeue.run import Handler, is_async
 from beequeue.settings import QueueOptions, QueueSettings, linear_backoff
+from beequeue.shown import OneLine, shown
 
 log = logging.getLogger("beequeue")
 
@@ -65,7 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     checker.set_defaults(run=_check)
     _add_worker_arguments(worker)
     _add_check_arguments(checker)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # by name only: what follows one may be a URL, or half of a password
+        names = [name for each in unknown if _OPTION.fullmatch(name := each.partition("=")[0])]
+        parser.error(f"unrecognized arguments: {' '.join(names) or f'{len(unknown)} without an option'}")
     return int(options.run(options))
 
 
@@ -112,6 +117,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {_one_line(message)}\n")
 
 
+_OPTION = re.compile("--?[a-z]+(-[a-z]+)*")
+
+
 def _at_least_one(value: str) -> int:
     if not (value.isascii() and value.isdigit() and value.strip("0")):
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {value!r}")
@@ -138,11 +146,15 @@ def _url(value: str) -> str:
     return value
 
 
+_HANDLER = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+
+
 def load_handler(target: str) -> Any:
     """The function that `module:name` names, both of them dotted or not; raises `ArgumentTypeError`."""
     module, _, path = target.partition(":")
-    if not module or not path or module.startswith("."):
-        raise argparse.ArgumentTypeError(f"must be a module and a function, as in shop.mail:send, not {target!r}")
+    if not _HANDLER.fullmatch(target):
+        given = "a URL" if "://" in target or "@" in target else repr(target)
+        raise argparse.ArgumentTypeError(f"must be a module and a function, as in shop.mail:send, not {given}")
     sys.path.insert(0, os.getcwd())
     try:
         found = operator.attrgetter(path)(importlib.import_module(module))
@@ -166,7 +178,7 @@ def _place(error: BaseException) -> str:
 
 
 def _one_line(what: object) -> str:
-    return " ".join(str(what).split()) or type(what).__name__
+    return shown(" ".join(str(what).split())) or type(what).__name__
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------
@@ -174,7 +186,9 @@ def _one_line(what: object) -> str:
 
 def _worker(options: argparse.Namespace) -> int:
     # behind the handler's import: a module that sets up logging has its way
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    out = logging.StreamHandler()
+    out.addFilter(OneLine())  # a handler may log what is in its jobs
+    logging.basicConfig(handlers=[out], format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.INFO)
     try:
         uvloop.run(_work(options))

@@ -6,13 +6,18 @@ The only module that imports the driver, and the only one that catches its excep
 from __future__ import annotations
 
 import asyncio
+import difflib
+import inspect
+import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import redis.connection
+import redis.credentials
 import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection as DriverConnection
@@ -41,6 +46,10 @@ _NOT_OURS = (
 )
 
 
+class NoAnswer(ConnectionLost):
+    """Nothing came within the time for a connection to be opened."""
+
+
 class Address:
     """Where Redis is and how to get in. Its `str` never shows a password."""
 
@@ -48,10 +57,9 @@ class Address:
         if setting is None:
             arguments: dict[str, Any] = {}
         elif isinstance(setting, str):
-            try:
-                arguments = _from_url(setting)
-            except ValueError as error:
-                raise ValueError(f"redis {error}") from None
+            arguments, wrong = _from_url(setting)
+            if wrong:
+                raise ValueError(f"redis {wrong}")
         elif isinstance(setting, Redis):
             arguments = dict(setting.connection_pool.connection_kwargs)
             arguments["connection_class"] = setting.connection_pool.connection_class
@@ -61,38 +69,48 @@ class Address:
             raise TypeError(f"redis must be a URL, a dict of connection arguments or a client, not {type(setting).__name__}")
         if "socket" in arguments:  # bee-queue's name
             arguments["path"] = arguments.pop("socket")
+        self._setting = setting  # a pool that asks Sentinel is only weakly held by its connections' arguments
         self._class = arguments.get("connection_class") or _class_for(arguments)
+        if not (isinstance(self._class, type) and issubclass(self._class, tuple(_BLOCKING))):
+            raise TypeError(f"redis: connection_class must be a class of redis.asyncio's connections, not {self._class!r}")
         self._arguments = {name: value for name, value in arguments.items() if name not in _NOT_OURS}
         self._arguments.pop("ssl", None)
-        if self._class is UnixDomainSocketConnection:
+        if issubclass(self._class, UnixDomainSocketConnection):
             self._arguments.pop("host", None)
             self._arguments.pop("port", None)
         else:
             self._arguments.setdefault("host", "127.0.0.1")
-        self._arguments.setdefault("socket_connect_timeout", 10)
+        if self._arguments.get("socket_connect_timeout") is None:
+            self._arguments["socket_connect_timeout"] = 10
+        if issubclass(self._class, SSLConnection) and self._arguments.get("ssl_password") is None:
+            self._arguments["ssl_password"] = _no_passphrase
+        _check(self._arguments)
+        self._asks_sentinel = "connection_pool" in self._arguments
+        self._master: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        named = self._arguments
+        named = self._arguments | (self._master or {})
         where = named.get("path") or f"{named['host']}:{named.get('port', 6379)}"
+        if self._asks_sentinel and self._master is None:
+            where = "the server that Sentinel names"
         return f"{where}/{named.get('db', 0)}"
 
     __repr__ = __str__
 
     async def open(self, protocol: int) -> tuple[asyncio.Transport, object]:
-        """A transport that is authenticated and has its database; and what must be kept as long as it is used.
+        """A transport that is authenticated, has its database and is alive; and what must be kept as long as it is used.
 
-        Raises `ConnectionRefused` when Redis said no, `ConnectionLost` when it cannot be reached now.
+        Raises `ConnectionRefused` when Redis said no or a setting is wrong, `ConnectionLost` when it cannot be reached now.
         """
-        try:
-            driver = self._class(**self._arguments, protocol=protocol, retry=Retry(NoBackoff(), 0), driver_info=None)
-        except (TypeError, redis.exceptions.RedisError) as error:
-            raise ConnectionRefused(f"redis: {error}") from None
-        connecting = asyncio.create_task(driver.connect(), name="beequeue connecting")
+        driver = self._driver(self._class, protocol=protocol, retry=Retry(NoBackoff(), 0))
+        connecting = asyncio.create_task(_connect(driver), name="beequeue connecting")
         limit = self._arguments["socket_connect_timeout"]
+        failure: BeeQueueError | None = None
         try:
             async with asyncio.timeout(limit):  # the driver's own does not cover the handshake
                 await asyncio.shield(connecting)
         except BaseException as error:
+            timed_out = not connecting.done() and isinstance(error, TimeoutError)
             if not connecting.done():
                 # the driver may swallow a cancellation, or wait for Redis behind it, but not once its socket is gone
                 if driver._writer is not None:
@@ -103,22 +121,151 @@ class Address:
             if driver._writer is not None:
                 writer = _disown(driver)  # kept until it is closed, or it warns
                 writer.transport.abort()
-            if isinstance(error, TimeoutError):
-                raise ConnectionLost(f"{self}: no answer within {limit:g} s", maybe_applied=False) from None
-            if isinstance(error, (redis.exceptions.RedisError, OSError)):
-                raise _translated(error, self, protocol) from None
-            raise
+            if timed_out:
+                failure = NoAnswer(f"{self}: no answer within {limit:g} s", maybe_applied=False)
+            elif isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and not _is_being_cancelled()):
+                failure = _translated(error, self, protocol)
+            else:
+                raise
+        if failure is not None:  # outside of the block: an error's context has what the driver, or a provider, said
+            raise failure
+        if self._asks_sentinel:
+            self._master = {"host": driver.host, "port": driver.port}
+        reader = driver._reader
+        is_alive = not (driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() or reader._buffer)
         writer = _disown(driver)
+        if not is_alive:
+            writer.transport.abort()
+            raise ConnectionLost(f"{self}: the connection was closed as soon as it was open", maybe_applied=False)
         return writer.transport, writer
 
+    async def accepts(self, limit_s: float) -> bool:
+        """Whether something accepts a connection there, be it that it says nothing."""
+        where = self._arguments
+        try:
+            async with asyncio.timeout(limit_s):
+                if path := where.get("path"):
+                    _, writer = await asyncio.open_unix_connection(path)
+                else:
+                    _, writer = await asyncio.open_connection(where["host"], where.get("port", 6379))
+        except (OSError, TimeoutError):
+            return False
+        writer.transport.abort()
+        return True
+
     def open_blocking(self, timeout_s: float) -> Any:
-        """The same for a thread that waits for each reply, at most so long; raises what the driver does."""
+        """The same for a thread that waits for each reply, at most so long: the driver's connection."""
         kind = next(blocking for ours, blocking in _BLOCKING.items() if issubclass(self._class, ours))
-        arguments = {name: value for name, value in self._arguments.items() if name not in _NOT_BLOCKING}
-        arguments |= {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-        driver = kind(**arguments, protocol=2, retry=BlockingRetry(NoBackoff(), 0), driver_info=None)
-        driver.connect()
+        others: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+        if self._asks_sentinel:
+            if self._master is None:
+                raise ConnectionLost(f"{self}: it has not been asked yet, and a thread cannot ask it", maybe_applied=False)
+            others |= self._master
+        driver = self._driver(kind, **others, protocol=2, retry=BlockingRetry(NoBackoff(), 0), leave_out=_NOT_BLOCKING)
+        try:
+            driver.connect()
+            return driver
+        except Exception as error:
+            failure = _translated(error, self, 2)
+        driver.disconnect()
+        raise failure
+
+    def _driver(self, kind: Any, *, leave_out: Sequence[str] = (), **others: Any) -> Any:
+        """The driver's connection, not open yet; raises `ConnectionRefused` when an argument is wrong."""
+        arguments = {name: value for name, value in self._arguments.items() if name not in leave_out}
+        wrong: object
+        try:
+            driver = kind(**arguments | others, driver_info=None)
+            wrong = _wrong_with_tls(driver, arguments) if issubclass(self._class, SSLConnection) else None
+        except Exception as error:  # nothing has been sent yet: it is the arguments
+            wrong = self._without_secrets(error)
+        if wrong:
+            raise ConnectionRefused(f"redis: {wrong}")
         return driver
+
+    def _without_secrets(self, error: BaseException) -> str:
+        """What an exception says, with its class when it is not the driver's, and without the passwords that are known."""
+        text = str(error)
+        if not isinstance(error, (redis.exceptions.RedisError, OSError)):
+            text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        for name in ("password", "ssl_password"):
+            secret = self._arguments.get(name)
+            secret = secret.decode(errors="replace") if isinstance(secret, bytes) else secret
+            if isinstance(secret, str) and secret:
+                text = text.replace(secret, "…").replace(repr(secret)[1:-1], "…")
+        return text
+
+
+async def _connect(driver: Any) -> None:
+    await driver.connect()
+    if isinstance(driver, SSLConnection):
+        # with TLS 1.3 a server that wants a certificate says so behind the handshake, and so does a relay without a backend
+        await driver.send_command("PING", check_health=False)
+        with suppress(redis.exceptions.ResponseError):  # an answer too: NOAUTH, NOPERM
+            await driver.read_response()
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _no_passphrase() -> str:
+    """In place of a prompt on the terminal."""
+    raise ValueError("it is encrypted, and ssl_password is not given")
+
+
+def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files that TLS needs, with the file's name."""
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        if (path := arguments.get(name)) is not None:
+            try:
+                with open(path, "rb"):
+                    pass
+            except OSError as error:
+                return f"{name} {path!r}: {error.strerror}"
+    certificate, key, password = (arguments.get(name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_password"))
+    if key and not certificate:
+        return f"ssl_keyfile {key!r} needs an ssl_certfile"
+    if certificate:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password)
+        except Exception as error:
+            what = f"ssl_keyfile {key!r}, of ssl_certfile {certificate!r}" if key else f"ssl_certfile {certificate!r}"
+            return f"{what}: {getattr(error, 'reason', None) or error}"
+    try:
+        context = getattr(driver, "ssl_context", None)  # the blocking driver has none, and makes it when it connects
+        if context is not None:
+            context.get()
+    except Exception as error:
+        files = ", ".join(f"{name} {value!r}" for name, value in arguments.items() if name.startswith("ssl_ca") and value)
+        return f"{files or 'a setting of TLS'}: {getattr(error, 'reason', None) or error}"
+    return None
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises `TypeError` or `ValueError` that names a wrong connection argument; never shows a password."""
+    for name in ("host", "path", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path"):
+        value = arguments.get(name)
+        if name in arguments and not (isinstance(value, (str, os.PathLike)) or (value is None and name != "host")):
+            raise TypeError(f"redis: {name} must be a string, not {value!r}")
+        if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
+            raise ValueError(f"redis: {name} must have no NUL, and has one: {value!r}")
+    for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):
+        value = arguments.get(name, least)
+        number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12 else value
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+            raise ValueError(f"redis: {name} must be a number from {least} to {most}, not {value!r}")
+    for name in ("username", "password"):
+        if not isinstance(arguments.get(name), (str, bytes, int, float, None.__class__)):
+            raise TypeError(f"redis: {name} must be a string, not {type(arguments[name]).__name__}")
+    for name in ("socket_connect_timeout", "socket_timeout"):
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise ValueError(f"redis: {name} must be a number of seconds, more than 0, not {value!r}")
+    provider = arguments.get("credential_provider")
+    if provider is not None and not isinstance(provider, redis.credentials.CredentialProvider):
+        raise TypeError(f"redis: credential_provider must be a redis.CredentialProvider, not {type(provider).__name__}")
 
 
 _BLOCKING: Mapping[type, Any] = {
@@ -126,7 +273,7 @@ _BLOCKING: Mapping[type, Any] = {
     SSLConnection: redis.connection.SSLConnection,
     DriverConnection: redis.connection.Connection,
 }
-_NOT_BLOCKING = ("parser_class", "encoder_class", "redis_connect_func", "event_dispatcher")
+_NOT_BLOCKING = ("parser_class", "encoder_class", "redis_connect_func", "event_dispatcher", "connection_pool")
 """What asyncio's connections have of their own."""
 
 
@@ -139,45 +286,78 @@ def _disown(driver: Any) -> Any:
 
 def check_redis_url(url: str) -> None:
     """Raises `ValueError` when `url` is not one that `Queue` takes; the message begins with "must" and shows no password."""
-    _from_url(url)
+    _, wrong = _from_url(url)
+    if wrong:
+        raise ValueError(wrong)
 
 
-def _from_url(url: str) -> dict[str, Any]:
-    shown = _without_secrets(url)
+SCHEMES = "redis://, rediss://, valkey://, valkeys:// or unix://"
+
+
+def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
+    """The driver's arguments, and what is wrong; not as an exception, whose context would have the driver's, and the URL."""
+    if _VALKEY.match(url):
+        url = "redis" + url[len("valkey") :]
     hint = "; in a password / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D" if "@" in url else ""
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:  # what it says quotes a part of the password, if that was taken for something else
-        raise ValueError(f"must be a URL whose port is a number from 1 to 65535{hint}") from None
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError(f"must be a redis://, rediss:// or unix:// URL, not {shown!r}")
+    except ValueError:
+        return {}, f"must be a URL whose port is a number from 1 to 65535{hint}"
+    if parts.scheme not in ("redis", "rediss", "unix") or not _SCHEME.match(url):
+        return {}, f"must be a URL that begins with {SCHEMES}"  # it may be a password, and nothing else
+    shown_url = _without_secrets(url)
+    wrong = None
     # a password that is cut in two here would be taken for a port, a host or a path, and shown as such ever after
-    if "#" in url or ("@" not in parts.netloc and "@" in parts.query.partition("=")[0]):
-        raise ValueError(f"must have no #, and no @ before the first = of its query{hint}")
-    if parts.scheme == "unix" and (not parts.path or (parts.netloc and not parts.netloc.endswith("@"))):
-        raise ValueError(f"must name a socket, as in unix:///run/redis.sock, not {shown!r}{hint}")
-    if parts.scheme != "unix" and port == 0:
-        raise ValueError(f"must have a port from 1 to 65535, not {shown!r}")
-    try:
-        (parts.hostname or "").encode("idna")
-    except UnicodeError:
-        raise ValueError(f"must name a host, not {shown!r}") from None
-    if parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
-        raise ValueError(f"must name its database by a number, not {shown!r}{hint}")
+    if "#" in url:
+        wrong = f"must have no #{hint}"
+    elif "@" in parts.query and not _may_have_at(parts):
+        wrong = f"must have no @ in its query{hint}"
+    elif parts.scheme == "unix" and (not parts.path or (parts.netloc and not parts.netloc.endswith("@"))):
+        wrong = f"must name a socket, as in unix:///run/redis.sock, not {shown_url!r}{hint}"
+    elif parts.scheme != "unix" and port == 0:
+        wrong = f"must have a port from 1 to 65535, not {shown_url!r}"
+    elif parts.netloc.startswith(":") and "@" not in parts.netloc:
+        wrong = f"must name a host before its port{hint}"  # this may be a password without a host
+    elif not _is_host(parts.hostname or ""):
+        wrong = f"must name a host, not {shown_url!r}"
+    elif parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
+        wrong = f"must name its database by a number, not {shown_url!r}{hint}"
+    return ({}, wrong) if wrong else _parsed(url)
+
+
+def _parsed(url: str) -> tuple[dict[str, Any], str | None]:
+    """As `_from_url`, of a URL whose parts are in order: its options."""
     try:
         arguments = dict(parse_url(url))
     except ValueError as error:  # names an option, never its value
-        raise ValueError(f"must be a URL: {error}") from None
+        return {}, f"must be a URL: {error}"
     kind: Any = arguments.get("connection_class", DriverConnection)
+    known = {name for each in kind.__mro__ for name in inspect.signature(each.__init__).parameters} | {*_NOT_OURS}
+    for name in arguments.keys() - known:  # which may be a piece of a password
+        meant = difflib.get_close_matches(name, known, 1, 0.8)
+        return {}, f"must have options of redis-py's connections only{f'; is one meant to be {meant[0]}?' if meant else ''}"
     try:
-        kind(**{name: value for name, value in arguments.items() if name not in _NOT_OURS})
-    except TypeError as error:  # likewise
-        reason = str(error).rpartition(" got an ")[2]
-        raise ValueError(f"must have options of redis-py's connections only: {reason}") from None
-    except redis.exceptions.RedisError:
-        pass  # of a value: told by `Address.open`, like all that the driver finds there
-    return arguments
+        _check(arguments)
+    except (TypeError, ValueError) as error:
+        return {}, f"must be a URL: {str(error).removeprefix('redis: ').rpartition(', not ')[0]}"
+    return arguments, None
+
+
+def _may_have_at(parts: SplitResult) -> bool:
+    """Whether each @ of a query is in a user's name or a password that is written there, rather than before a host."""
+    if "@" in parts.netloc or (not parts.hostname and parts.scheme != "unix"):
+        return False
+    options = [option.partition("=") for option in parts.query.split("&")]
+    return all("@" not in name + value or name in ("username", "password") for name, _, value in options)
+
+
+def _is_host(name: str) -> bool:
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _without_secrets(url: str) -> str:
@@ -191,6 +371,7 @@ def _without_secrets(url: str) -> str:
 
 
 _SCHEME = re.compile("[a-z]+://", re.IGNORECASE)
+_VALKEY = re.compile("valkeys?://", re.IGNORECASE)
 _QUERY = re.compile("[?#].*", re.DOTALL)
 
 
@@ -209,12 +390,37 @@ _REFUSALS = (
 _FOR_NOW = (redis.exceptions.ClusterDownError, redis.exceptions.ReadOnlyError, redis.exceptions.TryAgainError)
 
 
+_REFUSING_ALERTS = re.compile(
+    "ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|PROTOCOL_VERSION"
+    "|INSUFFICIENT_SECURITY|UNRECOGNIZED_NAME)"
+)
+"""What the other side says when TLS will not do: no certificate, one that it does not trust, no common version."""
+
+
+def refusal_in(error: BaseException | None, address: Address) -> ConnectionRefused | None:
+    """The refusal, if what ended a connection (the argument of `connection_lost`) is one by TLS; else None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ssl.SSLError) and (alert := _REFUSING_ALERTS.search(error.reason or "")):
+            what = alert[0].removeprefix("ALERT_").lower().replace("_", " ")
+            given = address._arguments.get("ssl_certfile")
+            sent = f"our certificate is {given!r}" if given else "no ssl_certfile is given"
+            return ConnectionRefused(f"{address}: the server refuses TLS: {what}; {sent}")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _translated(error: BaseException, address: Address, protocol: int) -> BeeQueueError:
-    """The driver's exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
+    """An exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
+    message = f"{address}: {address._without_secrets(error)}"
+    if not isinstance(error, (redis.exceptions.RedisError, OSError)):  # of a credential provider, say
+        return ConnectionLost(message, maybe_applied=False)
+    if (refusal := refusal_in(error, address)) is not None:
+        return refusal
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, _REFUSALS):
         cause = cause.__cause__ or cause.__context__
-    message = f"{address}: {error}"
     if cause is None or isinstance(cause, _FOR_NOW) or "max number of clients" in message:
         return ConnectionLost(message, maybe_applied=False)
     if protocol == 3 and ("unknown command" in message.lower() or "NOPROTO" in message):
@@ -232,21 +438,25 @@ class BlockingConnection:
 
     def call(self, *args: Any) -> Any:
         """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `ConnectionRefused`."""
+        failure: BeeQueueError
         try:
             driver = self._driver
             if driver is None:
                 driver = self._driver = self._address.open_blocking(self._timeout_s)
+            sent = False
             driver.send_command(*args)
-        except (TypeError, redis.exceptions.RedisError, OSError) as error:
-            self.close()
-            raise _translated(error, self._address, 2) from None
-        try:
+            sent = True
             return driver.read_response()
+        except BeeQueueError:
+            raise
         except redis.exceptions.ResponseError as error:
-            raise CommandError(str(error)) from None
-        except (redis.exceptions.RedisError, OSError) as error:
+            if isinstance(error, _FOR_NOW):  # the next call may find another server there
+                self.close()
+            failure = CommandError(str(error))
+        except Exception as error:  # also whatever the driver makes of a socket that `close` has taken away
             self.close()
-            raise ConnectionLost(f"{self._address}: {error}", maybe_applied=True) from None
+            failure = ConnectionLost(f"{self._address}: {self._address._without_secrets(error)}", maybe_applied=sent)
+        raise failure
 
     def close(self) -> None:
         """Closes the socket; from another thread, a call under way ends with some error or other."""

@@ -2,22 +2,28 @@
 
 It knows nothing of queues: what a connection is for (scripts, subscriptions) is its owner's `set_up`.
 
-The end of a link decides what becomes of its commands: what was never written waits for the next link; so does what is safe to
-repeat; the rest fails with `ConnectionLost(maybe_applied=True)`.
+The end of a link decides what becomes of its commands: what was never written waits for the next link, and so does what Redis
+refused because of its own state; what is safe to repeat is repeated; the rest fails with `ConnectionLost(maybe_applied=True)`.
+
+A link on which nothing moves is dead if Redis answers on another one, or if no other one can be opened. If that one waits too,
+it is Redis that stands still, and a cut would help nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from beequeue.address import Address
+import beequeue.link as link_module
+from beequeue.address import Address, NoAnswer, refusal_in
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
-from beequeue.link import Command, Link, settle
-from beequeue.settings import Backoff
+from beequeue.link import UNFIT, Command, Link, settle
+from beequeue.settings import Backoff, linear_backoff
+from beequeue.supervised import supervised
 
 log = logging.getLogger("beequeue")
 
@@ -25,14 +31,39 @@ Answer = TypeVar("Answer")
 
 MOST_WAITING = 10_000
 """How many commands wait for a connection that is down."""
+CALM_S = 15.0
+"""A link that was left as unfit after so long counts as one that was good."""
+MOST_LOSSES = 10
+"""How often a command is repeated whose link was lost each time it was next to be answered: its reply may never fit."""
+
+
+class Group:
+    """The connections that must speak to the same server: when one learns that it is not fit, all of them open new ones."""
+
+    def __init__(self) -> None:
+        self._connections: set[Connection] = set()
+
+    def add(self, connection: Connection) -> None:
+        """Has `connection` leave with the others."""
+        self._connections.add(connection)
+
+    def remove(self, connection: Connection) -> None:
+        """Ends what `add` began."""
+        self._connections.discard(connection)
+
+    def leave(self, reason: str) -> None:
+        """Has each connection that is up open a new link, when its commands in flight have been answered."""
+        for connection in self._connections:
+            connection.leave(reason)
 
 
 class Connection:
-    """One socket to Redis, for ever: see the module.
+    """One socket to Redis, again and again: see the module.
 
     `role` names it in messages. `set_up` is awaited on each new link before any waiting command is sent. `on_message` gets
     channel and payload of each published message, in the step that parses it; `on_read_end` is called after each read that
-    had one. `report` gets what no caller is told: a lost link, a refusal after the first.
+    had one. `report` gets the errors that no caller hears of: a lost link, a refusal after the first. It leaves a server that
+    is not fit together with its `group`; with `keeps_refused` it then repeats the commands that were refused for that.
     """
 
     def __init__(
@@ -42,10 +73,12 @@ class Connection:
         *,
         reconnect: Backoff,
         report: Callable[[BeeQueueError], None],
+        group: Group | None = None,
         set_up: Callable[[Link], Awaitable[None]] | None = None,
         protocol: int = 2,
         on_message: Callable[[bytes, bytes], None] | None = None,
         on_read_end: Callable[[], None] | None = None,
+        keeps_refused: bool = True,
     ) -> None:
         self.role = role
         self.link: Link | None = None
@@ -53,11 +86,20 @@ class Connection:
         self.address = address
         self._reconnect = reconnect
         self._report = report
+        self._group = group or Group()
         self._set_up = set_up
         self._protocol = protocol
         self._on_message = on_message
         self._on_read_end = on_read_end
+        self._keeps_refused = keeps_refused
+        self._live: Link | None = None
+        """The link that is up; it is not `link` any more while it is being left."""
         self._waiting: deque[Command] = deque()
+        self._refused: deque[Command] = deque()
+        self._failures = 0
+        self._needs_primary = False
+        self._backoff_is_wrong = False
+        self._asking: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
         self._first: asyncio.Future[None] | None = None
@@ -69,9 +111,9 @@ class Connection:
         if self.link is not None:
             self.link.send(command)
         elif self._closed:
-            command.on_reply(QueueClosed())
+            command.answer(QueueClosed())
         elif len(self._waiting) >= MOST_WAITING:
-            command.on_reply(
+            command.answer(
                 ConnectionLost(f"{self.address} is down and {MOST_WAITING} commands wait already", maybe_applied=False)
             )
         else:
@@ -103,79 +145,72 @@ class Connection:
 
     def withdraw(self, command: Command) -> bool:
         """Takes back a command that waits for the connection; False when it has been sent, or answered."""
-        try:
-            self._waiting.remove(command)
-        except ValueError:
-            return False
-        return True
+        for waiting in (self._waiting, self._refused):
+            if command in waiting:
+                waiting.remove(command)
+                return True
+        return False
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Returns when the connection is up, however long that takes; raises `ConnectionRefused` when Redis says no."""
-        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._first = first
-        self._keeper = asyncio.create_task(self._keep_up(first), name=f"beequeue {self.role} connection")
-        await first
+        self._first = asyncio.get_running_loop().create_future()
+        self._group.add(self)
+        self._keeper = supervised(self._keep_up, f"{self.role} connection", self._report)
+        await self._first
 
     async def close(self) -> None:
         """Closes the socket, or ends the attempts to open one; commands without a reply fail."""
         self._closed = True
+        self._group.remove(self)
         if self._first is not None and not self._first.done():
             self._first.set_exception(QueueClosed())
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait((self._keeper,))  # it also ends by itself: the driver may swallow a cancellation
-        link, self.link = self.link, None
+        for task in (self._keeper, self._asking):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))  # the keeper also ends by itself: the driver may swallow a cancellation
+        link, self._live, self.link = self._live, None, None
         if link is not None:
             link.drop("closed")
             await link.lost
             self._fail_or_keep(link)
         while self._waiting:
-            self._waiting.popleft().on_reply(QueueClosed())
+            self._waiting.popleft().answer(QueueClosed())
 
-    async def _keep_up(self, first: asyncio.Future[None]) -> None:
-        waits = 0
-        while True:
+    async def _keep_up(self) -> None:
+        """Opens one link after the other until `close`; returns before that only when Redis refuses the first one."""
+        assert self._first is not None
+        while not self._closed:
             try:
                 link = await self._open_link()
             except ConnectionRefused as refusal:
-                if not first.done():
-                    first.set_exception(refusal)
+                if not self._first.done():
+                    self._first.set_exception(refusal)
                     return
                 self._report(refusal)
             except (ConnectionLost, CommandError) as error:
-                log.warning("%s connection: %s; next attempt in %d ms", self.role, error, self._reconnect(waits + 1))
+                pause_ms = self._pause_ms(self._failures + 1)
+                log.warning("%s connection: %s; next attempt in %d ms", self.role, error, pause_ms)
             else:
-                if self._closed:
-                    link.drop("closed")
-                    await link.lost
-                    return
-                waits = 0
-                self._go_up(link)
-                if first.done():
-                    self.reconnects += 1
-                    log.info("%s connection to %s is back", self.role, self.address)
-                else:
-                    first.set_result(None)
-                reason = await asyncio.shield(link.lost)
-                self.link = None
-                self._fail_or_keep(link)
-                self._report(ConnectionLost(f"{self.role} connection to {self.address} lost: {reason}", maybe_applied=False))
-            waits += 1
-            await asyncio.sleep(self._reconnect(waits) / 1000)
+                await self._stay_up(link)
+            self._failures += 1
+            await asyncio.sleep(self._pause_ms(self._failures) / 1000)
 
     async def _open_link(self) -> Link:
+        """A link that is set up, to a server that is ready."""
         transport, keep = await self.address.open(self._protocol)
         link = Link(
             transport,
             keep=keep,
-            on_message=self._on_message or _ignore_message,
-            on_read_end=self._on_read_end or _ignore_read_end,
+            on_message=self._on_message,
+            on_read_end=self._on_read_end,
+            on_stuck=self._look_into,
             resp2_pushes=self._on_message is not None and self._protocol == 2,
-            ping_when_quiet=self._on_message is not None,
         )
         try:
+            if await link.is_primary() is False and self._needs_primary:
+                raise ConnectionLost(f"{self.address} is a replica", maybe_applied=False)
             if self._set_up is not None:
                 await self._set_up(link)
         except CommandError as error:
@@ -183,24 +218,75 @@ class Connection:
             if error.code in ("NOAUTH", "NOPERM", "WRONGPASS"):
                 raise ConnectionRefused(f"{self.address}: {error}") from None
             raise
+        except ConnectionLost:
+            link.drop("set-up ended")
+            # TLS 1.3 lets a client in first, and asks for its certificate then
+            if (refusal := refusal_in(link.error, self.address)) is not None:
+                raise refusal from None
+            raise
         except BaseException:
             link.drop("set-up ended")
             raise
         return link
 
+    async def _stay_up(self, link: Link) -> None:
+        """Uses a link until it is lost."""
+        assert self._first is not None
+        now = asyncio.get_running_loop().time
+        up_at = now()
+        try:
+            self._go_up(link)
+            if self._first.done():
+                self.reconnects += 1
+                log.info("%s connection to %s is back", self.role, self.address)
+            else:
+                self._first.set_result(None)
+            reason = await asyncio.shield(link.lost)
+        except Exception:
+            link.drop("its keeper has failed")
+            self._end(link)
+            raise
+        if self.link is link or now() - up_at >= CALM_S:  # it was not left at once: the server was fit
+            self._failures = 0
+        self._end(link)
+        self._report(ConnectionLost(f"{self.role} connection to {self.address} lost: {reason}", maybe_applied=False))
+
+    def _end(self, link: Link) -> None:
+        self._live = self.link = None
+        self._fail_or_keep(link)
+
+    def _pause_ms(self, attempt: int) -> float:
+        """What `reconnect` returns; the default where it raises, or returns no number of milliseconds."""
+        try:
+            pause_ms: Any = self._reconnect(attempt)
+            if isinstance(pause_ms, bool) or not isinstance(pause_ms, (int, float)) or not 0 <= pause_ms < math.inf:
+                raise TypeError(f"it must return milliseconds, at least 0, not {pause_ms!r}")
+        except Exception as error:
+            if not self._backoff_is_wrong:
+                self._backoff_is_wrong = True
+                what = f"reconnect({attempt}) raised {type(error).__name__}: {error}"
+                failure = BeeQueueError(f"{what}; {linear_backoff.__name__} takes its place")
+                failure.__cause__ = error
+                self._report(failure)
+            return linear_backoff(attempt)
+        return float(pause_ms)
+
     def _go_up(self, link: Link) -> None:
-        self.link = link
-        waiting, self._waiting = self._waiting, deque()
-        for command in waiting:
-            link.send(command)
+        self._live = self.link = link
+        link.on_unfit = self._is_unfit
+        while self._waiting:
+            link.send(self._waiting.popleft())
 
     def _fail_or_keep(self, link: Link) -> None:
         """Sorts the commands of a lost link; those that stay go before what was issued since."""
         unanswered, unwritten = link.orphans()
-        kept = []
+        kept = [*self._refused]
+        self._refused.clear()
         failed = []
+        if unanswered:
+            unanswered[0].losses += 1
         for command in unanswered:
-            if command.repeat is not None and not self._closed:
+            if command.repeat is not None and command.losses <= MOST_LOSSES and not self._closed:
                 command.args = command.repeat
                 command.repeated = True
                 kept.append(command)
@@ -208,12 +294,63 @@ class Connection:
                 failed.append(command)
         self._waiting.extendleft(reversed(kept + unwritten))
         for command in failed:
-            command.on_reply(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
+            command.answer(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
+
+    # --- a server that is not fit, a link that stands still -----------------------------------------------------------
+
+    def leave(self, reason: str) -> None:
+        """Opens a new link, when the commands in flight on this one have been answered."""
+        link, self.link = self.link, None
+        if reason.startswith("READONLY"):
+            self._needs_primary = True
+        if link is not None:
+            link.leave(reason)
+
+    def _is_unfit(self, command: Command | None, refusal: str) -> None:
+        """Redis has refused `command`, which did nothing, or is found to be a replica now."""
+        self._group.leave(refusal)
+        if command is None:
+            return
+        if command.resend is not None:
+            command.resend(command)
+        elif self._keeps_refused:
+            self._refused.append(command)
+        else:
+            command.answer(CommandError(refusal))
+
+    def _look_into(self, link: Link) -> None:
+        """Nothing moves on `link`, which owes a reply."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.get_running_loop().create_task(self._ask_beside(link), name="beequeue asking beside")
+
+    async def _ask_beside(self, link: Link) -> None:
+        """Drops `link` if it still stands still when another one has been answered."""
+        limit_s = link_module.REPLY_TICKS * link_module.TICK_S
+        if not await answers(self.address, limit_s):
+            return
+        still = link.still_ticks
+        await asyncio.sleep(link_module.TICK_S)  # Redis may have begun to answer on both
+        if link.still_ticks >= max(still, link_module.REPLY_TICKS) and not link.down:
+            link.drop(f"nothing has moved for {link.still_ticks * link_module.TICK_S:g} s")
 
 
-def _ignore_message(channel: bytes, payload: bytes) -> None:
-    pass
+async def answers(address: Address, limit_s: float) -> bool:
+    """Whether Redis answers on a new connection, or none can be opened; False when it accepts one, and lets it wait.
 
-
-def _ignore_read_end() -> None:
-    pass
+    It is asked for a script, which waits where writes do (`CLIENT PAUSE`).
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            transport, keep = await address.open(2)
+            link = Link(transport, keep=keep)
+            try:
+                await link.call(b"EVAL", b"return 1", 0)
+            finally:
+                link.drop("asked")
+    except CommandError as error:
+        return UNFIT.match(str(error)) is None
+    except (TimeoutError, NoAnswer):
+        return not await address.accepts(limit_s)
+    except Exception:  # whatever prevents it: the attempt to open the next link will tell
+        return True
+    return True

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from beequeue.shown import shown
+
 
 class BeeQueueError(Exception):
-    """The root of every error that beequeue raises by itself. Each can be copied and pickled."""
+    """The root of every error that beequeue raises by itself. Each can be copied and pickled.
+
+    Its text is one line that is safe to show, whatever ids and replies are in it; `args` has them as they are.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (type(self), self.args), self.__dict__
@@ -66,15 +74,21 @@ class CommandError(BeeQueueError):
 
 
 class JobFailed(BeeQueueError):
-    """A job failed on its worker; the message is the worker's error message."""
+    """A job failed on its worker; the message is the worker's error message, as it is."""
+
+    __str__ = Exception.__str__
 
 
 class JobTimeout(BeeQueueError):
     """A handler ran longer than its job's `timeout`; its job fails with this message."""
 
+    __str__ = Exception.__str__
+
 
 class JobStalled(BeeQueueError):
     """A job lost its worker more often than `max_stalls` allows; it failed with this message."""
+
+    __str__ = Exception.__str__
 
 
 class OutcomeUnknown(BeeQueueError):

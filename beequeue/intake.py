@@ -245,7 +245,9 @@ class Intake(Generic[AnySettling]):
                 answered_at = self._loop.time()
 
         while (self._take or self._reading) and not self.cut_off:
-            if self._take and self._store.withdraw(*self._take):
+            if self._take and self._store.withdraw(self._take[1]):
+                # the script waits for the connection, and so does its take, unless that was answered before the link was lost
+                self._store.withdraw(self._take[0])
                 self._take = ()
                 continue
             if self._loop.time() > max(deadline, answered_at + grace_s):

@@ -12,6 +12,8 @@ Rules that hold here and must not be broken:
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +22,20 @@ import hiredis
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost
 
+try:
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+except ImportError:  # not a Unix
+    ioctl = None  # type: ignore[assignment]
+
 TICK_S = 1.0
 REPLY_TICKS = 10
-"""How many ticks a command may wait for its reply before the link is given up."""
+"""For how many ticks nothing may move, in either direction, while a reply is owed, before the owner looks into it."""
 QUIET_TICKS = 5
-"""How many ticks a link that asks for it may be silent before it sends PING."""
+"""After how many silent ticks an idle link asks something, so that nothing on the way forgets it."""
+
+UNFIT = re.compile(r"(?:(?:ERR|@user_script).*: -)?(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY) ", re.DOTALL)
+"""Refusals that tell about the server and not about the command, which did nothing. Redis 6 wraps those of a script."""
 
 _INCOMPLETE = object()
 _RESP2_PUSHES = (b"message", b"subscribe", b"unsubscribe")
@@ -36,9 +47,10 @@ class Command:
     `on_reply` gets the reply, or an exception: `CommandError`, or `ConnectionLost` when there will be no reply. `repeat` is
     what to send if the connection is lost before the reply (`repeated` then tells); None: it is not safe to repeat. `script`
     is the text to send instead when the server does not know the script; `resend` sends it, where this link may be blocked.
+    `losses` counts the links that were lost while they owed this reply before all others.
     """
 
-    __slots__ = ("args", "on_reply", "repeat", "repeated", "resend", "script")
+    __slots__ = ("args", "losses", "on_reply", "repeat", "repeated", "resend", "script")
 
     def __init__(
         self,
@@ -53,40 +65,61 @@ class Command:
         self.on_reply = on_reply
         self.repeat = repeat
         self.repeated = False
+        self.losses = 0
         self.script = script
         self.resend = resend
 
+    def answer(self, reply: Any) -> None:
+        """Hands the reply on. What that raises is a fault of ours, and the replies behind this one must not suffer."""
+        try:
+            self.on_reply(reply)
+        except Exception as error:
+            context = {"message": f"handling the reply to {self.args[0]!r}", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
 
 class Link(asyncio.Protocol):
-    """A live socket. `lost` completes, with the reason, when it is one no more."""
+    """A live socket. `lost` completes, with the reason, when it is one no more; `error` is what the transport gave for it.
+
+    `on_stuck` is called every `REPLY_TICKS` while a reply is owed and nothing moves. Set `on_unfit` once the link is up: it
+    gets each command that Redis refused because of its own state, and the refusal, and answers for the command from then on.
+    """
 
     def __init__(
         self,
         transport: asyncio.Transport,
         *,
         keep: object,
-        on_message: Callable[[bytes, bytes], None],
-        on_read_end: Callable[[], None],
+        on_message: Callable[[bytes, bytes], None] | None = None,
+        on_read_end: Callable[[], None] | None = None,
+        on_stuck: Callable[[Link], None] | None = None,
         resp2_pushes: bool = False,
-        ping_when_quiet: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._keep = keep  # what would close the transport if it were dropped
-        self._on_message = on_message
-        self._on_read_end = on_read_end
+        self._on_message = on_message or _ignore
+        self._on_read_end = on_read_end or _ignore
+        self._on_stuck = on_stuck or _ignore
         self._resp2_pushes = resp2_pushes
-        self._ping_when_quiet = ping_when_quiet
         self._reader = hiredis.Reader(notEnoughData=_INCOMPLETE)
         self._in_flight: deque[Command] = deque()
         self._unsent: list[bytes] = []
         self._reason = "closed by Redis"
-        self._answered = 0
-        self._issued_at_tick: deque[int] = deque(maxlen=REPLY_TICKS)
-        self._quiet_ticks = 0
+        self._written = self._delivered = self._expected = 0
+        self._has_heard = True
+        self._is_primary: bool | None = None
+        self._leaving = False
+        self.on_unfit: Callable[[Command | None, str], None] | None = None
+        self.still_ticks = 0
+        """For how many ticks nothing has moved."""
         self.down = False
+        self.error: Exception | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
+        if transport.is_closing():  # nobody would tell: whom the transport has told is the driver
+            self.connection_lost(None)
+            return
         transport.set_protocol(self)
         transport.resume_reading()
 
@@ -101,7 +134,7 @@ class Link(asyncio.Protocol):
         packed = [hiredis.pack_command(command.args) for command in commands]
         if not self._in_flight and not self.down:
             # nothing to join with: a later write would only cost the loop another turn
-            self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
+            self._write(packed)
         else:
             if not self._unsent:
                 self._loop.call_soon(self._flush)
@@ -111,13 +144,28 @@ class Link(asyncio.Protocol):
     def _flush(self) -> None:
         unsent = self._unsent
         if unsent and not self.down:
-            self._transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
+            self._write(unsent)
             unsent.clear()
+
+    def _write(self, packed: list[bytes]) -> None:
+        data = packed[0] if len(packed) == 1 else b"".join(packed)
+        self._written += len(data)
+        self._transport.write(data)
 
     def drop(self, reason: str) -> None:
         """Cuts the socket; `lost` completes soon."""
         self._reason = reason
         self._transport.abort()
+
+    def leave(self, reason: str) -> None:
+        """Cuts the socket when every command in flight has its reply; the owner sends no more."""
+        self._reason = reason
+        self._leaving = True
+        self._drop_when_left()
+
+    def _drop_when_left(self) -> None:
+        if self._leaving and not self._in_flight:
+            self._transport.abort()
 
     def orphans(self) -> tuple[list[Command], list[Command]]:
         """Of a lost link: the commands that got no reply, and those that were never written."""
@@ -132,7 +180,8 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reader = self._reader
         in_flight = self._in_flight
-        self._quiet_ticks = 0
+        self.still_ticks = 0
+        self._has_heard = True
         pushed = False
         try:
             reader.feed(data)
@@ -151,11 +200,12 @@ class Link(asyncio.Protocol):
                 if not in_flight:
                     raise hiredis.ProtocolError(f"a reply to no command: {reply!r}"[:200])
                 command = in_flight.popleft()
-                self._answered += 1
                 if kind is hiredis.ReplyError:
                     self._refused(command, str(reply))
+                elif kind is list and reply and type(reply[0]) is hiredis.ReplyError and UNFIT.match(str(reply[0])):
+                    self._refused(command, str(reply[0]))  # a script that has caught the refusal of its first write
                 else:
-                    self._answer(command, reply)
+                    command.answer(reply)
         except hiredis.HiredisError as error:
             self.drop(f"what Redis sent could not be read: {error}")
         except Exception as error:
@@ -165,42 +215,83 @@ class Link(asyncio.Protocol):
             self.drop(f"what Redis sent could not be read: neither a reply nor a message ({type(error).__name__}: {error})")
         if pushed:
             self._on_read_end()
-
-    def _answer(self, command: Command, reply: Any) -> None:
-        try:
-            command.on_reply(reply)
-        except Exception as error:  # a fault of ours; the replies behind it must not suffer
-            self._loop.call_exception_handler({"message": f"handling the reply to {command.args[0]!r}", "exception": error})
+        if self._leaving:
+            self._drop_when_left()
 
     def _refused(self, command: Command, message: str) -> None:
         if command.script is not None and message.startswith("NOSCRIPT"):
             # EVAL runs the script and makes the server know it again
             command.args = (b"EVAL", command.script, *command.args[2:])
             (command.resend or self.send)(command)
+        elif self.on_unfit is not None and UNFIT.match(message):
+            self.on_unfit(command, message)
         else:
-            self._answer(command, CommandError(message))
+            command.answer(CommandError(message))
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def connection_lost(self, error: Exception | None) -> None:
         self.down = True
+        self.error = error
         self._ticker.cancel()
         if not self.lost.done():
             self.lost.set_result(str(error) if error else self._reason)
         self._keep = None
 
     def _tick(self) -> None:
-        """Finds a half-open socket: keep-alive alone cannot see a relay that goes silent."""
+        """Counts how long nothing has moved. Keep-alive alone cannot see a relay that goes silent."""
         self._ticker = self._loop.call_later(TICK_S, self._tick)
-        issued = self._answered + len(self._in_flight)
-        history = self._issued_at_tick
-        if len(history) == REPLY_TICKS and self._answered < history[0]:
-            self.drop(f"no reply within {REPLY_TICKS * TICK_S:g} s")
-            return
-        history.append(issued)
-        self._quiet_ticks += 1
-        if self._ping_when_quiet and self._quiet_ticks >= QUIET_TICKS and not self._in_flight:
-            self.send(Command((b"PING",), _ignore))
+        self.still_ticks += 1
+        if not self._in_flight:
+            self._has_heard = True
+            if self.still_ticks >= QUIET_TICKS:
+                self._ask()
+        elif self._has_delivered():
+            self.still_ticks = 0
+        elif self.still_ticks % REPLY_TICKS == 0:
+            self._on_stuck(self)
+
+    def _has_delivered(self) -> bool:
+        """Whether more of what was written has reached the other side since the last tick: a slow link is not a dead one.
+
+        Only what had been written by the first tick after something came counts: one that swallows everything is dead.
+        """
+        if self._has_heard:
+            self._has_heard, self._expected = False, self._written
+        left = self._transport.get_write_buffer_size()
+        if ioctl is not None:
+            try:  # what the kernel still has to send, or the other side to acknowledge
+                told = ioctl(self._transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4))
+                left += int.from_bytes(told, sys.byteorder)
+            except (OSError, AttributeError):
+                pass
+        before, self._delivered = self._delivered, max(self._delivered, min(self._expected, self._written - left))
+        return self._delivered > before
+
+    # --- the server at the other end -------------------------------------------------------------------------------------
+
+    async def is_primary(self) -> bool | None:
+        """Whether this is a primary, as `ROLE` tells; None if the user may not ask. Raises what says that it is not ready."""
+        replies = await asyncio.gather(self.call(b"PING"), self.call(b"ROLE"), return_exceptions=True)
+        for reply in replies:
+            may_not_ask = isinstance(reply, CommandError) and reply.code != "NOAUTH" and not UNFIT.match(str(reply))
+            if isinstance(reply, BaseException) and not may_not_ask:
+                raise reply
+        self._note_role(replies[1])
+        return self._is_primary
+
+    def _ask(self) -> None:
+        """Keeps an idle link alive, and finds out that the server has become a replica of another."""
+        if self._is_primary is None or self._resp2_pushes:  # a subscriber may send PING alone in RESP2
+            self.send(Command((b"PING",), _ignore, resend=_ignore))
+        else:
+            self.send(Command((b"ROLE",), self._note_role, resend=_ignore))
+
+    def _note_role(self, reply: Any) -> None:
+        was_primary = self._is_primary
+        self._is_primary = reply[0] == b"master" if type(reply) is list and reply else None
+        if was_primary and self._is_primary is False and self.on_unfit is not None:
+            self.on_unfit(None, "READONLY it has become a replica")
 
     async def call(self, *args: Any) -> Any:
         """Issues one command and waits for its reply; raises `CommandError` or `ConnectionLost`."""
@@ -233,5 +324,5 @@ def settle(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
-def _ignore(reply: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass

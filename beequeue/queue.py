@@ -46,9 +46,9 @@ class Queue(Emitter):
     """A bee-queue, in the role its settings give it: producer, worker, or both.
 
     `name` and the setting `prefix` name its keys in Redis, `<prefix>:<name>:…`. `redis` is a URL (`redis://`, `rediss://`,
-    `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the settings of, a `Client` (see
-    `beequeue.connect`) whose connection several queues use for commands, or None for 127.0.0.1:6379. The settings are those of
-    `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
+    `valkey://`, `valkeys://`, `unix://`), a dict of redis-py's connection arguments, a `redis.asyncio.Redis` to take the
+    settings of, a `Client` (see `beequeue.connect`) whose connection several queues use for commands, or None for
+    127.0.0.1:6379. The settings are those of `QueueSettings`. Raises `TypeError` or `ValueError` naming a wrong one.
 
     Connects at once when made inside a running loop (unless `auto_connect=False`), otherwise at first use; `async with`
     opens and closes it. Every call waits until it is connected. `jobs` holds the jobs that still wait for their own events.
@@ -102,8 +102,11 @@ class Queue(Emitter):
             self.client = redis
         else:
             self.client = Client(Address(redis), reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
-        connection = functools.partial(Connection, self.client.address, reconnect=settings.reconnect, report=self._report)
-        self._takes = connection("take", set_up=self._set_up_takes) if settings.is_worker else None
+        connection = functools.partial(
+            Connection, self.client.address, reconnect=settings.reconnect, report=self._report, group=self.client.group
+        )
+        # the worker waits by itself before it repeats a take
+        self._takes = connection("take", set_up=self._set_up_takes, keeps_refused=False) if settings.is_worker else None
         self._subscription = None
         if settings.get_events or settings.activate_delayed_jobs:
             self._subscription = connection(
@@ -419,7 +422,7 @@ class Queue(Emitter):
         await asyncio.shield(self._begin_opening())
         try:
             await self._stall_checker.check()
-        except BeeQueueError as error:
+        except Exception as error:  # whatever it is, jobs are taken all the same, and the check is repeated
             if not self.paused:
                 self._report(error)
         if self.paused:

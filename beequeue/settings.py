@@ -6,6 +6,7 @@ allowed. Nothing is silently replaced. Knows nothing of Redis beyond names and n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
@@ -154,7 +155,7 @@ _AT_LEAST = {"delayed_debounce": 0, "stalled_check_interval": 0}
 def _checked(name: str, default: Any, value: Any) -> Any:
     """`value` as the setting's own type; raises naming the setting and the value."""
     if name == "reconnect":
-        if not callable(value):
+        if not callable(value) or inspect.iscoroutinefunction(value):
             raise TypeError(f"reconnect must be a function from attempt to milliseconds, not {value!r}")
         return value
     if default is None and value is None:

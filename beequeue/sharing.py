@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Self
 
 from beequeue.address import Address, RedisSetting
-from beequeue.connection import Connection
+from beequeue.connection import Connection, Group
 from beequeue.errors import BeeQueueError, WrongLoop
 from beequeue.link import Link
-from beequeue.settings import Backoff, linear_backoff
+from beequeue.settings import Backoff, QueueSettings, linear_backoff
 from beequeue.store import load_scripts
 
 log = logging.getLogger("beequeue")
@@ -35,7 +35,11 @@ class Client:
 
     def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> None:
         self.address = address
-        self.connection = Connection(address, "command", reconnect=reconnect, report=self._report, set_up=self._set_up)
+        self.group = Group()
+        """The connections of all queues that share this one: they speak to one server."""
+        self.connection = Connection(
+            address, "command", reconnect=reconnect, report=self._report, group=self.group, set_up=self._set_up
+        )
         self._ensure_scripts = ensure_scripts
         self._queues: dict[Report, OnLink] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,6 +100,7 @@ async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_bac
     `redis`, `reconnect` and `ensure_scripts` are as in `Queue`. Waits for a Redis that is not up yet. Raises `ValueError` or
     `TypeError` naming a wrong argument, `ConnectionRefused` when Redis says no.
     """
+    QueueSettings(reconnect=reconnect, ensure_scripts=ensure_scripts)  # checks them
     client = Client(Address(redis), reconnect=reconnect, ensure_scripts=ensure_scripts)
     try:
         await client.open()

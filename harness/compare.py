@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import redis
 from tqdm import tqdm
 
 import config
 from beequeue import BeeQueueError, Queue
+from beequeue.address import Address, BlockingConnection
+from beequeue.shown import shown
 from harness import original, report
 from harness.member import Member
 from harness.server import redis_url
@@ -81,7 +82,7 @@ async def run(plan: Plan, settings: config.Config, environment: Mapping[str, str
     if plan.json:
         print(json.dumps(findings))
     else:
-        print(report.table(rows), "", ", ".join(map(str, conditions.values())), findings["verdict"], sep="\n")
+        print(report.table(rows), "", ", ".join(map(shown, conditions.values())), findings["verdict"], sep="\n")
     return int(findings["exitCode"])
 
 
@@ -159,8 +160,9 @@ def _last(said: Sequence[str]) -> str:
 
 def _conditions(plan: Plan, settings: config.Config, url: str) -> dict[str, Any]:
     """Where and how it ran."""
-    with redis.Redis.from_url(url) as client:
-        server = client.info("server")
+    client = BlockingConnection(Address(url), START_S)
+    server = dict(line.partition(":")[::2] for line in client.call("INFO", "server").decode().splitlines())
+    client.close()
     version = server.get("valkey_version") or server["redis_version"]
     return {
         "rounds": f"{plan.rounds} round{'s'[: plan.rounds > 1]} of {plan.seconds} s each in turn",

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import redis
-
+from beequeue import BeeQueueError
+from beequeue.address import Address, BlockingConnection
 from harness.children import end_with_parent
 
 START_S = 10
@@ -55,11 +55,13 @@ def wheel_server() -> Path:
 
 def check_answers(url: str) -> None:
     """Raises `NoServer` when there is no Redis at `url`."""
+    client = BlockingConnection(Address(url), 5)
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=5) as client:
-            client.ping()
-    except (redis.RedisError, OSError) as error:
+        client.call("PING")
+    except BeeQueueError as error:
         raise NoServer(f"REDIS_URL names a Redis that does not answer: {error}") from None
+    finally:
+        client.close()
 
 
 class Server:

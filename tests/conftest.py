@@ -15,13 +15,34 @@ from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, Job, Queue, sync
 from harness.server import Server, find_server, redis_url, running_server
+from tests.loops import use_loop
 
+ALONE = {
+    "containers": ("tests/test_compose.py",),
+    "harness": ("tests/test_harness.py", "tests/test_harness_faults.py", "tests/test_compare.py", "tests/test_bench.py"),
+    "faults": ("tests/faults/", "tests/test_soak.py", "tests/test_proof.py", "tests/test_sizes.py"),
+}
+"""Tests that load the machine: those of one group never run beside each other. pytest-xdist starts with the groups."""
 KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock", "stalls"}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # what needs minutes comes last
+def pytest_configure() -> None:
+    """TEST_LOOP=uvloop runs every test, and the workers of the faults, on uvloop."""
+    use_loop(os.environ)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # what needs minutes comes last, where tests run one after another
     items.sort(key=lambda item: ("test_compose" in item.nodeid, "test_harness" in item.nodeid))
+    for item in items:
+        for group, files in ALONE.items():
+            if item.nodeid.startswith(files):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for a core: most tests wait more than they compute."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def skip(reason: str) -> None:

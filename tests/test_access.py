@@ -28,7 +28,7 @@ LINES = re.findall(r"^    ACL SETUSER (\w+) (.*)$", README, re.MULTILINE)
 ROLES = ("worker", "producer", "checker")
 RIGHTS = {role: " ".join(rights for name, rights in LINES if name == role).split() for role in ROLES}
 """Of each user that README makes: the words of all its lines."""
-OPTIONAL = {"+ping", "+client|id", "+client|unblock"}
+OPTIONAL = {"+ping", "+role", "+client|id", "+client|unblock"}
 REFUSED = re.compile("(?i)NOPERM|no permissions to run|can't run this command|can't access|can't publish")
 
 
@@ -313,12 +313,13 @@ async def refused_some(access: Access) -> bool:
     return bool(await access.refused())
 
 
-async def test_without_ping_a_quiet_connection_stays(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    await access.allow("producer", without="+ping")
+@pytest.mark.parametrize("right", ["ping", "role"])
+async def test_without_these_a_quiet_connection_stays(access: Access, monkeypatch: pytest.MonkeyPatch, right: str) -> None:
+    await access.allow("producer", without=f"+{right}")
     monkeypatch.setattr(beequeue.link, "TICK_S", 0.01)
     queue = await access.queue(is_worker=False).ready()
     await until(lambda: refused_some(access))
-    assert await access.refused() == {"ping"}
+    assert await access.refused() == {right}
     await queue.create_job().save()
     assert (queue.reconnects, access.errors) == (0, [])
 

@@ -450,7 +450,7 @@ MODULES = {
 FORM = "argument module:handler: must be a module and a function, as in shop.mail:send, not"
 NAME = "argument module:handler: must name a function, and"
 WHOLE = "must be a whole number, at least 1, not"
-URL = "argument --redis: (or REDIS_URL) must be a redis://, rediss:// or unix:// URL, not"
+URL = "argument --redis: (or REDIS_URL) must be a URL that begins with redis://, rediss://, valkey://, valkeys:// or unix://"
 WRONG = [
     (["app"], f"{FORM} 'app'"),
     ([":work"], f"{FORM} ':work'"),
@@ -488,10 +488,10 @@ WRONG = [
     (["app:work", "--queue", "a\udcff"], r"argument --queue: must be text that UTF-8 can carry, not 'a\udcff'"),
     (
         ["app:work", "--redis", "redis://h?a=5"],
-        "argument --redis: (or REDIS_URL) must have options of redis-py's connections only: unexpected keyword argument 'a'",
+        "argument --redis: (or REDIS_URL) must have options of redis-py's connections only",
     ),
-    (["app:work", "--redis", "http://x"], f"{URL} 'http://x'"),
-    (["app:work", "--conc", "2"], "unrecognized arguments: --conc 2"),
+    (["app:work", "--redis", "http://x"], URL),
+    (["app:work", "--conc", "2"], "unrecognized arguments: --conc"),
 ]
 
 
@@ -508,7 +508,7 @@ async def test_a_wrong_argument(start: Start, tmp_path: Path, arguments: list[st
 async def test_a_wrong_environment(start: Start) -> None:
     worker = await start("app:work", REDIS_URL="http://user:secret@x")
     assert await worker.end() == 2
-    assert worker.lines == [f"python -m beequeue worker: {URL} 'http://…@x'"]
+    assert worker.lines == [f"python -m beequeue worker: {URL}"]
 
 
 async def test_a_missing_argument(start: Start) -> None:

@@ -46,6 +46,12 @@ class Socket(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += bytes(data)
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.cut
+
     def abort(self) -> None:
         assert self.link is not None
         if not self.cut:

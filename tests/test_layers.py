@@ -36,6 +36,7 @@ ORDER = [
     "events",
     "settings",
     "errors",
+    "shown",
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import beequeue.link
 from beequeue.errors import CommandError, ConnectionLost
-from beequeue.link import Command, Link, settle
+from beequeue.link import QUIET_TICKS, REPLY_TICKS, Command, Link, settle
 from tests.test_fuzz import BROKEN
 
 
@@ -199,23 +199,151 @@ async def test_a_call_ends_with_the_link(peer: Peer) -> None:
     assert caught.value.maybe_applied
 
 
-async def test_a_silent_peer_is_noticed(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """a half-open socket: no reply within the ticks that a command has"""
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beequeue.link, "TICK_S", 0.01)
-    link = await peer.connect()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_silent_peer_is_noticed(peer: Peer) -> None:
+    """a half-open socket: nothing moves while a reply is owed; the owner hears of it again and again"""
+    stuck: asyncio.Queue[int] = asyncio.Queue()
+    await peer.connect(on_stuck=lambda link: stuck.put_nowait(link.still_ticks))
     peer.send(b"X")
     async with asyncio.timeout(5):
-        assert "no reply within" in await link.lost
+        assert [await stuck.get(), await stuck.get()] == [REPLY_TICKS, 2 * REPLY_TICKS]
+        await peer.say(b":1\r\n")
+        await peer.logs(1)
+        assert peer.link.still_ticks <= 1
 
 
-async def test_a_quiet_link_is_asked(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.link, "TICK_S", 0.01)
-    link = await peer.connect(ping_when_quiet=True)
+@pytest.mark.usefixtures("hurried")
+async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
+    """a link is slow and not dead as long as more of a command reaches the other side, however long that takes"""
+    stuck: list[int] = []
+    link = await peer.connect(on_stuck=lambda link: stuck.append(link.still_ticks))
+    peer.reader._limit = 1  # type: ignore[attr-defined]  # it stops to read when it has so much
+    peer.send(b"X", b"x" * 4_000_000)
+    longest = total = 0
+    while total < 4_000_000:
+        total += len(await peer.reader.read(2**16))
+        await asyncio.sleep(0.02)  # the peer's pace
+        longest = max(longest, link.still_ticks)
+    assert stuck == []
+    assert longest < REPLY_TICKS
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_peer_that_swallows_everything_is_stuck(peer: Peer) -> None:
+    """what is written later, and taken in, is no sign of life as long as nothing comes back"""
+    stuck = asyncio.Event()
+    await peer.connect(on_stuck=lambda link: stuck.set())
+    peer.send(b"FIRST")
     async with asyncio.timeout(5):
+        while not stuck.is_set():
+            peer.send(b"MORE")
+            await peer.reader.read(2**16)
+            await asyncio.sleep(0.005)  # the pace of the commands
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(
+    ("role", "asked"),
+    [
+        (b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n", b"*1\r\n$4\r\nROLE\r\n"),
+        (b"-NOPERM this user has no permissions to run the 'role' command\r\n", b"*1\r\n$4\r\nPING\r\n"),
+        (b"-ERR unknown command 'ROLE'\r\n", b"*1\r\n$4\r\nPING\r\n"),
+    ],
+    ids=["primary", "no right", "no ROLE"],
+)
+async def test_a_quiet_link_asks(peer: Peer, role: bytes, asked: bytes) -> None:
+    """every link, so that nothing on the way forgets it; however many ticks it has been idle"""
+    stuck = asyncio.Event()
+    link = await peer.connect(on_stuck=lambda link: stuck.set())
+    asking = asyncio.create_task(link.is_primary())
+    async with asyncio.timeout(5):
+        assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n*1\r\n$4\r\nROLE\r\n"
+        await peer.say(b"+PONG\r\n" + role)
+        assert await asking is (True if b"ROLE" in asked else None)
+        for _ in range(3 * REPLY_TICKS // QUIET_TICKS):
+            assert await peer.reader.read(1000) == asked
+            await peer.say(role if b"ROLE" in asked else b"+PONG\r\n")
+        assert not stuck.is_set()
+        await stuck.wait()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_busy_link_asks_nothing(peer: Peer) -> None:
+    """while a reply is owed: behind a take that is open the answer would be late, too"""
+    stuck = asyncio.Event()
+    await peer.connect(on_stuck=lambda link: stuck.set())
+    peer.send(b"X")
+    async with asyncio.timeout(5):
+        await stuck.wait()
+        assert await peer.reader.read(1000) == b"*1\r\n$1\r\nX\r\n"
+        await peer.say(b":1\r\n")
         assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
-        await peer.say(b"+PONG\r\n")
-        assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
-        assert "no reply within" in await link.lost
+
+
+async def test_a_transport_that_is_closing_already_is_a_lost_link() -> None:
+    """it has told the driver's protocol, and tells nobody twice"""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
+    transport.abort()
+    theirs.close()
+    link = Link(transport, keep=None)
+    assert link.down
+    async with asyncio.timeout(5):
+        await link.lost
+        with pytest.raises(ConnectionLost):
+            await link.call(b"X")
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_unfit"),
+    [
+        (b"-READONLY You can't write against a read only replica.\r\n", True),
+        (b"-LOADING Redis is loading the dataset in memory\r\n", True),
+        (b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.\r\n", True),
+        (b"-CLUSTERDOWN Hash slot not served\r\n", True),
+        (b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n", True),
+        (b"-BUSY Redis is busy running a script.\r\n", True),
+        (b"-ERR Error running script (call to f_1): @user_script:9: @user_script: 9: -READONLY You can't write\r\n", True),
+        (b"*2\r\n-READONLY You can't write against a read only replica.\r\n:0\r\n", True),
+        (b"*2\r\n-@user_script: 5: -READONLY You can't write against a read only replica.\r\n:0\r\n", True),
+        (b"*2\r\n:1\r\n-READONLY behind what was done\r\n", False),
+        (b"-BUSYGROUP Consumer Group name already exists\r\n", False),
+        (b"-OOM command not allowed when used memory > 'maxmemory'.\r\n", False),
+    ],
+    ids=repr,
+)
+async def test_a_refusal_for_the_servers_state_is_the_owners_business(peer: Peer, reply: bytes, is_unfit: bool) -> None:
+    link = await peer.connect()
+    unfit: list[Any] = []
+    link.on_unfit = lambda command, refusal: unfit.append((command and command.args, refusal.partition(" ")[0]))
+    peer.send(b"X")
+    await peer.reader.read(1000)
+    await peer.say(reply)
+    peer.send(b"Y")
+    await peer.say(b":7\r\n")
+    log = await peer.logs(1 if is_unfit else 2)
+    assert log[-1] == 7
+    assert [args for args, _ in unfit] == ([(b"X",)] if is_unfit else [])
+
+
+async def test_a_link_that_is_left_answers_what_is_in_flight(peer: Peer) -> None:
+    link = await peer.connect()
+    peer.send(b"X")
+    peer.send(b"Y")
+    link.leave("for another")
+    await peer.say(b":1\r\n")
+    await peer.logs(1)
+    assert not link.lost.done()
+    await peer.say(b":2\r\n")
+    async with asyncio.timeout(5):
+        assert await link.lost == "for another"
+    assert peer.log == [1, 2]
 
 
 async def test_an_error_whose_waiter_was_cancelled_meanwhile_is_not_complained_of() -> None:

@@ -708,7 +708,7 @@ async def test_without_an_id(make_queue: MakeQueue, redis: Any) -> None:
     assert await keys(queue, redis) == set()
 
 
-@pytest.mark.parametrize("progress", [object(), {1, 2}, b"x"], ids=repr)
+@pytest.mark.parametrize("progress", [object(), {1, 2}, b"x"], ids=lambda value: type(value).__name__)
 async def test_progress_that_json_cannot_carry(make_queue: MakeQueue, redis: Any, progress: Any) -> None:
     """raises naming its type; nothing is published, and the job's own value stays"""
     queue = make_queue(is_worker=False)

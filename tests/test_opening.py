@@ -126,7 +126,7 @@ def test_wrong_calls_raise_at_once(name: str, url: str) -> None:
         ({"is_worker": False, "get_events": False}, 1, set()),
         ({"is_worker": False, "get_events": False, "activate_delayed_jobs": True}, 2, {"earlierDelayed"}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 async def test_which_connections_and_channels(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, settings: dict[str, Any], connections: int, channels: set[str]

@@ -1,0 +1,50 @@
+"""Text that others wrote, made safe to show: one line, and nothing that steers a terminal.
+
+Ids, messages and results come from every process that shares the Redis. What programs read stays as it is; what people read
+goes through here: the errors' own text, each line that is logged, each line that the command line or the harness prints.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+
+def shown(what: object) -> str:
+    """`what` as text in which control characters, line breaks, bidi marks and lone surrogates are escaped as in `repr`."""
+    text = str(what)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def shown_traceback(error: BaseException | None) -> str:
+    """The traceback of an error and of those that led to it, the newest first; each line of it is safe to show."""
+    lines: list[str] = []
+    told: set[int] = set()
+    while error is not None and id(error) not in told:
+        told.add(id(error))
+        lines += map(shown, "".join(traceback.format_tb(error.__traceback__)).rstrip("\n").split("\n"))
+        lines.append(f"{type(error).__qualname__}: {shown(error)}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if error is not None:
+            lines.append("caused by:")
+    return "\n".join(lines)
+
+
+class OneLine(logging.Filter):
+    """Makes what is logged safe to show, whoever handles it; for a logger, or for a handler that a program owns."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception:  # wrong arguments: the handler reports them
+            return True
+        if not message.isprintable():
+            record.msg, record.args = shown(message), ()
+        if record.exc_info and record.exc_info[1] is not None:
+            record.exc_text = shown_traceback(record.exc_info[1])  # which a formatter then takes
+        return True
+
+
+logging.getLogger("beequeue").addFilter(OneLine())

@@ -1,0 +1,465 @@
+"""A connection lives, or says so: none hangs, and none that works is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Literal
+
+import pytest
+import uvloop
+from redis.asyncio import Redis
+from redis.credentials import CredentialProvider
+
+import beequeue.connection
+import beequeue.link
+import beequeue.supervised
+from beequeue import BeeQueueError, ConnectionLost, Queue, QueueClosed, TaskFailed
+from beequeue.connection import MOST_LOSSES
+from harness.server import Server, find_server, running_server
+from tests.conftest import MakeQueue, Seen, echo, until
+from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, soon, thaw
+from tests.relay import Line, Relay
+
+TICK_S = 0.02
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link is looked into when nothing has moved for 0.2 s."""
+    monkeypatch.setattr(beequeue.link, "TICK_S", TICK_S)
+
+
+@pytest.fixture
+async def own_redis(own_server: Server) -> AsyncIterator[Redis]:
+    """A plain client of `own_server`."""
+    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
+        yield client
+
+
+# --- between the driver's handshake and our protocol ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("reset", ["accepted", "greeted"])
+def test_a_proxy_that_accepts_and_resets(
+    own_server: Server, name: str, run: Run, reset: Literal["accepted", "greeted"]
+) -> None:
+    """each queue is ready soon after the proxy lets it through"""
+
+    async def main() -> None:
+        async with Relay(own_server.url) as relay:
+            relay.resets = reset
+            queues = [Queue(name, relay.url, is_worker=False, get_events=False, reconnect=soon) for _ in range(20)]
+            opening = [asyncio.create_task(queue.ready()) for queue in queues]
+            await until(lambda: relay.resets_done >= 100)
+            relay.resets = ""
+            async with asyncio.timeout(10):
+                await asyncio.gather(*opening)
+                await asyncio.gather(*(queue.create_job({}).save() for queue in queues))
+            await asyncio.gather(*(queue.close() for queue in queues))
+
+    run(main())
+
+
+# --- a keeper never ends without a word ----------------------------------------------------------------------------------
+
+
+class TokenService(CredentialProvider):
+    """Gives no credentials as long as it is down."""
+
+    def __init__(self, *failures: BaseException) -> None:
+        self.failures = [*failures]
+
+    def get_credentials(self) -> tuple[str, str]:
+        if self.failures:
+            raise self.failures.pop(0)
+        return ("default", "secret")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError])
+async def test_a_credential_provider_that_fails_for_a_while(make_queue: MakeQueue, failure: type[BaseException]) -> None:
+    """at the first connect, and at a later one"""
+    with running_server(find_server({}), "--requirepass", "secret") as server:
+        service = TokenService(failure())
+        arguments = {"path": str(server.socket), "credential_provider": service}
+        queue = make_queue(redis=arguments, is_worker=False, get_events=False, reconnect=soon)
+        async with asyncio.timeout(10):
+            await queue.create_job({}).save()
+            service.failures.append(failure())
+            make_queue.errors.clear()
+            server.stop()
+            await until(lambda: make_queue.errors)
+            server.start()
+            await queue.create_job({}).save()
+        assert service.failures == []
+        await queue.close()
+        make_queue.errors.clear()
+
+
+@pytest.mark.parametrize("at", ["first", "later"])
+async def test_a_set_up_that_fails_is_reported_and_tried_again(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """what nobody expects ends no keeper, and leaves no connection open"""
+    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    queue = make_queue(is_worker=False, auto_connect=False, reconnect=soon)
+    assert queue._subscription is not None
+    set_up, failures = queue._subscription._set_up, [RuntimeError("nobody expects this")]
+    assert set_up is not None
+
+    async def failing(link: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await set_up(link)
+
+    if at == "later":
+        await queue.connect()
+    queue._subscription._set_up = failing
+    if at == "later":
+        assert queue._subscription.link is not None
+        queue._subscription.link.drop("by the test")
+        await until(lambda: queue.reconnects == 1)
+        make_queue.claim(ConnectionLost)
+    await queue.connect()
+    assert (await queue.create_job({}).save()).id
+    (failure,) = make_queue.claim(TaskFailed)
+    assert str(failure) == "event connection: RuntimeError: nobody expects this; begun anew in 0.01 s"
+    await queue.close()
+
+
+@pytest.mark.parametrize("wrong", [None, -1, "10", float("nan"), True], ids=repr)
+async def test_a_back_off_that_returns_nonsense(own_server: Server, make_queue: MakeQueue, wrong: Any) -> None:
+    """it is named once, and the default takes its place"""
+    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=lambda attempt: wrong).ready()
+    own_server.stop()
+    await until(lambda: len(make_queue.errors) == 2)
+    own_server.start()
+    assert (await queue.create_job({}).save()).id
+    (named,) = [error for error in make_queue.claim(BeeQueueError) if not isinstance(error, ConnectionLost)]
+    assert str(named) == (
+        f"reconnect(1) raised TypeError: it must return milliseconds, at least 0, not {wrong!r}; linear_backoff takes its place"
+    )
+
+
+async def test_a_back_off_that_raises(own_server: Server, make_queue: MakeQueue) -> None:
+    def reconnect(attempt: int) -> int:
+        raise LookupError("no such attempt")
+
+    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=reconnect).ready()
+    own_server.stop()
+    await until(lambda: len(make_queue.errors) == 2)
+    own_server.start()
+    assert (await queue.create_job({}).save()).id
+    assert "reconnect(1) raised LookupError: no such attempt" in [str(error) for error in make_queue.claim(BeeQueueError)][1]
+
+
+async def test_the_back_off_begins_anew_after_each_outage(own_server: Server, make_queue: MakeQueue) -> None:
+    attempts: list[int] = []
+
+    def reconnect(attempt: int) -> int:
+        attempts.append(attempt)
+        return 5
+
+    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=reconnect).ready()
+    for outage in range(2):
+        attempts.clear()
+        own_server.stop()
+        await until(lambda: len(attempts) > 5)
+        assert attempts[0] == 1, outage
+        own_server.start()
+        await queue.check_health()
+    make_queue.claim(ConnectionLost)
+
+
+# --- a server that is not fit ---------------------------------------------------------------------------------------------
+
+
+async def demote(redis: Any) -> None:
+    """Makes a server a replica of nothing: it refuses writes, and cuts no client."""
+    await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+
+
+async def test_readonly_is_a_change_of_address(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, seen: Callable[[], Seen]
+) -> None:
+    """What a demoted server refuses is repeated on the new one, and all connections of producer and worker follow."""
+    with running_server(find_server({})) as new:
+        async with Relay(own_server.url) as relay:
+            settings: dict[str, Any] = {"redis": relay.url, "reconnect": soon, "initial_redis_failure_retry_delay": 10}
+            worker = make_queue(get_events=False, **settings).process(echo, 2)
+            producer = make_queue(is_worker=False, **settings)
+            assert await (await producer.create_job(1).save()).result() == 1
+            await demote(own_redis)
+            relay.lead_to(new.url)
+            async with asyncio.timeout(10):
+                jobs = await asyncio.gather(*(producer.create_job(number).save() for number in range(50)))
+                assert [await job.result() for job in jobs] == [*range(50)]
+                await producer.check_health()
+            await until(lambda: not any(line.is_open for line in relay.lines[:5]))
+            await producer.close()
+            await worker.close()
+            assert [client for client in await clients(own_server) if client["flags"] == "N"] == []
+        assert "READONLY" in {str(error).partition("READONLY")[1] for error in make_queue.claim(ConnectionLost)}
+        make_queue.claim(BeeQueueError)  # the take's own refusal
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("is_worker", [False, True])
+async def test_a_quiet_queue_notices_a_demotion(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, is_worker: bool
+) -> None:
+    """by ROLE, with no command of its own under way"""
+    with running_server(find_server({})) as new:
+        async with Relay(own_server.url) as relay:
+            queue = await make_queue(redis=relay.url, is_worker=is_worker, reconnect=soon).ready()
+            await demote(own_redis)
+            relay.lead_to(new.url)
+            await until(lambda: queue.reconnects == 2 + is_worker)
+            assert (await queue.create_job({}).save()).id == "1"
+            await queue.close()
+    assert len(make_queue.claim(ConnectionLost)) == 2 + is_worker
+
+
+async def test_a_queue_waits_for_its_primary(own_server: Server, own_redis: Any, make_queue: MakeQueue, caplog: Any) -> None:
+    """as long as the name leads to the replica; reads of a queue that writes nothing work there"""
+    await own_redis.hset("bq:reader:jobs", "1", "{}")
+    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+    await demote(own_redis)
+    reader = make_queue("reader", redis=own_server.url, is_worker=False, get_events=False, reconnect=soon)
+    assert (await reader.check_health()).waiting == 0
+    saving = asyncio.create_task(queue.create_job({}).save())
+    with caplog.at_level(logging.WARNING, "beequeue"):
+        await until(lambda: caplog.text.count("is a replica; next attempt in 10 ms") > 4)
+    assert not saving.done()
+    await own_redis.execute_command("REPLICAOF", "NO", "ONE")
+    assert (await saving).id == "1"
+    assert len(make_queue.claim(ConnectionLost)) == 2
+    assert reader.reconnects == 0
+
+
+async def test_closing_while_a_server_is_left(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """also while a take is open on a link that is being left; what waits raises"""
+    queue = await make_queue(redis=own_server.url, reconnect=soon).ready()
+    queue.process(echo)
+    await until(lambda: own_redis.info("clients"))
+    await demote(own_redis)
+    saving = asyncio.create_task(queue.create_job({}).save())
+    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await queue.close()
+    with pytest.raises(QueueClosed):
+        await saving
+    assert beequeue_tasks() == []
+    await until(lambda: _nobody(own_server))
+    make_queue.errors.clear()
+
+
+async def _nobody(server: Server) -> bool:
+    return await clients(server) == []
+
+
+async def test_a_refused_save_that_is_cancelled_is_not_made(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+    await demote(own_redis)
+    job = queue.create_job({})
+    saving = asyncio.create_task(job.save())
+    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    saving.cancel()
+    await asyncio.wait((saving,))
+    await own_redis.execute_command("REPLICAOF", "NO", "ONE")
+    await until(lambda: queue.reconnects == 2)
+    assert (await queue.check_health()).waiting == 0
+    await job.save()
+    make_queue.claim(ConnectionLost)
+
+
+async def test_a_busy_redis_is_waited_for(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """BUSY: while somebody's script runs, no call raises"""
+    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+    await own_redis.config_set("lua-time-limit", 1)
+    busy = asyncio.create_task(own_redis.eval("while true do end", 0))
+    saves = [asyncio.create_task(queue.create_job(number).save()) for number in range(200)]
+    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    fetching = asyncio.create_task(queue.get_job("200"))
+    killer: Any = Redis.from_url(own_server.url)
+    async with killer:
+        await killer.execute_command("SCRIPT", "KILL")
+    await asyncio.gather(busy, return_exceptions=True)
+    assert [job.id for job in await asyncio.gather(*saves)] == [str(number) for number in range(1, 201)]
+    job = await fetching
+    assert job is not None
+    assert job.data == 199
+    assert (await queue.check_health()).waiting == 200
+    make_queue.claim(ConnectionLost)
+
+
+async def test_a_replica_without_its_primary_is_not_ready(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """MASTERDOWN"""
+    await own_redis.config_set("replica-serve-stale-data", "no")
+    await demote(own_redis)
+    queue = make_queue(redis=own_server.url, is_worker=False, reconnect=soon)
+    saves = [asyncio.create_task(queue.create_job(number).save()) for number in range(3)]
+    await until(lambda: _refusals(own_redis, "MASTERDOWN", 10))
+    await own_redis.execute_command("REPLICAOF", "NO", "ONE")
+    assert sorted(str(job.id) for job in await asyncio.gather(*saves)) == ["1", "2", "3"]
+
+
+async def _refusals(redis: Any, code: str, count: int) -> bool:
+    told = await redis.info("errorstats")
+    return bool(told.get(f"errorstat_{code}", {"count": 0})["count"] > count)
+
+
+# --- a link on which nothing moves ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What connections beside a link that stands still have told."""
+    told: list[bool] = []
+    ask = beequeue.connection.answers
+
+    async def answers(*args: Any) -> bool:
+        told.append(await ask(*args))
+        return told[-1]
+
+    monkeypatch.setattr(beequeue.connection, "answers", answers)
+    return told
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("mode", ["ALL", "WRITE"])
+async def test_a_pause_cuts_nothing(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, verdicts: list[bool], mode: str
+) -> None:
+    """CLIENT PAUSE for ten times as long as nothing may move: 10,000 saves wait, and none fails"""
+    queue = await make_queue(redis=own_server.url, is_worker=False).ready()
+    await own_redis.execute_command("CLIENT", "PAUSE", int(100 * TICK_S * 1000), mode)
+    saves = [asyncio.create_task(queue.create_job(number).save()) for number in range(10_000)]
+    await asyncio.gather(*saves)
+    assert verdicts.count(False) > 1
+    assert queue.reconnects == 0
+    assert (await queue.check_health()).waiting == 10_000
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_server_that_stands_still_is_waited_for(
+    own_server: Server, make_queue: MakeQueue, verdicts: list[bool]
+) -> None:
+    """SIGSTOP: nobody could be reached on another connection either"""
+    queue = await make_queue(redis=own_server.url).ready()
+    queue.process(echo)
+    freeze(own_server)
+    try:
+        saving = asyncio.create_task(queue.create_job("x").save())
+        await until(lambda: len(verdicts) >= 6)
+    finally:
+        thaw(own_server)
+    assert await (await saving).result() == "x"
+    assert queue.reconnects == 0
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_a_silent_link_is_cut(own_server: Server, make_queue: MakeQueue, reachable: bool) -> None:
+    """where Redis answers on a new connection, and where none can be opened any more"""
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        for line in (lines := [*relay.lines]):
+            line.dead = True
+        if not reachable:
+            own_server.stop()
+        with pytest.raises(ConnectionLost) as caught:
+            await queue.create_job({}).save()
+        assert caught.value.maybe_applied
+        if not reachable:
+            own_server.start()
+        assert (await queue.create_job({}).save()).id
+        assert (await queue.check_health()).waiting
+        for line in lines:
+            line.cut()
+        await queue.close()
+    assert all("nothing has moved for" in str(error) for error in make_queue.claim(ConnectionLost))
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_silent_link_is_found_though_it_swallows_more(own_server: Server, make_queue: MakeQueue) -> None:
+    """saves that go on and on into a link that says nothing do not keep it alive"""
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        for line in (lines := [*relay.lines]):
+            line.dead = True
+        saves: list[asyncio.Task[Any]] = []
+
+        def one_fails() -> bool:
+            saves.append(asyncio.create_task(queue.create_job({}).save()))
+            return saves[0].done()
+
+        await until(one_fails)
+        await asyncio.gather(*saves, return_exceptions=True)
+        for line in lines:
+            line.cut()
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_every_connection_is_kept_alive(own_server: Server, make_queue: MakeQueue) -> None:
+    """also that of a producer without events, and a worker's while all slots are taken"""
+    async with Relay(own_server.url) as relay:
+        gate, started = asyncio.Event(), Seen()
+
+        async def handler(job: Any) -> None:
+            started()
+            await gate.wait()
+
+        queue = await make_queue(redis=relay.url, get_events=False).ready()
+        await queue.create_job({}).save()
+        queue.process(handler)
+        await started.reaches(1)
+        said = {line: len(line.said) for line in relay.lines}
+        await until(lambda: all(line.said[said[line] :].count(b"ROLE") > 2 for line in relay.lines))
+        gate.set()
+        await queue.close()
+
+
+async def test_what_never_fits_is_not_repeated_without_end(own_server: Server, make_queue: MakeQueue) -> None:
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        await queue.create_job("x" * 1000).set_id("large").save()
+        cuts = 0
+
+        async def distort(line: Line, data: bytes) -> bytes:
+            nonlocal cuts
+            if b"x" * 1000 in data:
+                cuts += 1
+                line.cut()
+                return b""
+            return data
+
+        relay.distort = distort
+        with pytest.raises(ConnectionLost, match="the event connection was lost before Redis answered"):
+            await queue.get_job("large")
+        assert cuts == MOST_LOSSES + 1
+        assert (await queue.create_job({}).save()).id == "1"
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+
+
+async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """whatever it raises"""
+    queue = make_queue()
+    failures = [RuntimeError("nobody expects this")]
+    check = queue._stall_checker.check
+
+    async def failing() -> int:
+        if failures:
+            raise failures.pop()
+        return await check()
+
+    monkeypatch.setattr(queue._stall_checker, "check", failing)
+    queue.process(echo)
+    assert await (await queue.create_job("x").save()).result() == "x"
+    assert [str(error) for error in make_queue.claim(RuntimeError)] == ["nobody expects this"]
