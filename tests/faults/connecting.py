@@ -101,8 +101,9 @@ async def replica_promoted(field: Field) -> None:
     """A planned failover whose name leads to the old one for a while: it says READONLY, for which no call fails."""
     old, replica = await _fail_over(field)
     failed = _readonly(field)
-    refused = await refusals(old, "READONLY")
-    await field.until(lambda: _more_than(refused + 3, refusals(old, "READONLY")))
+    asked = await _accepted(old)
+    await field.until(lambda: _more_than(asked + 3 * 2 * (2 + 3 * len(field.crew.alive)), _accepted(old)))
+    assert await refusals(old, "READONLY") > 0
     _lead_to(field, replica)
     await field.kill(await field.clients(old), old)
     await field.until(field.all_are_connected)
@@ -307,6 +308,12 @@ async def ended_at_once(field: Field) -> None:
 async def refusals(redis: Any, code: str) -> int:
     """How often Redis has said so."""
     count: int = (await redis.info("errorstats")).get(f"errorstat_{code}", {"count": 0})["count"]
+    return count
+
+
+async def _accepted(redis: Any) -> int:
+    """How many connections Redis has accepted."""
+    count: int = (await redis.info("stats"))["total_connections_received"]
     return count
 
 

@@ -190,15 +190,16 @@ class Field:
 
     async def save_each(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
         """Saves what `new_job` has made, each by itself and all at once; every save must work."""
-        for (number, job, _), saved in zip(
-            jobs, await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True), strict=True
-        ):
-            if isinstance(saved, BeeQueueError):
+        results = await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True)
+        errors = []
+        for (number, job, _), saved in zip(jobs, results, strict=True):
+            if isinstance(saved, Exception):
                 self.ledger.save_failed(number, saved)
+                errors.append(saved)
             else:
                 assert job.id is not None
                 self.ledger.saved[number] = job.id
-        assert [number for number, *_ in jobs if number not in self.ledger.saved] == []
+        assert not errors, errors
 
     async def make_due(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
         """Lets delayed jobs be due now."""
