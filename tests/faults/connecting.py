@@ -26,9 +26,9 @@ DEADLINE_S = beequeue.link.REPLY_TICKS * TICK_S
 LONG_S = 2.5 * DEADLINE_S
 FORGET_S = 3 * beequeue.link.QUIET_TICKS * TICK_S
 SLOW_RATE = 1_000_000
-BIG = 4_000_000
+BIG = 3_000_000
 """Bytes of a job that takes a slow link longer than `DEADLINE_S`, as 15 MB take it longer than the usual 10 s."""
-PAGE, PAGE_BYTES = 40, 100_000
+PAGE, PAGE_BYTES = 30, 100_000
 """How many jobs of how many bytes do so in one reply."""
 FILLERS = 20_000
 LOAD_DELAY_US = 1_000
