@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
-from beequeue.link import Command
+from beequeue.link import UNFIT, Command
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
 
@@ -207,7 +207,7 @@ class Intake(Generic[AnySettling]):
     def _refused(self, error: BeeQueueError) -> None:
         """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
         code = error.code if isinstance(error, CommandError) else ""
-        if self.closing or code == "UNBLOCKED":
+        if self.closing or code == "UNBLOCKED" or UNFIT.match(str(error)):  # the next take waits for another connection
             return
         self._host._report(error)
         self._refused_in_a_row += 1

@@ -31,6 +31,8 @@ except ImportError:  # not a Unix
 TICK_S = 1.0
 REPLY_TICKS = 10
 """For how many ticks nothing may move, in either direction, while a reply is owed, before the owner looks into it."""
+SLOWEST_BYTES_S = 500_000
+"""How fast something on the way may empty its buffers: it has what was written last, and nothing tells of its progress."""
 QUIET_TICKS = 5
 """After how many silent ticks an idle link asks something, so that nothing on the way forgets it."""
 
@@ -81,7 +83,8 @@ class Command:
 class Link(asyncio.Protocol):
     """A live socket. `lost` completes, with the reason, when it is one no more; `error` is what the transport gave for it.
 
-    `on_stuck` is called every `REPLY_TICKS` while a reply is owed and nothing moves. Set `on_unfit` once the link is up: it
+    `on_stuck` is called every `REPLY_TICKS` while a reply is owed and nothing moves; the first time later by what something on
+    the way may hold back. Set `on_unfit` once the link is up: it
     gets each command that Redis refused because of its own state, and the refusal, and answers for the command from then on.
     """
 
@@ -106,7 +109,7 @@ class Link(asyncio.Protocol):
         self._in_flight: deque[Command] = deque()
         self._unsent: list[bytes] = []
         self._reason = "closed by Redis"
-        self._written = self._delivered = self._expected = 0
+        self._written = self._delivered = self._expected = self._arrived = 0
         self._has_heard = True
         self._is_primary: bool | None = None
         self._leaving = False
@@ -248,8 +251,11 @@ class Link(asyncio.Protocol):
                 self._ask()
         elif self._has_delivered():
             self.still_ticks = 0
-        elif self.still_ticks % REPLY_TICKS == 0:
-            self._on_stuck(self)
+        else:
+            on_the_way = self._expected - self._arrived
+            late_ticks = self.still_ticks - int(on_the_way / SLOWEST_BYTES_S / TICK_S)
+            if late_ticks > 0 and late_ticks % REPLY_TICKS == 0:
+                self._on_stuck(self)
 
     def _has_delivered(self) -> bool:
         """Whether more of what was written has reached the other side since the last tick: a slow link is not a dead one.
@@ -257,7 +263,7 @@ class Link(asyncio.Protocol):
         Only what had been written by the first tick after something came counts: one that swallows everything is dead.
         """
         if self._has_heard:
-            self._has_heard, self._expected = False, self._written
+            self._has_heard, self._arrived, self._expected = False, self._expected, self._written
         left = self._transport.get_write_buffer_size()
         if ioctl is not None:
             try:  # what the kernel still has to send, or the other side to acknowledge

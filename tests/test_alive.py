@@ -15,7 +15,7 @@ from redis.credentials import CredentialProvider
 import beequeue.connection
 import beequeue.link
 import beequeue.supervised
-from beequeue import BeeQueueError, ConnectionLost, Queue, QueueClosed, TaskFailed
+from beequeue import BeeQueueError, ConnectionLost, Job, Queue, QueueClosed, TaskFailed
 from beequeue.connection import MOST_LOSSES
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
@@ -204,7 +204,6 @@ async def test_readonly_is_a_change_of_address(
             await worker.close()
             assert [client for client in await clients(own_server) if client["flags"] == "N"] == []
         assert "READONLY" in {str(error).partition("READONLY")[1] for error in make_queue.claim(ConnectionLost)}
-        make_queue.claim(BeeQueueError)  # the take's own refusal
 
 
 @pytest.mark.usefixtures("hurried")
@@ -403,6 +402,35 @@ async def test_a_silent_link_is_found_though_it_swallows_more(own_server: Server
             line.cut()
         await queue.close()
     make_queue.claim(ConnectionLost)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("tcp", [True, False], ids=["all in buffers on the way", "hardly any buffers"])
+async def test_a_slow_link_is_not_cut(own_server: Server, make_queue: MakeQueue, tcp: bool) -> None:
+    """1 MB/s: a job that takes many times as long as nothing may move is saved, fetched, listed and run, and small ones too"""
+    size = 1_500_000
+    async with Relay(own_server.url, tcp=tcp) as relay:
+        worker = await make_queue(redis=relay.url, get_events=False).ready()
+        producer = await make_queue(redis=relay.url, is_worker=False).ready()
+        relay.rate = 1_000_000
+        large = producer.create_job("x" * size)
+        await asyncio.gather(large.save(), *(producer.create_job(number).save() for number in range(20)))
+        fetched = await Job.from_id(producer, str(large.id))
+        assert fetched is not None
+        assert len(fetched.data) == size
+        assert max(len(str(job.data)) for job in await producer.get_jobs("waiting")) == size
+        done = Seen()
+        producer.on("job succeeded", done)
+
+        async def handler(job: Job) -> int:
+            return len(str(job.data))
+
+        worker.process(handler, 2)
+        await done.reaches(21, 30)
+        relay.rate = None
+        assert producer.reconnects == worker.reconnects == 0
+        await worker.close()
+        await producer.close()
 
 
 @pytest.mark.usefixtures("hurried")
