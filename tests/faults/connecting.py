@@ -278,6 +278,7 @@ async def _another_queue(field: Field, **settings: Any) -> AsyncIterator[Queue]:
     """A producer of another queue, which nobody works for; it is destroyed at the end."""
     redis = with_provider(field.to_producer.url, field.moods.path)
     async with Queue(f"{field.name}-quiet", redis, is_worker=False, reconnect=soon, **settings) as queue:
+        queue.on("error", field.hear)
         yield queue
         await queue.destroy()
 

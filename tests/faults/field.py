@@ -97,7 +97,7 @@ class Field:
         except BaseException:
             await self._stack.aclose()
             raise
-        self.producer.on("error", self._error)
+        self.producer.on("error", self.hear)
         self.producer.on("job succeeded", self._published)
         self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": self._number_in(str(error))}))
         self._begin()
@@ -254,7 +254,8 @@ class Field:
         self.unexpected = [error for error in self.unexpected if not isinstance(error, kind)]
         return claimed
 
-    def _error(self, error: Exception) -> None:
+    def hear(self, error: Exception) -> None:
+        """What a producer has reported."""
         if isinstance(error, ConnectionRefused):
             self.refusals.append(error)
         elif not isinstance(error, ConnectionLost):
