@@ -301,14 +301,15 @@ class Connection:
     def leave(self, reason: str) -> None:
         """Opens a new link, when the commands in flight on this one have been answered."""
         link, self.link = self.link, None
-        if reason.startswith("READONLY"):
+        if "READONLY" in reason:
             self._needs_primary = True
         if link is not None:
             link.leave(reason)
 
     def _is_unfit(self, command: Command | None, refusal: str) -> None:
         """Redis has refused `command`, which did nothing, or is found to be a replica now."""
-        self._group.leave(refusal)
+        if self.link is not None:  # not a late answer on a link that is being left already
+            self._group.leave(refusal)
         if command is None:
             return
         if command.resend is not None:

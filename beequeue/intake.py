@@ -44,6 +44,7 @@ class Settling(Protocol):
     """What the intake needs of a run that has ended."""
 
     id: str
+    entry: bytes
     settlement: Settlement | None
     finish: Command | None
     """The command that settles it, once that has been issued."""
@@ -106,7 +107,7 @@ class Intake(Generic[AnySettling]):
             self._store.settle(finishes)
 
     def _finish(self, runs: list[AnySettling]) -> Command:
-        settlements = [(run.id, cast(Settlement, run.settlement)) for run in runs]
+        settlements = [(run.id, run.entry, cast(Settlement, run.settlement)) for run in runs]
         on_reply = functools.partial(self._finished, runs)
         finish = self._store.finish(settlements, take=0 if self.closing else len(runs), on_reply=on_reply)
         for run in runs:
@@ -128,7 +129,8 @@ class Intake(Generic[AnySettling]):
                 back += [run for run in together if run in runs]
                 if left := [run for run in together if run not in runs]:
                     again = self._finish(left)
-                    again.repeated = finish.repeated
+                    if finish.repeated:  # it may have been done the first time
+                        again.args, again.repeated = again.repeat or again.args, True
                     self._store.settle([again])
         return back
 

@@ -229,7 +229,7 @@ class Link(asyncio.Protocol):
         elif self.on_unfit is not None and UNFIT.match(message):
             self.on_unfit(command, message)
         else:
-            command.answer(CommandError(message))
+            command.answer(CommandError(named(message, command.script)))
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -317,6 +317,16 @@ def _raised_below(error: Exception) -> bool:
 def _is_broken(message: Any) -> bool:
     """Whether what stands for a channel or a payload is something else."""
     return isinstance(message, list) and not all(type(part) is bytes for part in message)
+
+
+def named(message: str, script: str | None) -> str:
+    """What Redis refused a script, with the command: Redis tells the line."""
+    at = re.search(r"user_script:\s*(\d+)", message)
+    if script is None or at is None:
+        return message
+    line = script.splitlines()[int(at[1]) - 1 : int(at[1])]
+    commands = re.findall(r"redis\.p?call\('(\w+)'", "".join(line))
+    return f"{message} ({' or '.join(commands)})" if commands else message
 
 
 def settle(future: asyncio.Future[Any], reply: Any) -> None:

@@ -1,7 +1,7 @@
 """The two clocks: raising delayed jobs when they are due, and recovering the jobs of workers that went silent.
 
 Both only decide when to ask; what is done is a script of the store. Neither stops for an error: it is reported, and the
-clock goes on; unless it is that the connection was closed, as can happen to one that is shared.
+clock goes on; unless it is that the connection was closed, as can happen to one that is shared. Both run under `supervised`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from beequeue.decisions import fail, fail_as_stored
@@ -16,6 +17,7 @@ from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableDa
 from beequeue.job import Job, now_ms
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
+from beequeue.supervised import supervised
 
 RETRY_S = 1.0
 """How long to wait before asking again after Redis refused."""
@@ -101,7 +103,7 @@ class DelayedActivator:
         self._debounce_ms = debounce_ms
         self._wanted = asyncio.Event()
         self._timer = EagerTimer(near_term_window_ms, self._wanted.set)
-        self._task = asyncio.create_task(self._activate_when_wanted(), name="beequeue delayed jobs")
+        self._task = supervised(self._activate_when_wanted, "delayed jobs", host._report)
 
     def look_at(self, when: float | None) -> None:
         """A job is due at `when` (epoch ms): looks then, at the latest."""
@@ -129,6 +131,9 @@ class DelayedActivator:
                     return
                 self._timer.schedule(now_ms() + RETRY_S * 1000)
                 continue
+            except Exception:
+                self._wanted.set()  # for the task that begins anew
+                raise
             if raised:
                 self._host.emit("raised jobs", raised)
             self._timer.schedule(look_again)
@@ -150,12 +155,15 @@ class StallChecker:
     async def check(self) -> int:
         """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
         settings = self._settings
-        stalled, too_often = await self._store.check_stalled(settings.stall_interval, settings.max_stalls)
-        for job_id in stalled:
-            self._host.emit("stalled", job_id)
-        for taken in too_often:
+        recovered, to_fail = 0, []
+        async for stalled, too_often in self._store.check_stalled(settings.stall_interval, settings.max_stalls):
+            for job_id in stalled:
+                self._host.emit("stalled", job_id)
+            recovered += len(stalled)
+            to_fail += too_often
+        for taken in to_fail:
             await self._fail(taken)
-        return len(stalled)
+        return recovered
 
     async def _fail(self, taken: Taken) -> None:
         """Settles a job that has stalled too often, unless it has ended meanwhile. If this fails, the next check does it."""
@@ -169,7 +177,7 @@ class StallChecker:
             settlement = Settlement("failed", taken.entry, b"")
         except TypeError:  # nested so deep that it could be read, but not be written
             settlement = fail_as_stored(taken.id, taken.entry, error, self._settings)
-        if await self._store.settle_stalled(taken.id, settlement) and job is not None:
+        if await self._store.settle_stalled(taken, settlement) and job is not None:
             self._host.emit("failed", job, error)
             self._host.emit("failed:fatal", job, error)
 
@@ -188,7 +196,7 @@ class StallChecker:
             return
         if self._task is not None:
             self._task.cancel()
-        self._task = asyncio.create_task(self._check_repeatedly(interval_ms), name="beequeue stall check")
+        self._task = supervised(partial(self._check_repeatedly, interval_ms), "stall check", self._host._report)
 
     @property
     def repeats(self) -> bool:

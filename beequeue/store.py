@@ -13,7 +13,8 @@ The data model, all keys and channels below `<prefix>:<name>:`
     delayed         sorted set  ids by activation time, epoch ms          add, finish; raise
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
-    stallBlock      string      "1", expires: one stall check an interval stall check
+    stallBlock      string      "1", expires: one stall check an interval; stall check
+                                or, meanwhile, whose and where it goes on
     stalls          hash        id -> "count sha1": how often a job has   stall check, with max_stalls; expires
                                 stalled as the job JSON with that SHA-1
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
@@ -29,6 +30,12 @@ The life of a job; each arrow is one atomic step
 
 Remove takes a job out of every place.
 
+A script that Redis refuses in the middle, for want of a right or of memory, leaves each job in one place, with its entry.
+
+What grows with the queue: `active` and `waiting` are lists, so to take one id out costs a walk. Finish walks from where takes
+push to the job's first copy; remove and hand back walk through all of `active`, remove through `waiting` too. The stall check
+and raise go in slices that each do a bounded piece.
+
 Commands that name one job go on the connection that also carries events, when the queue is ordered: in call order, and
 each before what it causes. What may be large or belongs to a worker goes on the command connection; takes on their own.
 """
@@ -38,7 +45,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,9 +136,47 @@ KEYS = ("id", "jobs", "stallBlock", "stalling", "waiting", "active", "succeeded"
 """All keys of a queue, below its prefix."""
 
 
+CHECKED_AT_ONCE = 500
+"""How many ids a slice of the stall check looks at."""
+PAGES_RAISED_AT_ONCE = 2
+"""How many pages of 1000 delayed jobs one call raises."""
+
 NEWEST = 4
 """How many jobs the script behind a take reads, to find the one that was taken; see its header."""
 NEWEST_BYTES = 4096
+RUN_ARGS = 6
+"""How many arguments `finish` has for each run; the last one names the attempt."""
+
+
+class Finish(Command):
+    """What settles runs. Sent again it takes no jobs, and settles only the attempt of the entry that each run has.
+
+    The entry's SHA-1, which tells that, is made only then.
+    """
+
+    __slots__ = ("_at", "_entries", "_is_final")
+
+    def __init__(
+        self, args: tuple[Any, ...], on_reply: Reply, at: int, entries: list[bytes], resend: Callable[[Command], None]
+    ) -> None:
+        super().__init__(args, on_reply, script=SCRIPTS["finish"].text, resend=resend)
+        self._at = at
+        self._entries = entries
+        self._is_final = False
+
+    @property
+    def repeat(self) -> tuple[Any, ...] | None:
+        if self._is_final:
+            return None
+        args = list(self.args)
+        args[self._at] = 0
+        shas = (hashlib.sha1(entry, usedforsecurity=False).hexdigest() for entry in self._entries)
+        args[self._at + RUN_ARGS :: RUN_ARGS] = shas
+        return tuple(args)
+
+    @repeat.setter
+    def repeat(self, repeat: tuple[Any, ...] | None) -> None:
+        self._is_final = repeat is None
 
 
 class Store:
@@ -356,21 +402,21 @@ class Store:
         """The jobs in a reply to `take`, or, from `start` on, to `finish`."""
         return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, len(reply), 2)]
 
-    def finish(self, runs: Iterable[tuple[str, Settlement]], *, take: int, on_reply: Reply) -> Command:
+    def finish(self, runs: Iterable[tuple[str, bytes, Settlement]], *, take: int, on_reply: Reply) -> Command:
         """What settles jobs, publishes their events and takes at most `take` others; the reply has one answer for each run,
-        for `settled_by`, and behind them what is for `taken_from`. Not sent yet."""
+        for `settled_by`, and behind them what is for `taken_from`. Not sent yet. A run is an id, the entry that was taken, and
+        how it ended."""
         args = [*self._finish, take]
-        for job_id, (status, entry, message, retry_at) in runs:
+        taken = []
+        for job_id, had, (status, entry, message, retry_at) in runs:
             if status == "retrying":
                 how = "retry now" if retry_at is None else "retry later"
             else:
                 how = "delete" if entry is None else status
-            args += (_bytes(job_id), how, entry or b"", message, b"" if retry_at is None else retry_at)
-        again = args.copy()
-        again[len(self._finish)] = 0
+            args += (_bytes(job_id), how, entry or b"", message, b"" if retry_at is None else retry_at, len(had))
+            taken.append(had)
         # a take may stand behind it on its link: again it goes where nothing blocks
-        text = SCRIPTS["finish"].text
-        return Command(tuple(args), on_reply, repeat=tuple(again), script=text, resend=self._commands.send)
+        return Finish(tuple(args), on_reply, len(self._finish), taken, self._commands.send)
 
     @staticmethod
     def refusal_in(reply: Sequence[Any], runs: int) -> CommandError | None:
@@ -406,22 +452,26 @@ class Store:
 
     # --- the two clocks ----------------------------------------------------------------------------------------------
 
-    async def check_stalled(self, stall_interval_ms: int, max_stalls: int | None) -> tuple[list[str], list[Taken]]:
-        """Moves the jobs of silent workers from `active` to `waiting`; returns their ids.
+    async def check_stalled(
+        self, stall_interval_ms: int, max_stalls: int | None
+    ) -> AsyncIterator[tuple[list[str], list[Taken]]]:
+        """Moves the jobs of silent workers from `active` to `waiting`, slice by slice; tells their ids.
 
         And those that have stalled more than `max_stalls` times: they stay in `active`, and are for `settle_stalled`.
         """
         limit = b"" if max_stalls is None else max_stalls
-        args = (*self._check_stalled, stall_interval_ms, limit, STALLS_KEPT_MS)
-        reply = await self._commands.call(*args, repeatable=True, script=SCRIPTS["check_stalled_jobs"].text)
-        stalled, too_often = reply
-        return [_text(job_id) for job_id in stalled], self.taken_from(too_often)
+        args = (*self._check_stalled, stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
+        text, step, is_over = SCRIPTS["check_stalled_jobs"].text, b"", False
+        while not is_over:
+            step, stalled, too_often = await self._commands.call(*args, step, repeatable=True, script=text)
+            yield [_text(job_id) for job_id in stalled], self.taken_from(too_often)
+            is_over = not step
 
-    async def settle_stalled(self, job_id: str, settlement: Settlement) -> bool:
+    async def settle_stalled(self, taken: Taken, settlement: Settlement) -> bool:
         """Settles a job whose worker is gone; False when that, or anybody, has settled, removed or handed it on meanwhile."""
         future = asyncio.get_running_loop().create_future()
         on_reply = functools.partial(complete, future)
-        command = self.finish([(job_id, settlement)], take=0, on_reply=on_reply)
+        command = self.finish([(*taken, settlement)], take=0, on_reply=on_reply)
         command.repeat = None  # the next check finds it again, if it is still there
         self.settle((command,))
         settled = self.settled_by((await future)[0])
@@ -430,8 +480,11 @@ class Store:
         return settled
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
-        """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left)."""
-        args = (*self._raise_delayed, now_ms, debounce_ms)
+        """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left).
+
+        That is `now_ms` when more are due than one call moves.
+        """
+        args = (*self._raise_delayed, now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
         return raised, float(look_again)
 

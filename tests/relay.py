@@ -191,7 +191,9 @@ class Relay:
                         opened = asyncio.ensure_future(gate.wait())
                         await asyncio.wait((more, opened), return_when=asyncio.FIRST_COMPLETED)
                         opened.cancel()
-                        if more.done():
+                        if more.done() and not more.result():  # the end: nothing more can come
+                            await gate.wait()
+                        elif more.done():
                             data += more.result()
                         else:
                             # what is being read when the gate opens follows behind

@@ -240,6 +240,33 @@ async def test_a_queue_waits_for_its_primary(own_server: Server, own_redis: Any,
     assert reader.reconnects == 0
 
 
+async def test_a_late_refusal_sends_nobody_away_again(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """on a link that is being left, when others have found the new server already"""
+    with running_server(find_server({})) as new:
+        async with Relay(own_server.url) as relay:
+            queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+            await demote(own_redis)
+            old_lines, gate = [*relay.lines], asyncio.Event()
+
+            async def distort(line: Line, data: bytes) -> bytes:
+                if line in old_lines and line.role == "command":
+                    await gate.wait()
+                return data
+
+            relay.distort = distort
+            destroying = asyncio.create_task(queue.destroy())
+            await until(lambda: _refusals(own_redis, "READONLY", 0))
+            relay.lead_to(new.url)
+            assert (await queue.create_job({}).save()).id == "1"
+            assert queue.reconnects == 1
+            gate.set()
+            assert await destroying == 3  # of the keys on the new server
+            assert queue.reconnects == 2
+            await queue.close()
+    lost = [str(error).partition(" ")[0] for error in make_queue.claim(ConnectionLost)]
+    assert sorted(lost) == ["command", "event"]
+
+
 async def test_closing_while_a_server_is_left(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
     """also while a take is open on a link that is being left; what waits raises"""
     queue = await make_queue(redis=own_server.url, reconnect=soon).ready()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import beequeue
+import beequeue.supervised
 from beequeue import (
     CommandError,
     ConnectionLost,
@@ -24,11 +25,12 @@ from beequeue import (
     OutcomeNotRecorded,
     Queue,
     QueueClosed,
+    TaskFailed,
     maintenance,
 )
 from beequeue.job import now_ms
 from beequeue.maintenance import EagerTimer
-from beequeue.store import SCRIPTS
+from beequeue.store import SCRIPTS, Store
 from harness.children import end_with_parent
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import said
@@ -954,3 +956,55 @@ async def _messages(pubsub: Any, count: int) -> AsyncIterator[Any]:
 
 async def _not(awaitable: Awaitable[Any]) -> bool:
     return not await awaitable
+
+
+# --- neither clock ends without a word -------------------------------------------------------------------------------------
+
+
+def _fails_once(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A fault of our own, in the first call from now on."""
+    of_store = getattr(Store, method)
+
+    def fail(self: Store, *args: Any) -> Any:
+        monkeypatch.setattr(Store, method, of_store)
+        raise RuntimeError("nobody expects this")
+
+    monkeypatch.setattr(Store, method, fail)
+
+
+async def test_an_unexpected_error_does_not_end_the_looks(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """it is reported, and what was due is raised, without another notice"""
+    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, near_term_window=3_600_000)
+    raised = Seen()
+    activator.on("raised jobs", raised)
+    await activator.ready()
+    await until(lambda: activator._activator is not None and not activator._activator._wanted.is_set())
+    _fails_once(monkeypatch, "raise_delayed")
+    await _put(redis, activator, "due", 1)
+    assert activator._activator is not None
+    activator._activator.look_now()
+    assert await raised.reaches(1) == [(1,)]
+    (failure,) = make_queue.claim(TaskFailed)
+    assert str(failure).startswith("delayed jobs: RuntimeError: nobody expects this")
+    await redis.delete(activator.to_key("waiting"))
+
+
+async def test_an_unexpected_error_does_not_end_the_checks(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    queue = make_queue(stall_interval=10)
+    stalled = Seen()
+    queue.on("stalled", stalled)
+    await queue.check_stalled_jobs(10)
+    _fails_once(monkeypatch, "check_stalled")
+    await until(lambda: make_queue.errors)
+    await redis.lpush(queue.to_key("active"), "lost")
+    assert await stalled.reaches(1) == [("lost",)]
+    (failure,) = make_queue.claim(TaskFailed)
+    assert str(failure).startswith("stall check: RuntimeError: nobody expects this")
+    await queue.close()
+    await redis.delete(queue.to_key("waiting"))

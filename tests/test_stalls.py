@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from beequeue import CommandError, Job, JobFailed, JobStalled, OperationTimedOut, Queue, UnreadableData
 from beequeue.job import now_ms
-from beequeue.store import STALLS_KEPT_MS
+from beequeue.store import STALLS_KEPT_MS, Taken
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import assert_says
@@ -32,6 +32,15 @@ async def find(redis: Any, queue: Queue) -> int:
         await redis.delete(queue.to_key("stallBlock"))
         found = await queue.check_stalled_jobs()
     return found
+
+
+async def checked(queue: Queue) -> tuple[list[str], list[Taken]]:
+    """The ids that a check has moved, and what has stalled too often, which nobody settles."""
+    moved, often = [], []
+    async for some_moved, some_often in queue._store.check_stalled(5_000, 0):
+        moved += some_moved
+        often += some_often
+    return moved, often
 
 
 async def counts(redis: Any, queue: Queue) -> dict[str, int]:
@@ -185,7 +194,7 @@ async def test_a_checker_that_ended_too_soon_is_made_good(make_queue: MakeQueue,
     await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
     for _ in range(2):
         await redis.delete(queue.to_key("stallBlock"))
-        moved, too_often = await queue._store.check_stalled(5_000, 0)
+        moved, too_often = await checked(queue)
     assert (moved, [taken.id for taken in too_often]) == ([], ["1"])
     assert await redis.lrange(queue.to_key("active"), 0, -1) == ["1"]
     await redis.delete(queue.to_key("stallBlock"))
@@ -212,7 +221,7 @@ async def test_who_ended_it_in_time_wins(make_queue: MakeQueue, redis: Any) -> N
     await started.reaches(1)
     for _ in range(2):
         await redis.delete(queue.to_key("stallBlock"))
-        _, too_often = await queue._store.check_stalled(5_000, 0)
+        _, too_often = await checked(queue)
     gate.set()
     assert await job.result() == "done"
     await queue._stall_checker._fail(too_often[0])

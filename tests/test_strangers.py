@@ -137,6 +137,53 @@ async def test_one_of_those_that_are_settled_together_is_withheld(make_queue: Ma
         await worker.close()
 
 
+async def test_what_is_made_anew_after_its_reply_was_lost_leaves_the_next_attempt_alone(
+    make_queue: MakeQueue, url: str, redis: Any
+) -> None:
+    """two failures had one command; one job has given its id to another since, and another worker runs the other one again"""
+    both, again = asyncio.Event(), asyncio.Event()
+    started, retrying = Seen(), Seen()
+
+    async def fail(job: Job) -> None:
+        started()
+        await both.wait()
+        raise ValueError
+
+    async def succeed(job: Job) -> str:
+        started()
+        await again.wait()
+        return "done"
+
+    async with Relay(url) as relay:
+        worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
+        worker.on("retrying", lambda job, error: retrying(job.id, job.uncertain))
+        producer = await make_queue(is_worker=False).ready()
+        jobs = [producer.create_job(data).retries(3) for data in ("mine", "stranger")]
+        await producer.save_all(jobs)
+        worker.process(fail, 2)
+        await started.reaches(2)
+        for role in ("command", "take"):
+            relay.hold(role)
+        both.set()
+        await until(lambda: redis.llen(producer.to_key("waiting")))
+        make_queue(get_events=False).process(succeed)
+        await started.reaches(3)
+        await redis.lrem(producer.to_key("waiting"), 0, "2")
+        another = b'{"data":"new","options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
+        await redis.hset(producer.to_key("jobs"), "2", another)
+        for line in relay.lines:
+            line.cut()
+        for role in ("command", "take"):
+            relay.release(role)
+        assert sorted(await retrying.reaches(2)) == [("1", True), ("2", True)]
+        assert await producer.check_health() == (0, 1, 0, 0, 0, 2)
+        again.set()
+        assert await jobs[0].result(8_000) == "done"
+        assert await producer.check_health() == (0, 0, 1, 0, 0, 2)
+        make_queue.claim(ConnectionLost)
+        await worker.close()
+
+
 async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server, make_queue: MakeQueue) -> None:
     stage = Stage()
     first = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()

@@ -11,7 +11,7 @@
 -- Returns the id, or nil when the job's own id is in use (nothing is written then).
 --
 -- Why: whoever raises delayed jobs sleeps until the earliest one that it knows; a job that becomes
--- the earliest must wake it.
+-- the earliest must wake it. What is refused leaves nothing behind.
 
 local id = ARGV[1]
 if id == '' then
@@ -21,8 +21,18 @@ if id == '' then
 elseif redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 0 then
   return nil
 end
-redis.call('ZADD', KEYS[3], ARGV[3], id)
-if redis.call('ZRANGE', KEYS[3], 0, 0)[1] == id then
-  redis.call('PUBLISH', KEYS[4], ARGV[3])
+local tried, answer = 'ZADD', redis.pcall('ZADD', KEYS[3], ARGV[3], id)
+if type(answer) == 'number' then
+  local earliest = redis.pcall('ZRANGE', KEYS[3], 0, 0)
+  if earliest.err then
+    tried, answer = 'ZRANGE', earliest
+  elseif earliest[1] == id then
+    tried, answer = 'PUBLISH', redis.pcall('PUBLISH', KEYS[4], ARGV[3])
+  end
+  if type(answer) == 'table' then redis.call('ZREM', KEYS[3], id) end
+end
+if type(answer) == 'table' then
+  redis.call('HDEL', KEYS[2], id)
+  return {err = answer.err .. ' (' .. tried .. ')'}
 end
 return id

@@ -9,7 +9,7 @@
 -- Returns the id, or nil when the job's own id is in use (nothing is written then).
 --
 -- Why: storing and making available must be one step, or a worker could take an id that has no data.
--- An automatic id that somebody uses as their own is passed over.
+-- An automatic id that somebody uses as their own is passed over. What is refused leaves nothing behind.
 
 local id = ARGV[1]
 if id == '' then
@@ -19,5 +19,9 @@ if id == '' then
 elseif redis.call('HSETNX', KEYS[2], id, ARGV[2]) == 0 then
   return nil
 end
-redis.call('LPUSH', KEYS[3], id)
+local pushed = redis.pcall('LPUSH', KEYS[3], id)
+if type(pushed) == 'table' then
+  redis.call('HDEL', KEYS[2], id)
+  return {err = pushed.err .. ' (LPUSH)'}
+end
 return id

@@ -13,14 +13,14 @@
 
 local reply, stored = {}, {}
 for at = 1, #ARGV, 2 do
-  local id, added = ARGV[at], nil
+  local id, added, tried = ARGV[at], nil, 'HSETNX'
   if id ~= '' then
     added = redis.pcall('HSETNX', KEYS[2], id, ARGV[at + 1])
   else
     repeat
       local number = redis.pcall('INCR', KEYS[1])
       if type(number) == 'table' then
-        added = number
+        added, tried = number, 'INCR'
         break
       end
       id = string.format('%.0f', number)
@@ -31,8 +31,12 @@ for at = 1, #ARGV, 2 do
     stored[#stored + 1] = id
     reply[#reply + 1] = id
   else
-    reply[#reply + 1] = added ~= 0 and added
+    reply[#reply + 1] = added ~= 0 and {err = added.err .. ' (' .. tried .. ')'}
   end
 end
-if #stored > 0 then redis.call('LPUSH', KEYS[3], unpack(stored)) end
+local pushed = #stored > 0 and redis.pcall('LPUSH', KEYS[3], unpack(stored))
+if type(pushed) == 'table' then
+  redis.call('HDEL', KEYS[2], unpack(stored))
+  return {err = pushed.err .. ' (LPUSH)'}
+end
 return reply

@@ -1,6 +1,8 @@
--- Moves jobs whose worker has gone silent back to waiting, and tells which of them have stalled too often.
+-- Moves jobs whose worker has gone silent back to waiting, and tells which of them have stalled too often: one slice of
+-- a check, so that Redis serves others between two of them.
 --
--- KEYS[1] stallBlock  string with an expiry: one effective check per interval, whoever asks
+-- KEYS[1] stallBlock  string with an expiry: one effective check per interval, whoever asks; '1', or, while a check is
+--                     under way, its name and where it goes on
 -- KEYS[2] stalling    set of ids whose worker has not reported since the last check
 -- KEYS[3] waiting     list: pushed left, taken right
 -- KEYS[4] active      list of ids being processed
@@ -11,40 +13,62 @@
 -- ARGV[1]             stall interval, ms
 -- ARGV[2]             how often a job may stall, or '' for no limit: nothing is counted then
 -- ARGV[3]             ms after the last stall until the counts expire
+-- ARGV[4]             how many ids to look at in this slice
+-- ARGV[5]             the check's name
+-- ARGV[6]             '' to begin a check, else where it goes on: what the slice before has returned
 --
--- Returns {the ids that were moved, a flat list: id, JSON, id, JSON, … of those that have stalled too often}. The
--- latter stay in active, for the caller to settle; if it does not, the next check tells them again.
+-- Returns {where to go on, or '' at the end; the ids that were moved; a flat list: id, JSON, id, JSON, … of those that
+-- have stalled too often}. The latter stay in active, for the caller to settle; if it does not, a later check tells them
+-- again.
 --
--- Why: two checks find a stalled job. Each leaves a copy of active in stalling; workers take their ids
--- out of the copy; what the next check still finds there, and in active, has lost its worker.
+-- Why: two checks find a stalled job. Each leaves a copy of active in stalling; workers take their ids out of the copy;
+-- what the next check still finds there, and in active, has lost its worker.
+--
+-- A check has three parts: `counts` drops the counts of jobs that have ended; `move` goes through active from the right
+-- end, pushes what has stalled on waiting and all else on the left end of active, so that each slice costs the same and
+-- the order stays; `mark` copies active to stalling. Nothing is marked before all has been moved, so an id that `move`
+-- meets twice is not taken for stalled. Each slice leaves every id in one list: a check that is cut short loses nothing,
+-- and the next one goes on. stallBlock is prolonged by each slice; whoever finds another check in it stops. A slice that
+-- is sent again, because its answer was lost, finds its successor there, does nothing and names that.
 --
 -- A job's JSON is written when it is saved and when it is settled, and not in between. So a count whose SHA-1 is
 -- another's has ended: the job was settled or retried, or a new one has its id. Saving and settling need not drop it,
 -- here or in Node. What has ended is taken out by the next check, which looks at no JSON for that.
 --
--- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. What needs rights
--- that others do without comes before the first LREM: a refusal must not lose an id.
+-- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. Each right is tried
+-- before ids are taken out of active: a refusal must not lose one.
+
+local HOLD_MS, MOST_BYTES, MOST_DOUBLES = 10000, 1000000, 8
+local limit, budget = tonumber(ARGV[2]), tonumber(ARGV[4])
 
 redis.call('SREM', KEYS[2], '')
-if not redis.call('SET', KEYS[1], '1', 'PX', ARGV[1], 'NX') then
-  return {{}, {}}
+local block = redis.call('GET', KEYS[1]) or ''
+if block ~= (ARGV[6] == '' and '' or ARGV[5] .. ' ' .. ARGV[6]) then
+  local name, successor = string.match(block, '^(%S+) (.+)$')
+  return {name == ARGV[5] and successor or '', {}, {}}
 end
+redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
 
 -- a command gets at most 1024 ids: Lua's unpack has a limit
 local function in_batches(command, key, ids)
   for first = 1, #ids, 1024 do
-    redis.call(command, key, unpack(ids, first, math.min(first + 1023, #ids)))
+    local answer = redis.pcall(command, key, unpack(ids, first, math.min(first + 1023, #ids)))
+    if type(answer) == 'table' then error(answer.err .. ' (' .. command .. ')') end
   end
 end
 
-local limit = tonumber(ARGV[2])
-if limit then
-  for _, id in ipairs(redis.call('HKEYS', KEYS[6])) do
+local function drop_counts(cursor)
+  if not limit then return '0' end
+  local page = redis.call('HSCAN', KEYS[6], cursor, 'COUNT', budget)
+  for index = 1, #page[2], 2 do
+    local id = page[2][index]
     local has_ended = redis.call('SISMEMBER', KEYS[7], id) + redis.call('SISMEMBER', KEYS[8], id) > 0
     if has_ended or redis.call('HEXISTS', KEYS[5], id) == 0 then
       redis.call('HDEL', KEYS[6], id)
     end
   end
+  budget = budget - #page[2] / 2
+  return page[1]
 end
 
 local function count_once_more(id, data)
@@ -52,33 +76,97 @@ local function count_once_more(id, data)
   local count, of = string.match(redis.call('HGET', KEYS[6], id) or '', '^(%d+) (%x+)$')
   count = of == sha and count + 1 or 1
   redis.call('HSET', KEYS[6], id, string.format('%.0f %s', count, sha))
-  redis.call('PEXPIRE', KEYS[6], ARGV[3])
   return count
 end
 
-local active = {}
-for _, id in ipairs(redis.call('LRANGE', KEYS[4], 0, -1)) do
-  active[id] = true
-end
-local silent = redis.call('SMEMBERS', KEYS[2])
 local stalled, too_often = {}, {}
-for _, id in ipairs(silent) do
-  if active[id] then
-    local data = limit and redis.call('HGET', KEYS[5], id)
-    if data and count_once_more(id, data) > limit then
-      too_often[#too_often + 1] = id
-      too_often[#too_often + 1] = data
-    else
-      stalled[#stalled + 1] = id
+
+-- returns how many of the last in active it has gone through
+local function move(at_most)
+  local ids = redis.call('LRANGE', KEYS[4], -at_most, -1)
+  local kept, found, is_moved, seen, bytes = {}, {}, {}, 0, 0
+  for at = #ids, 1, -1 do
+    local id = ids[at]
+    if is_moved[id] == nil then
+      is_moved[id] = redis.call('SISMEMBER', KEYS[2], id) == 1
+      if is_moved[id] then
+        found[#found + 1] = id
+        local data = limit and redis.call('HGET', KEYS[5], id)
+        bytes = bytes + #(data or '')
+        if data and count_once_more(id, data) > limit then
+          is_moved[id] = false
+          too_often[#too_often + 1] = id
+          too_often[#too_often + 1] = data
+        else
+          stalled[#stalled + 1] = id
+        end
+      end
+    end
+    if not is_moved[id] then kept[#kept + 1] = id end
+    seen = seen + 1
+    if bytes > MOST_BYTES then break end
+  end
+  if bytes > 0 then redis.call('PEXPIRE', KEYS[6], ARGV[3]) end
+  if #stalled > 0 or seen < redis.call('LLEN', KEYS[4]) then
+    redis.call('LTRIM', KEYS[4], 0, -1) -- only tries the right
+    in_batches('LPUSH', KEYS[4], kept)
+    in_batches('LPUSH', KEYS[3], stalled)
+    redis.call('LTRIM', KEYS[4], 0, -seen - 1)
+  end
+  in_batches('SREM', KEYS[2], found)
+  return seen
+end
+
+-- Node takes all copies of a stalled id out of active. Two slices may not meet both: where one that is marked comes again,
+-- one copy stays, at the left end. For who ends the job it is the same: all copies go, or one settlement takes one.
+local function leave_one(id)
+  redis.call('LREM', KEYS[4], 1, '') -- only tries the right
+  redis.call('LPUSH', KEYS[4], id)
+  redis.call('LREM', KEYS[4], 0, id)
+  redis.call('LPUSH', KEYS[4], id)
+end
+
+-- returns how many it has gone through, from the right, behind the first `done`; and whether it was all
+local function mark(done)
+  local ids = redis.call('LRANGE', KEYS[4], -done - budget, -done - 1)
+  if done == 0 and #ids < budget then
+    in_batches('SADD', KEYS[2], ids)
+    return #ids, true
+  end
+  local doubles = 0
+  for at = #ids, 1, -1 do
+    if redis.call('SADD', KEYS[2], ids[at]) == 0 then
+      leave_one(ids[at])
+      doubles = doubles + 1
+      if doubles == MOST_DOUBLES then return #ids - at + 1, false end
     end
   end
+  return #ids, #ids < budget
 end
-for _, id in ipairs(stalled) do
-  redis.call('LREM', KEYS[4], 0, id)
+
+local part, at = string.match(ARGV[6], '^(%a+) (%d+)$')
+part, at = part or 'counts', at or '0'
+if part == 'counts' then
+  at = drop_counts(at)
+  if at == '0' then part, at = 'move', redis.call('LLEN', KEYS[4]) end
 end
-in_batches('LPUSH', KEYS[3], stalled)
-if #silent > 0 then
-  redis.call('DEL', KEYS[2])
+if part == 'move' and budget > 0 then
+  local left = tonumber(at)
+  if left > 0 and redis.call('SCARD', KEYS[2]) > 0 then
+    local seen = move(math.min(left, budget))
+    left, budget = seen > 0 and left - seen or 0, budget - seen
+  end
+  part, at = 'move', left
+  if left <= 0 or redis.call('SCARD', KEYS[2]) == 0 then
+    redis.call('DEL', KEYS[2]) -- what is left there is in active no more
+    part, at = 'mark', 0
+  end
 end
-in_batches('SADD', KEYS[2], redis.call('LRANGE', KEYS[4], 0, -1))
-return {stalled, too_often}
+if part == 'mark' and budget > 0 then
+  local seen, is_all = mark(tonumber(at))
+  if is_all then return {'', stalled, too_often} end
+  at = tonumber(at) + seen
+end
+local step = string.format('%s %s', part, at)
+redis.call('SET', KEYS[1], ARGV[5] .. ' ' .. step, 'PX', math.max(HOLD_MS, tonumber(ARGV[1])))
+return {step, stalled, too_often}

@@ -10,8 +10,10 @@
 --
 -- Why: looking and deleting are one step, or a job that is retried in between would lose its data. An id without
 -- data, or with data that tells no time, has no claim to stay. Where cjson cannot read an entry (half of a surrogate
--- pair), its text is searched. Entries are read here and never written back.
+-- pair), its text is searched. Entries are read here and never written back. HDEL is tried first: if it were refused
+-- behind SREM, data would be left that no state has.
 
+redis.call('HDEL', KEYS[2], '')
 local deleted = 0
 for index = 3, #ARGV do
   if deleted >= tonumber(ARGV[2]) then break end

@@ -10,12 +10,13 @@
 -- KEYS[8] events          channel of job events
 -- KEYS[9] earlierDelayed  channel: "look again at this time"
 -- ARGV[1]                 how many jobs to take at most
--- ARGV[2..n]              five for each run:
+-- ARGV[2..n]              six for each run:
 --                         its job's id
 --                         'delete', 'succeeded', 'failed', 'retry now' or 'retry later'
 --                         job JSON to store, unless it is deleted
 --                         event message, or '' for none
 --                         with 'retry later': activation time, epoch ms
+--                         the job JSON that the run has: its length, or, in what is sent again, its SHA-1
 --
 -- Returns a flat list: for each run 1 if this call settled its job, 0 if not, or the error; then id, JSON,
 -- id, JSON, … of the jobs that were taken; then the error, if they could not be.
@@ -24,30 +25,76 @@
 -- first write is LREM, which Redis allows at maxmemory, and after it all others. Nothing is settled
 -- unless the id was in active and has data: one settlement for each entry in active, and a removed job
 -- does not come back. A job that is retried is pushed after the next ones are taken, so that it does
--- not return straight to its worker. What Redis refuses for one run is that run's error alone.
+-- not return straight to its worker. What Redis refuses for one run is that run's error alone, and its
+-- job stays active; what cannot be taken stays in waiting.
+--
+-- What is sent again, because its answer was lost, may have been done the first time, and another worker may
+-- have the job by now. Each settlement writes the job's JSON, so an attempt is known by it.
+--
+-- LREM goes from the left end, where takes push, to the first copy: its cost is the number of jobs taken since,
+-- however many that are old, or have lost their worker, lie behind. It cannot be less: a list has no index. An
+-- id is in active twice when Node has retried a job that was running. The second settlement finds JSON of
+-- another length; if the job has ended it does nothing.
 
-local RUN = 5
+local RUN, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
 
-local function settle(at)
+local function named(refused, command)
+  return {err = refused.err .. ' (' .. command .. ')'}
+end
+
+local function is_overtaken(id)
+  return redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1
+end
+
+-- puts the job into its next state; returns the error, if that is refused
+local function move_on(at)
   local id, how = ARGV[at], ARGV[at + 1]
-  local found = redis.pcall('LREM', KEYS[1], 0, id)
-  if type(found) == 'table' or found == 0 then return found end
-  ids[#ids + 1] = id
-  if how == 'delete' then return redis.pcall('HDEL', KEYS[3], id) end
-  found = redis.pcall('HEXISTS', KEYS[3], id)
-  if found ~= 1 then return found end
-  local done = redis.pcall('HSET', KEYS[3], id, ARGV[at + 2])
-  if type(done) == 'table' then return done end
-  if how == 'succeeded' then
+  local done
+  if how == 'delete' then
+    done = redis.pcall('HDEL', KEYS[3], id)
+    return type(done) == 'table' and named(done, 'HDEL')
+  elseif how == 'succeeded' then
     done = redis.pcall('SADD', KEYS[5], id)
   elseif how == 'failed' then
     done = redis.pcall('SADD', KEYS[6], id)
   elseif how == 'retry later' then
     done = redis.pcall('ZADD', KEYS[7], ARGV[at + 4], id)
-    if type(done) ~= 'table' then done = redis.pcall('PUBLISH', KEYS[9], ARGV[at + 4]) end
   end
-  return type(done) == 'table' and done or 1
+  if type(done) == 'table' then return named(done, how == 'retry later' and 'ZADD' or 'SADD') end
+  local stored = redis.pcall('HSET', KEYS[3], id, ARGV[at + 2])
+  if type(stored) == 'table' then
+    if how == 'succeeded' then redis.call('SREM', KEYS[5], id) end
+    if how == 'failed' then redis.call('SREM', KEYS[6], id) end
+    if how == 'retry later' then redis.call('ZREM', KEYS[7], id) end
+    return named(stored, 'HSET')
+  end
+end
+
+local function settle(at)
+  local id, own = ARGV[at], ARGV[at + 5]
+  local length = redis.pcall('HSTRLEN', KEYS[3], id)
+  local exists = length == 0 and redis.pcall('HEXISTS', KEYS[3], id) or 1
+  if type(length) == 'table' then return named(length, 'HSTRLEN') end
+  if type(exists) == 'table' then return named(exists, 'HEXISTS') end
+  if #own == SHA_LENGTH then
+    local data = redis.pcall('HGET', KEYS[3], id)
+    if type(data) == 'table' then return named(data, 'HGET') end
+    if not data or redis.sha1hex(data) ~= own then return 0 end
+  end
+  local found = redis.pcall('LREM', KEYS[1], 1, id)
+  if found ~= 1 then return found == 0 and 0 or named(found, 'LREM') end
+  ids[#ids + 1] = id
+  if exists == 0 then return 0 end
+  if #own < SHA_LENGTH and length ~= tonumber(own) and is_overtaken(id) then return 0 end
+  local refused = move_on(at)
+  if refused then
+    redis.call('RPUSH', KEYS[1], id)
+    ids[#ids] = nil
+    return refused
+  end
+  local told = ARGV[at + 1] == 'retry later' and redis.pcall('PUBLISH', KEYS[9], ARGV[at + 4])
+  return type(told) == 'table' and named(told, 'PUBLISH') or 1
 end
 
 for at = 2, #ARGV, RUN do
@@ -63,20 +110,30 @@ for _ = 1, 100 do
   local next_ids, taken = {}, {}
   for at = 1, wanted do
     local id = redis.pcall('RPOP', KEYS[4])
-    if type(id) == 'table' then refused = id end
+    if type(id) == 'table' then refused = named(id, 'RPOP') end
     if not id or refused then break end
     next_ids[at] = id
   end
   if #next_ids == 0 then break end
-  local data = redis.call('HMGET', KEYS[3], unpack(next_ids))
+  local data = redis.pcall('HMGET', KEYS[3], unpack(next_ids))
+  for at = 1, data.err and 0 or #next_ids do
+    if data[at] then taken[#taken + 1] = next_ids[at] end
+  end
+  local moved = data
+  if #taken > 0 then moved = redis.pcall('LPUSH', KEYS[1], unpack(taken)) end
+  if type(moved) == 'table' and moved.err then
+    refused = named(moved, moved == data and 'HMGET' or 'LPUSH')
+    for at = #next_ids, 1, -1 do
+      redis.call('RPUSH', KEYS[4], next_ids[at])
+    end
+    break
+  end
   for at = 1, #next_ids do
     if data[at] then
-      taken[#taken + 1] = next_ids[at]
       reply[#reply + 1] = next_ids[at]
       reply[#reply + 1] = data[at]
     end
   end
-  if #taken > 0 then redis.call('LPUSH', KEYS[1], unpack(taken)) end
   wanted = wanted - #taken
 end
 
@@ -84,8 +141,17 @@ for run = 1, runs do
   local at = 2 + (run - 1) * RUN
   if reply[run] == 1 then
     local told = 1
-    if ARGV[at + 1] == 'retry now' then told = redis.pcall('LPUSH', KEYS[4], ARGV[at]) end
-    if ARGV[at + 3] ~= '' and type(told) ~= 'table' then told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3]) end
+    if ARGV[at + 1] == 'retry now' then
+      told = redis.pcall('LPUSH', KEYS[4], ARGV[at])
+      if type(told) == 'table' then
+        redis.call('RPUSH', KEYS[1], ARGV[at])
+        told = named(told, 'LPUSH')
+      end
+    end
+    if ARGV[at + 3] ~= '' and type(told) ~= 'table' then
+      told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3])
+      if type(told) == 'table' then told = named(told, 'PUBLISH') end
+    end
     if type(told) == 'table' then reply[run] = told end
   end
 end

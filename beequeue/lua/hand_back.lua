@@ -9,14 +9,19 @@
 -- Returns how many were handed back.
 --
 -- Why: pushed on the right, where jobs are taken, in the order that keeps the oldest first. An id
--- that is no longer active was settled or recovered by somebody else and is left alone.
+-- that is no longer active was settled or recovered by somebody else and is left alone. One that cannot be pushed stays
+-- active. All copies of an id leave active, so this walks through the whole list for each.
 
 local handed = 0
 for _, id in ipairs(ARGV) do
-  local held = redis.call('LREM', KEYS[1], 0, id)
   redis.call('SREM', KEYS[2], id)
-  if held > 0 and redis.call('HEXISTS', KEYS[3], id) == 1 then
-    redis.call('RPUSH', KEYS[4], id)
+  local has_data = redis.call('HEXISTS', KEYS[3], id) == 1
+  if redis.call('LREM', KEYS[1], 0, id) > 0 and has_data then
+    local pushed = redis.pcall('RPUSH', KEYS[4], id)
+    if type(pushed) == 'table' then
+      redis.call('LPUSH', KEYS[1], id)
+      return {err = pushed.err .. ' (RPUSH)'}
+    end
     handed = handed + 1
   end
 end

@@ -1,18 +1,20 @@
--- Moves delayed jobs that are due to waiting, and says when to look again.
+-- Moves delayed jobs that are due to waiting, a bounded number of them, and says when to look again.
 --
 -- KEYS[1] delayed  sorted set: id, scored by activation time in epoch ms
 -- KEYS[2] waiting  list: pushed left, taken right
 -- ARGV[1]          now, epoch ms
 -- ARGV[2]          debounce, ms: jobs this close behind the earliest one are raised with it
+-- ARGV[3]          how many pages of 1000 jobs to move at most
 --
--- Returns {how many were moved, the next time to look as a string, or -1 when none is left}.
+-- Returns {how many were moved, the next time to look as a string, or -1 when none is left}. The next time is now when
+-- more are due: the caller goes on at once.
 --
--- Why: pages of 1000, because Lua's unpack has a limit and any number may be due at once. The first write is one that
--- Redis allows at maxmemory, and after it all others; no id is empty. A page is pushed before it is taken out, so that
--- a push that is refused for another reason loses nothing.
+-- Why: any number may be due at once, and Redis serves nobody else meanwhile; pages, because Lua's unpack has a limit.
+-- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. A page is pushed before
+-- it is taken out, so that a push that is refused for another reason loses nothing.
 
 local raised = 0
-while true do
+for _ = 1, ARGV[3] do
   local due = redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, 1000)
   if #due == 0 then break end
   if raised == 0 then redis.call('ZREM', KEYS[1], '') end
@@ -21,6 +23,9 @@ while true do
   raised = raised + #due
 end
 
+if #redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, 1) > 0 then
+  return {raised, ARGV[1]}
+end
 local earliest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 if #earliest == 0 then
   return {raised, -1}

@@ -13,7 +13,8 @@
 --
 -- Why: a script cannot know what the take in front of it has moved, but that is the newest in active,
 -- or nearly so: only takes that were answered in the same turn of Redis's loop come between. The
--- caller finds its own by the id. An id without data is dropped when it is taken here.
+-- caller finds its own by the id. An id without data is dropped when it is taken here. One that cannot be
+-- read or moved on goes back to where it came from.
 
 local reply = {0}
 local bytes = 0
@@ -32,9 +33,14 @@ local wanted = tonumber(ARGV[1])
 while wanted > 0 do
   local id = redis.call('RPOP', KEYS[2])
   if not id then break end
-  local data = redis.call('HGET', KEYS[1], id)
+  local data = redis.pcall('HGET', KEYS[1], id)
+  local refused = data
+  if type(data) == 'string' then refused = redis.pcall('LPUSH', KEYS[3], id) end
+  if type(refused) == 'table' then
+    redis.call('RPUSH', KEYS[2], id)
+    return {err = refused.err .. (refused == data and ' (HGET)' or ' (LPUSH)')}
+  end
   if data then
-    redis.call('LPUSH', KEYS[3], id)
     reply[#reply + 1] = id
     reply[#reply + 1] = data
     wanted = wanted - 1

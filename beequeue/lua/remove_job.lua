@@ -12,9 +12,13 @@
 -- Returns nil.
 --
 -- Why: an id can be in a finished set and queued again (a stalled copy, a retry), so all places are looked at; one
--- that stayed in a list would be taken without data.
+-- that stayed in a list would be taken without data. So both lists are walked through. Each right is tried before
+-- anything goes; no id is empty.
 
 local id = ARGV[1]
+redis.call('SREM', KEYS[5], '')
+redis.call('HDEL', KEYS[6], '')
+redis.call('ZREM', KEYS[7], '')
 redis.call('LREM', KEYS[3], 0, id)
 redis.call('LREM', KEYS[4], 0, id)
 redis.call('SREM', KEYS[1], id)
