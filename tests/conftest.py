@@ -96,7 +96,7 @@ class MakeQueue:
     def claim(self, kind: type[Exception]) -> list[Exception]:
         """The reported errors of a kind, which are thereby expected."""
         claimed = [error for error in self.errors if isinstance(error, kind)]
-        self.errors = [error for error in self.errors if not isinstance(error, kind)]
+        self.errors[:] = [error for error in self.errors if not isinstance(error, kind)]  # the list that the queues append to
         return claimed
 
 

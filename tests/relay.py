@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 Distort = Callable[["Line", bytes], Awaitable[bytes]]
 CHUNK = 2**14
 """How many bytes a slow relay passes on at once."""
+HELD = 2**17
+"""About how many bytes the kernel takes for a relay that does not read them yet; it would be megabytes on a loopback."""
 AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER: closing sends RST in place of FIN."""
 
@@ -97,8 +99,10 @@ class Relay:
 
     async def __aenter__(self) -> Relay:
         if self._tcp:
-            self._server: asyncio.Server = await asyncio.start_server(self._serve, "127.0.0.1")
-            self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+            listening = socket.create_server(("127.0.0.1", 0))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, HELD)
+            self._server: asyncio.Server = await asyncio.start_server(self._serve, sock=listening)
+            self.url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
         else:
             self._server = await asyncio.start_unix_server(self._serve, str(self._path))
         return self

@@ -86,6 +86,25 @@ async def test_a_refusal_after_the_first_connect_is_reported(own_server: Server,
     assert len(make_queue.claim(ConnectionLost)) == 3
 
 
+async def test_each_outage_begins_with_the_first_wait(own_server: Server, make_queue: MakeQueue) -> None:
+    """RC-05: however long the one before it was"""
+    asked: list[int] = []
+
+    def reconnect(attempt: int) -> int:
+        asked.append(attempt)
+        return 10
+
+    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=reconnect).ready()
+    for outage in (1, 2):
+        asked.clear()
+        own_server.stop()
+        await until(lambda: 4 in asked)
+        own_server.start()
+        await until(partial(_has_reconnected, queue, outage))
+        assert asked[0] == 1
+    assert len(make_queue.claim(ConnectionLost)) == 2
+
+
 async def test_commands_issued_while_down_wait(own_server: Server, make_queue: MakeQueue) -> None:
     """RC-05: and run when Redis is back"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()

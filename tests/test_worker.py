@@ -1276,6 +1276,24 @@ async def test_a_refused_take_is_one_refusal_for_all_slots(
     make_queue.claim(CommandError)
 
 
+async def test_refusals_behind_a_job_begin_with_the_first_delay(own_server: Server, make_queue: MakeQueue) -> None:
+    """RC-03: however many there were before it"""
+    queue, done = make_queue(redis=own_server.url, initial_redis_failure_retry_delay=10), Seen()
+    queue.on("succeeded", done)
+    queue.process(echo)
+    async with Redis.from_url(own_server.url) as onlooker:
+        redis: Any = onlooker
+        for number, (times, patience_s) in enumerate(((7, 10), (4, 4))):  # 10 + 20 + 40 ms; 1,280 + 2,560 + 5,120 if it went on
+            await queue.create_job("taken when the right is there").save()
+            await done.reaches(2 * number + 1)
+            await redis.execute_command("ACL", "SETUSER", "default", "-brpoplpush")
+            await queue.create_job("taken by the take that was open").save()
+            await done.reaches(2 * number + 2)
+            await until(partial(_are_at_least, make_queue.errors, times), patience_s)
+            await redis.execute_command("ACL", "SETUSER", "default", "+brpoplpush")
+            make_queue.claim(CommandError)
+
+
 async def test_a_lost_take_connection_is_no_refusal(make_queue: MakeQueue, redis: Any, url: str) -> None:
     """QK-13, RC-01: jobs are taken as soon as it is back"""
     async with Relay(url) as relay:
@@ -1294,6 +1312,10 @@ async def test_a_lost_take_connection_is_no_refusal(make_queue: MakeQueue, redis
 
 def _soon(attempt: int) -> int:
     return 10
+
+
+def _are_at_least(errors: list[Exception], count: int) -> bool:
+    return len(errors) >= count
 
 
 def _of_kind(kind: str, work: Callable[[Job], Any]) -> Handler:

@@ -26,9 +26,9 @@ DEADLINE_S = beequeue.link.REPLY_TICKS * TICK_S
 LONG_S = 2.5 * DEADLINE_S
 FORGET_S = 3 * beequeue.link.QUIET_TICKS * TICK_S
 SLOW_RATE = 1_000_000
-BIG = 4_000_000
+BIG = 3_000_000
 """Bytes of a job that takes a slow link longer than `DEADLINE_S`, as 15 MB take it longer than the usual 10 s."""
-PAGE, PAGE_BYTES = 40, 100_000
+PAGE, PAGE_BYTES = 30, 100_000
 """How many jobs of how many bytes do so in one reply."""
 FILLERS = 20_000
 LOAD_DELAY_US = 1_000
@@ -101,8 +101,9 @@ async def replica_promoted(field: Field) -> None:
     """A planned failover whose name leads to the old one for a while: it says READONLY, for which no call fails."""
     old, replica = await _fail_over(field)
     failed = _readonly(field)
-    refused = await refusals(old, "READONLY")
-    await field.until(lambda: _more_than(refused + 3, refusals(old, "READONLY")))
+    asked = await _accepted(old)
+    await field.until(lambda: _more_than(asked + 3 * 2 * (2 + 3 * len(field.crew.alive)), _accepted(old)))
+    assert await refusals(old, "READONLY") > 0
     _lead_to(field, replica)
     await field.kill(await field.clients(old), old)
     await field.until(field.all_are_connected)
@@ -277,6 +278,7 @@ async def _another_queue(field: Field, **settings: Any) -> AsyncIterator[Queue]:
     """A producer of another queue, which nobody works for; it is destroyed at the end."""
     redis = with_provider(field.to_producer.url, field.moods.path)
     async with Queue(f"{field.name}-quiet", redis, is_worker=False, reconnect=soon, **settings) as queue:
+        queue.on("error", field.hear)
         yield queue
         await queue.destroy()
 
@@ -307,6 +309,12 @@ async def ended_at_once(field: Field) -> None:
 async def refusals(redis: Any, code: str) -> int:
     """How often Redis has said so."""
     count: int = (await redis.info("errorstats")).get(f"errorstat_{code}", {"count": 0})["count"]
+    return count
+
+
+async def _accepted(redis: Any) -> int:
+    """How many connections Redis has accepted."""
+    count: int = (await redis.info("stats"))["total_connections_received"]
     return count
 
 

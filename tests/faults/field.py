@@ -97,7 +97,7 @@ class Field:
         except BaseException:
             await self._stack.aclose()
             raise
-        self.producer.on("error", self._error)
+        self.producer.on("error", self.hear)
         self.producer.on("job succeeded", self._published)
         self.producer.on("job failed", lambda job_id, error: self._published(job_id, {"number": self._number_in(str(error))}))
         self._begin()
@@ -190,15 +190,16 @@ class Field:
 
     async def save_each(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
         """Saves what `new_job` has made, each by itself and all at once; every save must work."""
-        for (number, job, _), saved in zip(
-            jobs, await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True), strict=True
-        ):
-            if isinstance(saved, BeeQueueError):
+        results = await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True)
+        errors = []
+        for (number, job, _), saved in zip(jobs, results, strict=True):
+            if isinstance(saved, Exception):
                 self.ledger.save_failed(number, saved)
+                errors.append(saved)
             else:
                 assert job.id is not None
                 self.ledger.saved[number] = job.id
-        assert [number for number, *_ in jobs if number not in self.ledger.saved] == []
+        assert not errors, errors
 
     async def make_due(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
         """Lets delayed jobs be due now."""
@@ -253,7 +254,8 @@ class Field:
         self.unexpected = [error for error in self.unexpected if not isinstance(error, kind)]
         return claimed
 
-    def _error(self, error: Exception) -> None:
+    def hear(self, error: Exception) -> None:
+        """What a producer has reported."""
         if isinstance(error, ConnectionRefused):
             self.refusals.append(error)
         elif not isinstance(error, ConnectionLost):

@@ -195,8 +195,12 @@ def _of_storage(ledger: Ledger, stored: Stored) -> Iterable[str]:
         yield "two entries have the same job"
     for number in sorted(ledger.saved.keys() - held.keys() - ledger.removed - ledger.forgotten):
         yield f"job {number} was saved and is gone"
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for key, ids in stored.places.items():
+        for job_id in ids:
+            places[job_id].append(key)
     for number, (job_id, status) in held.items():
-        where = [key for key, ids in stored.places.items() for each in ids if each == job_id]
+        where = places[job_id]
         if number not in ledger.saved and number not in ledger.uncertain:
             yield f"job {number} is stored, and its save failed"
         if number in ledger.removed:
