@@ -331,6 +331,23 @@ async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis
     assert len(make_queue.claim(LateFinish)) == 1
 
 
+@pytest.mark.parametrize("place", ["waiting", "active", None])
+async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, redis: Any, place: str | None) -> None:
+    """QK-19: no second copy in waiting. An entry that somebody has edited by hand, and nothing else, holds nothing up."""
+    queue = await make_queue().ready()
+    await redis.hset(queue.to_key("jobs"), "1", entry("1") + " ")
+    await redis.lpush(queue.to_key("active"), "1")
+    if place is not None:
+        await redis.lpush(queue.to_key(place), "1")
+    replies = Seen()
+    settlement = beequeue.store.Settlement("retrying", entry("1").encode(), b"")
+    queue._store.settle([queue._store.finish([("1", entry("1").encode(), settlement)], take=0, on_reply=replies)])
+    assert await replies.reaches(1) == [([int(place is None)],)]
+    waiting, active, _ = await look(redis, queue)
+    assert (waiting, active) == ([], ["1"]) if place == "active" else (["1"], [])
+    await queue.destroy()
+
+
 @pytest.mark.parametrize("later", [False, True], ids=["retry now", "retry later"])
 async def test_a_repeated_finish_leaves_the_next_attempt_alone(
     make_queue: MakeQueue, redis: Any, url: str, later: bool
