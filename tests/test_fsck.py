@@ -292,7 +292,7 @@ async def test_an_unreadable_orphan_is_both(queue: Queue, redis: Any) -> None:
 
 
 async def test_half_a_settlement(make_queue: MakeQueue, redis: Any) -> None:
-    """Redis refuses what comes behind LREM and HSET: the job says `failed`, and stands nowhere."""
+    """Redis refuses what comes behind LREM: the job stays in active, as it was, and a stall check brings it back."""
     worker = make_queue()
     failed = worker.to_key("failed")
     await redis.set(failed, "not a set")
@@ -310,9 +310,8 @@ async def test_half_a_settlement(make_queue: MakeQueue, redis: Any) -> None:
         await check(queue)
     await redis.delete(failed)
     assert job.id is not None
-    assert await places_of(redis, queue, job.id) == []
-    await repaired(redis, queue, [Finding("orphan", job.id, (), ("failed",))])
-    assert await places_of(redis, queue, job.id) == ["failed"]
+    assert await places_of(redis, queue, job.id) == ["active"]
+    assert '"status":"created"' in await redis.hget(queue.to_key("jobs"), job.id)
 
 
 async def test_strange_ids(queue: Queue, redis: Any) -> None:

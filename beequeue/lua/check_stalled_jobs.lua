@@ -38,7 +38,7 @@
 -- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. Each right is tried
 -- before ids are taken out of active: a refusal must not lose one.
 
-local HOLD_MS, MOST_BYTES, MOST_DOUBLES = 10000, 1000000, 8
+local HOLD_MS, MOST_BYTES, MOST_DOUBLES, COUNTING_COSTS = 10000, 1000000, 8, 4
 local limit, budget = tonumber(ARGV[2]), tonumber(ARGV[4])
 
 redis.call('SREM', KEYS[2], '')
@@ -104,7 +104,7 @@ local function move(at_most)
     end
     if not is_moved[id] then kept[#kept + 1] = id end
     seen = seen + 1
-    if bytes > MOST_BYTES then break end
+    if bytes > MOST_BYTES or limit and COUNTING_COSTS * #found >= at_most then break end
   end
   if bytes > 0 then redis.call('PEXPIRE', KEYS[6], ARGV[3]) end
   if #stalled > 0 or seen < redis.call('LLEN', KEYS[4]) then

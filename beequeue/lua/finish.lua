@@ -34,7 +34,7 @@
 -- LREM goes from the left end, where takes push, to the first copy: its cost is the number of jobs taken since,
 -- however many that are old, or have lost their worker, lie behind. It cannot be less: a list has no index. An
 -- id is in active twice when Node has retried a job that was running. The second settlement finds JSON of
--- another length; if the job has ended it does nothing.
+-- another length; if the job has ended, or has been made available again, it does nothing.
 
 local RUN, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
@@ -43,8 +43,17 @@ local function named(refused, command)
   return {err = refused.err .. ' (' .. command .. ')'}
 end
 
+-- whether a job that has just left active has ended, or is available or active again
 local function is_overtaken(id)
-  return redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1
+  if redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1 then return true end
+  for _, key in ipairs({KEYS[4], KEYS[1]}) do
+    local pushed = redis.pcall('LPUSH', key, id)
+    if type(pushed) == 'number' and redis.call('LREM', key, 0, id) > 1 then
+      redis.call('LPUSH', key, id)
+      return true
+    end
+  end
+  return false
 end
 
 -- puts the job into its next state; returns the error, if that is refused
