@@ -37,6 +37,7 @@ from beequeue.run import Handler, Run, is_async
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
 from beequeue.strangers import strangers
+from beequeue.supervised import supervised
 from beequeue.threads import Threads
 
 log = logging.getLogger("beequeue")
@@ -78,7 +79,7 @@ class Consumer:
         """What is about to run them."""
         self._row = min(max(concurrency // 2, SHORTEST_ROW), LONGEST_ROW)
         self._beating: asyncio.Task[None] | None = None
-        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
+        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval, host._report)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
@@ -86,7 +87,7 @@ class Consumer:
 
     def start(self) -> None:
         """Begins to take jobs."""
-        self._beating = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._beating = supervised(self._beat, "heartbeat", self._host._report)
         self._heart.start()
         self._intake.pump_soon()
 
