@@ -29,7 +29,7 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.heart import Heart
+from beequeue.heart import REPORTED_AT_ONCE, Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Link
@@ -46,8 +46,6 @@ SHORTEST_ROW, LONGEST_ROW = 4, 16
 """How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
-REPORTED_AT_ONCE = 1_000
-"""How many jobs one command reports, so that it does not hold Redis up."""
 
 
 class Host(Protocol):

@@ -31,6 +31,8 @@ from beequeue.store import Store
 
 log = logging.getLogger("beequeue")
 
+REPORTED_AT_ONCE = 1_000
+"""How many jobs one command reports, so that it does not hold Redis up."""
 ANSWER_S = 0.1
 """How long a loop has for an answer at least, where the stall interval leaves time for that."""
 LEAST_S = 0.005
@@ -266,7 +268,9 @@ class Heart:
     def _report(self, held: list[Held]) -> Exception | None:
         """Tells Redis; what went wrong, if anything did."""
         try:
-            self._store.heartbeat_blocking(self._connection, {run.id for run in held})
+            ids = list({run.id for run in held})
+            for at in range(0, len(ids), REPORTED_AT_ONCE):
+                self._store.heartbeat_blocking(self._connection, ids[at : at + REPORTED_AT_ONCE])
         except Exception as error:  # whatever the driver makes of a socket that `stop` has closed
             return error
         return None
