@@ -29,7 +29,7 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.heart import Heart
+from beequeue.heart import REPORTED_AT_ONCE, Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Link
@@ -37,6 +37,7 @@ from beequeue.run import Handler, Run, is_async
 from beequeue.settings import QueueSettings
 from beequeue.store import Settlement, Store, Taken
 from beequeue.strangers import strangers
+from beequeue.supervised import supervised
 from beequeue.threads import Threads
 
 log = logging.getLogger("beequeue")
@@ -45,8 +46,6 @@ SHORTEST_ROW, LONGEST_ROW = 4, 16
 """How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
-REPORTED_AT_ONCE = 1_000
-"""How many jobs one command reports, so that it does not hold Redis up."""
 
 
 class Host(Protocol):
@@ -78,7 +77,7 @@ class Consumer:
         """What is about to run them."""
         self._row = min(max(concurrency // 2, SHORTEST_ROW), LONGEST_ROW)
         self._beating: asyncio.Task[None] | None = None
-        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval)
+        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval, host._report)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
@@ -86,7 +85,7 @@ class Consumer:
 
     def start(self) -> None:
         """Begins to take jobs."""
-        self._beating = asyncio.create_task(self._beat(), name="beequeue heartbeat")
+        self._beating = supervised(self._beat, "heartbeat", self._host._report)
         self._heart.start()
         self._intake.pump_soon()
 

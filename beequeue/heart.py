@@ -1,18 +1,20 @@
 """The heartbeat of a worker whose event loop is blocked: a thread that reports its jobs meanwhile, and says what blocks.
 
 A handler that computes, or waits in a call that is not `async`, blocks the loop and with it the loop's own heartbeat; after a
-stall interval its job would go to another worker, and run twice. The thread asks a loop that has not given a sign for a while.
-If there is no answer, it stands in: it reports all jobs that are held, on a connection of its own, until the loop is back.
+stall interval its job would go to another worker, and run twice. One thread of the process asks each loop that has not given a
+sign for a while. If there is no answer, a second thread stands in for as long as the loop is blocked: it reports all jobs that
+are held, on a connection of its own. So a Redis that does not answer holds up the heartbeat of no other queue.
 
 As long as the loop lives the thread sleeps, but for two looks at a variable in each stall interval. A handler that blocks for
 ever holds its jobs for ever, like an `async` one that never ends. A loop that does not run any more holds none. What keeps
-Python's own lock (an extension that computes without giving it back), or stops the process, stops the thread too.
+Python's own lock (an extension that computes without giving it back), or stops the process, stops the threads too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -23,17 +25,24 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Protocol
 
+from beequeue.errors import BeeQueueError, TaskFailed
 from beequeue.run import name_of
 from beequeue.store import Store
 
 log = logging.getLogger("beequeue")
 
-LEAST_S = 0.1
-"""The shortest time in which a loop must give a sign; a stall interval below three times as much is too short for this."""
+REPORTED_AT_ONCE = 1_000
+"""How many jobs one command reports, so that it does not hold Redis up."""
+ANSWER_S = 0.1
+"""How long a loop has for an answer at least, where the stall interval leaves time for that."""
+LEAST_S = 0.005
+"""The shortest time that a thread waits; what a stall interval below 20 ms would need goes beyond a thread's precision."""
 MOST_S = 86_400.0
 """The longest stall interval that this goes by; the system's waits have an end."""
 LONGEST_CALL_S = 2.0
-"""How long the thread waits for Redis."""
+"""How long a thread waits for Redis."""
+PAUSE_S = 1.0
+"""How long the watch leaves a loop alone after an error that nobody expected."""
 _PACKAGE = os.path.dirname(__file__) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 """Below these a frame tells less than the one that called it."""
@@ -46,31 +55,123 @@ class Held(Protocol):
     task: asyncio.Task[None] | None
 
 
-class Heart:
-    """One thread for one worker of the running loop: `held` names its jobs, `handler` is what it runs on them."""
+class Watch:
+    """One thread that looks at hearts, each when it is due, until it has none left."""
 
-    def __init__(self, store: Store, queue: str, handler: object, held: Callable[[], Iterable[Held]], interval_ms: int) -> None:
+    def __init__(self) -> None:
+        self._hearts: dict[Heart, float] = {}
+        """When each is to be looked at."""
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, heart: Heart) -> None:
+        """Looks at `heart` from now on; raises `RuntimeError` when the system gives no thread."""
+        with self._lock:
+            self._hearts[heart] = 0.0
+            if self._thread is None:
+                thread = threading.Thread(target=self._look_at_all, name="beequeue heart", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    del self._hearts[heart]
+                    raise
+                self._thread = thread
+        self._changed.set()
+
+    def remove(self, heart: Heart, grace_s: float) -> None:
+        """Ends what `add` began; with the last heart the thread ends."""
+        with self._lock:
+            self._hearts.pop(heart, None)
+            ending = None
+            if not self._hearts:
+                ending, self._thread = self._thread, None
+        self._changed.set()
+        if ending is not None:
+            ending.join(grace_s)
+
+    # --- in the thread ---------------------------------------------------------------------------------------------------
+
+    def _look_at_all(self) -> None:
+        while True:
+            with self._lock:
+                if self._thread is not threading.current_thread():  # `remove` has taken the last heart
+                    return
+                if not self._hearts:  # their loops are closed
+                    self._thread = None
+                    return
+                now = time.monotonic()
+                due = [heart for heart, due_at in self._hearts.items() if due_at <= now]
+                next_at = min(self._hearts.values())
+            if not due:
+                self._changed.wait(next_at - now)
+                self._changed.clear()
+            for heart in due:
+                self._look_at(heart)
+
+    def _look_at(self, heart: Heart) -> None:
+        try:
+            due_at = heart.look()
+        except Exception as error:  # ours
+            heart.report_soon(error)
+            due_at = time.monotonic() + PAUSE_S
+        with self._lock:
+            if heart not in self._hearts:
+                return
+            if due_at is None:
+                del self._hearts[heart]
+            else:
+                self._hearts[heart] = due_at
+
+
+_watch = Watch()
+
+
+def _after_fork_in_child() -> None:
+    """The hearts, the thread and whoever holds the lock are the parent's."""
+    global _watch
+    _watch = Watch()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Heart:
+    """Stands in for one worker of the running loop: `held` names its jobs, `handler` is what it runs on them."""
+
+    def __init__(
+        self,
+        store: Store,
+        queue: str,
+        handler: object,
+        held: Callable[[], Iterable[Held]],
+        interval_ms: int,
+        report: Callable[[BeeQueueError], None],
+    ) -> None:
         self._store = store
         self._queue = queue
         self._handler = handler
         self._held = held
+        self._tell = report
         interval_s = min(interval_ms / 1000, MOST_S)
-        # the loop beats each half interval: there is a quarter left when the thread knows that it does not
+        # the loop beats each half interval: there is a quarter left, or nearly, when the watch knows that it does not
         self._calm_s = max(interval_s * 5 / 8, LEAST_S)
-        self._answer_s = max(interval_s / 8, LEAST_S)
+        self._answer_s = max(interval_s / 8, min(ANSWER_S, interval_s * 3 / 16), LEAST_S)
         self._repeat_s = max(interval_s / 2, LEAST_S)
-        self._connection = store.blocking_connection(min(LONGEST_CALL_S, self._repeat_s))
+        self._connection = store.blocking_connection(min(LONGEST_CALL_S, max(self._repeat_s, ANSWER_S)))
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._sign_at = time.monotonic()
+        self._asked_at: float | None = None
         self._stop = threading.Event()
         self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=self._watch, name="beequeue heart", daemon=True)
+        self._stand_in: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begins to watch the loop."""
+        """Has the loop watched."""
         try:
-            self._thread.start()
+            _watch.add(self)
         except RuntimeError as error:  # the system gives no thread: the loop's own heartbeat is there
             log.warning("queue %s: nothing watches the event loop: %s", self._queue, error)
 
@@ -79,70 +180,97 @@ class Heart:
         self._sign_at = time.monotonic()
 
     async def stop(self, grace_s: float) -> None:
-        """Ends the thread, and waits so long for it; one that Redis keeps waiting ends within `LONGEST_CALL_S`."""
+        """Ends the watch, and waits so long for a thread that stands in; it ends within `LONGEST_CALL_S`."""
         self._stop.set()
         self._connection.close()
-        if not self._thread.is_alive():
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._ended.wait()
-            self._thread.join()
+        _watch.remove(self, grace_s)
+        stand_in = self._stand_in
+        if stand_in is not None and stand_in.is_alive():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._ended.wait()
+                stand_in.join()
 
-    # --- in the thread ---------------------------------------------------------------------------------------------------
+    # --- in the thread of the watch --------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        try:
-            while not self._stop.wait(self._sign_at + self._calm_s - time.monotonic()):
-                if time.monotonic() - self._sign_at >= self._calm_s and not self._answers():
-                    self._stand_in()
-        except Exception:  # ours; the loop's own heartbeat goes on
-            log.exception("queue %s: the thread that watches the event loop has ended", self._queue)
-        finally:
-            self._connection.close()
-            self._tell_loop(self._ended.set)
-
-    def _tell_loop(self, what: Callable[[], object]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(what)
-        except RuntimeError:  # it is closed, and the queue never was
-            self._stop.set()
-
-    def _answers(self) -> bool:
-        """Whether the loop takes another turn soon, or is none any more.
+    def look(self) -> float | None:
+        """Asks the loop, or has its jobs reported, if it is time; returns when to look again, or None: never.
 
         When this thread has overslept too, the whole process stood still: the loop is asked once more.
         """
-        while True:
-            asked_at = time.monotonic()
-            self._tell_loop(self.sign)
-            if self._stop.wait(self._answer_s) or self._sign_at >= asked_at or not self._loop.is_running():
-                self._sign_at = max(self._sign_at, asked_at)
-                return True
-            if time.monotonic() - asked_at < 2 * self._answer_s:
-                return False
+        now = time.monotonic()
+        if self._stand_in is not None:
+            return now + self._repeat_s
+        asked_at = self._asked_at
+        if asked_at is None:
+            if (due_at := self._sign_at + self._calm_s) > now:
+                return due_at
+        elif self._sign_at >= asked_at or not self._loop.is_running():
+            self._asked_at, self._sign_at = None, max(self._sign_at, asked_at)
+            return self._sign_at + self._calm_s
+        elif (answer_by := asked_at + self._answer_s) > now:
+            return answer_by
+        elif now - asked_at < 2 * self._answer_s:
+            self._asked_at = None
+            self._stand_in = threading.Thread(target=self._report_meanwhile, name="beequeue heart", daemon=True)
+            try:
+                self._stand_in.start()
+            except RuntimeError:  # the system gives no thread
+                self._report_meanwhile()
+            return now + self._repeat_s
+        self._asked_at = now
+        return now + self._answer_s if self._tell_loop(self.sign) else None
 
-    def _stand_in(self) -> None:
-        """Reports what is held until the loop is back."""
+    def _tell_loop(self, what: Callable[[], object]) -> bool:
+        """False when the loop is closed, and the queue never was."""
+        try:
+            self._loop.call_soon_threadsafe(what)
+        except RuntimeError:
+            return False
+        return True
+
+    def report_soon(self, error: Exception) -> None:
+        """Has the loop report what nobody expected."""
+        failure = TaskFailed(f"heart: {type(error).__name__}: {error}; begun anew in {PAUSE_S:g} s")
+        failure.__cause__ = error
+        self._asked_at = None
+        if not self._tell_loop(functools.partial(self._tell, failure)):
+            log.error("queue %s: %s", self._queue, failure, exc_info=error)
+
+    # --- in a thread of its own, while the loop is blocked -----------------------------------------------------------------
+
+    def _report_meanwhile(self) -> None:
+        try:
+            self._until_it_is_back()
+        except Exception as error:  # ours
+            self.report_soon(error)
+            self._stop.wait(PAUSE_S)
+        finally:
+            self._connection.close()
+            self._stand_in = None
+            self._tell_loop(self._ended.set)
+
+    def _until_it_is_back(self) -> None:
         last_sign, warned = self._sign_at, False
         while self._sign_at == last_sign and self._loop.is_running():
             if held := list(self._held()):
                 failure = self._report(held)  # before a line is logged: that may wait for what blocks the loop
-                if not warned:
+                if not warned and time.monotonic() - last_sign >= self._calm_s + ANSWER_S:
                     log.warning("queue %s: %s", self._queue, self._what_blocks(held))
                     warned = True
                 if failure is not None and not self._stop.is_set():
                     log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._queue, failure)
             if self._stop.wait(self._repeat_s):
                 return
-        self._connection.close()
         if warned:
             log.warning("queue %s: the event loop is back after %.1f s", self._queue, self._sign_at - last_sign)
 
     def _report(self, held: list[Held]) -> Exception | None:
         """Tells Redis; what went wrong, if anything did."""
         try:
-            self._store.heartbeat_blocking(self._connection, {run.id for run in held})
+            ids = list({run.id for run in held})
+            for at in range(0, len(ids), REPORTED_AT_ONCE):
+                self._store.heartbeat_blocking(self._connection, ids[at : at + REPORTED_AT_ONCE])
         except Exception as error:  # whatever the driver makes of a socket that `stop` has closed
             return error
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import Job, OperationTimedOut, OutcomeNotRecorded, Queue
-from beequeue.consumer import REPORTED_AT_ONCE
+from beequeue.heart import REPORTED_AT_ONCE
 from beequeue.intake import AT_ONCE, MOST_UNANSWERED
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
@@ -39,11 +39,11 @@ class Crowd:
 
 async def test_jobs_that_end_together_run_once_each(make_queue: MakeQueue, redis: Any) -> None:
     """more than Redis settles within a stall interval: another process's checks find none of them stalled"""
-    queue = make_queue(get_events=False, stall_interval=400, stalled_check_interval=0)
-    checker = make_queue(get_events=False, is_worker=False, stall_interval=400)
+    queue = make_queue(get_events=False, stall_interval=1_000, stalled_check_interval=0)
+    checker = make_queue(get_events=False, is_worker=False, stall_interval=1_000)
     stalled = Seen()
     checker.on("stalled", stalled)
-    crowd = Crowd(queue, count := 10_000)
+    crowd = Crowd(queue, count := 20_000)
     await crowd.gather()
     await checker.check_stalled_jobs(20)
     crowd.gate.set()

@@ -19,12 +19,15 @@ import pytest
 import redis as sync_redis
 import trustme
 
-from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue
+from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue, TaskFailed
+from beequeue import heart as heart_module
+from beequeue import supervised as supervised_module
 from beequeue.address import Address, BlockingConnection
+from beequeue.heart import Heart
 from harness.server import Server, running_server
-from tests.conftest import MakeQueue, Seen, skip, until
+from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.observe import freeze, said, thaw
-from tests.relay import Relay
+from tests.relay import Line, Relay
 
 INTERVAL_MS = 400
 
@@ -252,6 +255,169 @@ def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: py
     with sync_redis.Redis.from_url(url) as client:
         assert set(client.keys(f"bq:{name}:*")) <= {f"bq:{name}:stallBlock".encode()}
         client.delete(f"bq:{name}:stallBlock")
+
+
+async def test_a_short_stall_interval(make_queue: MakeQueue, url: str) -> None:
+    """100 ms: a blocked loop's jobs are reported twice in each"""
+    queue = make_queue(stall_interval=100, stalled_check_interval=0)
+    waits: list[float] = []
+
+    async def handler(job: Job) -> None:
+        for _ in range(10):
+            client.sadd(queue.to_key("stalling"), str(job.id))
+            begun = time.monotonic()
+            wait_blocking(lambda: not client.exists(queue.to_key("stalling")))
+            waits.append(time.monotonic() - begun)
+
+    with sync_redis.Redis.from_url(url) as client:
+        job = await queue.create_job("x").save()
+        queue.process(handler)
+        await job.result()
+    assert sorted(waits)[len(waits) // 2] < 0.08
+
+
+async def test_the_loops_own_heartbeat_does_not_wait_for_answers_to_be_quick(make_queue: MakeQueue, url: str) -> None:
+    """a Redis that takes 40 ms to answer: still one in each half interval of 100 ms"""
+    async with Relay(url) as relay:
+        queue = make_queue(redis=relay.url, stall_interval=100, stalled_check_interval=0, get_events=False)
+        _, gate = await hold(queue)
+
+        async def slow(line: Line, data: bytes) -> bytes:
+            await asyncio.sleep(0.04)
+            return data
+
+        relay.distort = slow
+        begun, beats = time.monotonic(), said(relay, b"SREM")
+        await until(lambda: said(relay, b"SREM") == beats + 10)
+        assert time.monotonic() - begun < 0.75
+        relay.distort = None
+        gate.set()
+        await queue.close()
+
+
+async def test_one_thread_for_all_workers_of_a_process(make_queue: MakeQueue, name: str, url: str) -> None:
+    """in several loops; it ends with the last of them"""
+    queues = [make_queue(f"{name}-{number}", stall_interval=INTERVAL_MS) for number in range(3)]
+    for queue in queues:
+        _, gate = await hold(queue)
+        gate.set()
+    with Other(f"{name}-other", url):
+        assert len(hearts()) == 1
+        await queues[0].close()
+        await queues[1].close()
+        assert len(hearts()) == 1
+        await queues[2].close()
+        assert len(hearts()) == 1
+    assert hearts() == []
+    with sync_redis.Redis.from_url(url) as client:
+        client.delete(*client.keys(f"bq:{name}-other:*"))
+
+
+async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, redis: Any
+) -> None:
+    """each is reported, and begins anew"""
+    monkeypatch.setattr(supervised_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(heart_module, "PAUSE_S", 0.01)
+    queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
+    job, gate = await hold(queue)
+    assert queue._consumer is not None
+    heart = queue._consumer._heart
+    looks = [ValueError("look"), None]
+    beats = [ValueError("beat"), None]
+    look, sign = heart.look, heart.sign
+
+    def next_look() -> float | None:
+        if looks and (error := looks.pop(0)):
+            raise error
+        return look()
+
+    def next_sign() -> None:
+        sign()
+        if beats and (error := beats.pop(0)):
+            raise error
+
+    monkeypatch.setattr(heart, "look", next_look)
+    monkeypatch.setattr(heart, "sign", next_sign)
+    await until(lambda: not looks and not beats)
+    await redis.sadd(queue.to_key("stalling"), str(job.id))
+    await until(lambda: redis_is_empty(redis, queue))
+    assert len(hearts()) == 1
+    failures = make_queue.claim(TaskFailed)
+    assert sorted(str(failure) for failure in failures) == [
+        "heart: ValueError: look; begun anew in 0.01 s",
+        "heartbeat: ValueError: beat; begun anew in 0.01 s",
+    ]
+    gate.set()
+    await job.result()
+
+
+async def redis_is_empty(redis: Any, queue: Queue) -> bool:
+    return not await redis.exists(queue.to_key("stalling"))
+
+
+def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """no job of its own is reported: another worker shall have it"""
+    with asyncio.Runner() as runner:
+
+        async def begin() -> tuple[Queue, Job]:
+            queue = await Queue(name, url, stall_interval=100, stalled_check_interval=0).ready()
+            job, _ = await hold(queue)
+            return queue, job
+
+        queue, job = runner.run(begin())
+        with sync_redis.Redis.from_url(url) as client:
+            client.sadd(queue.to_key("stalling"), str(job.id))
+            assert queue._consumer is not None
+            heart, looks = queue._consumer._heart, 0
+            look = heart.look
+
+            def count() -> float | None:
+                nonlocal looks
+                looks += 1
+                return look()
+
+            stood_in: list[bool] = []
+            heart._report_meanwhile = lambda: stood_in.append(True)  # type: ignore[method-assign]
+            heart.look = count  # type: ignore[method-assign]
+            wait_blocking(lambda: looks >= 4)
+            assert client.exists(queue.to_key("stalling"))
+            assert stood_in == []
+
+            async def end() -> None:
+                with contextlib.suppress(BeeQueueError):
+                    await queue.close(1)
+
+            runner.run(end())
+            client.delete(*client.keys(f"bq:{name}:*"))
+    assert warned(caplog) == []
+    assert hearts() == []
+
+
+def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """the whole process stood still: that is no blocked loop"""
+
+    async def main() -> None:
+        async with Queue(name, url, stall_interval=60_000, get_events=False) as queue:
+            queue.process(lambda job: None)
+            await until(lambda: queue._consumer)
+            assert queue._consumer is not None
+            heart = Heart(queue._store, name, echo, list, 400, queue._report)
+            now = time.monotonic()
+            monkeypatch.setattr(time, "monotonic", lambda: now)
+            heart._sign_at = now - 1
+            assert heart.look() == now + heart._answer_s
+            now += 2 * heart._answer_s + 0.001
+            assert heart.look() == now + heart._answer_s
+            assert heart._stand_in is None
+            now += heart._answer_s
+            heart.look()
+            assert heart._stand_in is not None
+            monkeypatch.undo()
+            await heart.stop(5)
+            await queue.destroy()
+
+    asyncio.run(main())
 
 
 # --- its connection --------------------------------------------------------------------------------------------------

@@ -251,6 +251,23 @@ async def test_what_is_still_there_is_settled(own_server: Server, make_queue: Ma
     make_queue.claim(ConnectionLost)
 
 
+async def test_the_slot_of_an_old_run_is_given_back(own_server: Server, make_queue: MakeQueue) -> None:
+    """a worker with one slot goes on"""
+    stage = Stage()
+    queue = make_queue(redis=own_server.url, get_events=False, reconnect=soon)
+    await queue.create_job("old").save()
+    queue.process(stage)
+    await stage.started.reaches(1)
+    await wipe(own_server, queue)
+    await queue.create_job("next").save()
+    stage.gates["old"].set()
+    assert await stage.started.reaches(2) == [("old",), ("next",)]
+    stage.gates["next"].set()
+    await until(lambda: queue.running == 0)
+    assert len(make_queue.claim(LateFinish)) == 1
+    make_queue.claim(ConnectionLost)
+
+
 def test_a_job_is_known_by_when_it_was_created() -> None:
     taken = b'{"data":1,"options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
     assert is_same_job(taken, taken)
