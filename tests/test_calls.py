@@ -105,12 +105,14 @@ async def test_a_redis_that_does_not_answer(make_queue: MakeQueue, url: str) -> 
 
 
 async def test_a_connection_that_is_lost_ends_the_wait(make_queue: MakeQueue, url: str) -> None:
+    """also for what would be sent once more when it is back"""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: LONG_MS).ready()
         spoken = Spoken(relay)
         relay.hold("event")
         saving = asyncio.ensure_future(queue.create_job({}).save())
-        await until(lambda: spoken.names)
+        fetching = asyncio.ensure_future(queue.get_job("1"))
+        await until(lambda: len(spoken.names) == 2)
         closing = asyncio.create_task(queue.close(LONG_MS))
         await until(lambda: closes(queue))
         for line in relay.lines:
@@ -120,6 +122,8 @@ async def test_a_connection_that_is_lost_ends_the_wait(make_queue: MakeQueue, ur
         with pytest.raises(ConnectionLost) as lost:
             await saving
         assert lost.value.maybe_applied
+        with pytest.raises(QueueClosed):
+            await fetching
     make_queue.claim(ConnectionLost)
 
 

@@ -171,6 +171,14 @@ async def test_closing_while_a_sweep_is_under_way(make_queue: MakeQueue, url: st
             await queue.close()
 
 
+async def test_a_job_that_is_bound_while_its_queue_closes_starts_no_sweep(make_queue: MakeQueue) -> None:
+    """as by a reply that comes when the look-ups have been stopped"""
+    queue = await make_queue(is_worker=False).ready()
+    await queue.close()
+    queue._tracker.bind(queue.create_job({}).set_id("1"))
+    assert "beequeue sweep" not in tasks()
+
+
 async def test_a_get_job_that_is_cancelled_keeps_nothing(make_queue: MakeQueue, url: str) -> None:
     """QK-40: though it had been sent, and its reply comes"""
     async with Relay(url) as relay:
