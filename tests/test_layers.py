@@ -30,6 +30,7 @@ ORDER = [
     "store",
     "connection",
     "address",
+    "url",
     "link",
     "supervised",
     "job",
