@@ -14,7 +14,6 @@ import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import hiredis
 import redis.connection
@@ -28,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry as BlockingRetry
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused
+from beequeue.url import as_redis, is_host, wrong_with
 
 RedisSetting = str | Mapping[str, Any] | Redis | None
 """A URL, redis-py's connection arguments, a client to take the settings of, or None for 127.0.0.1:6379."""
@@ -295,7 +295,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"redis: {name} must be a string, not {value!r}")
         if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
             raise ValueError(f"redis: {name} must have no NUL, and has one: {value!r}")
-    if isinstance(arguments.get("host"), str) and not _is_host(arguments["host"]):
+    if isinstance(arguments.get("host"), str) and not is_host(arguments["host"]):
         raise ValueError(f"redis: host must be a host's name or address, not {arguments['host']!r}")
     for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):
         value = arguments.get(name, least)
@@ -337,45 +337,12 @@ def check_redis_url(url: str) -> None:
         raise ValueError(wrong)
 
 
-SCHEMES = "redis://, rediss://, valkey://, valkeys:// or unix://"
-
-
 def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
-    """The driver's arguments, and what is wrong; not as an exception, whose context would have the driver's, and the URL."""
-    if _VALKEY.match(url):
-        url = "redis" + url[len("valkey") :]
-    hint = "; in a password / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D" if "@" in url else ""
+    """The driver's arguments, and what is wrong; not as an exception, whose context would have the driver's."""
+    if wrong := wrong_with(url):
+        return {}, wrong
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return {}, f"must be a URL whose port is a number from 1 to 65535{hint}"
-    if parts.scheme not in ("redis", "rediss", "unix") or not _SCHEME.match(url):
-        return {}, f"must be a URL that begins with {SCHEMES}"  # it may be a password, and nothing else
-    shown_url = _without_secrets(url)
-    wrong = None
-    # a password that is cut in two here would be taken for a port, a host or a path, and shown as such ever after
-    if "#" in url:
-        wrong = f"must have no #{hint}"
-    elif "@" in parts.query and not _may_have_at(parts):
-        wrong = f"must have no @ in its query{hint}"
-    elif parts.scheme == "unix" and (not parts.path or (parts.netloc and not parts.netloc.endswith("@"))):
-        wrong = f"must name a socket, as in unix:///run/redis.sock, not {shown_url!r}{hint}"
-    elif parts.scheme != "unix" and port == 0:
-        wrong = f"must have a port from 1 to 65535, not {shown_url!r}"
-    elif parts.netloc.startswith(":") and "@" not in parts.netloc:
-        wrong = f"must name a host before its port{hint}"  # this may be a password without a host
-    elif not _is_host(parts.hostname or ""):
-        wrong = f"must name a host, not {shown_url!r}"
-    elif parts.scheme != "unix" and parts.path.strip("/") and not parts.path[1:].isdecimal():
-        wrong = f"must name its database by a number, not {shown_url!r}{hint}"
-    return ({}, wrong) if wrong else _parsed(url)
-
-
-def _parsed(url: str) -> tuple[dict[str, Any], str | None]:
-    """As `_from_url`, of a URL whose parts are in order: its options."""
-    try:
-        arguments = dict(parse_url(url))
+        arguments = dict(parse_url(as_redis(url)))
     except ValueError as error:  # names an option, never its value
         return {}, f"must be a URL: {error}"
     kind: Any = arguments.get("connection_class", DriverConnection)
@@ -388,37 +355,6 @@ def _parsed(url: str) -> tuple[dict[str, Any], str | None]:
     except (TypeError, ValueError) as error:
         return {}, f"must be a URL: {str(error).removeprefix('redis: ').rpartition(', not ')[0]}"
     return arguments, None
-
-
-def _may_have_at(parts: SplitResult) -> bool:
-    """Whether each @ of a query is in a user's name or a password that is written there, rather than before a host."""
-    if "@" in parts.netloc or (not parts.hostname and parts.scheme != "unix"):
-        return False
-    options = [option.partition("=") for option in parts.query.split("&")]
-    return all("@" not in name + value or name in ("username", "password") for name, _, value in options)
-
-
-def _is_host(name: str) -> bool:
-    try:
-        name.encode("idna")
-    except UnicodeError:
-        return False
-    return True
-
-
-def _without_secrets(url: str) -> str:
-    """What may be shown of a URL, also of one that is written wrongly: neither a user's part nor a query."""
-    scheme = _SCHEME.match(url)
-    start = scheme[0] if scheme else ""
-    head, at, tail = url.rpartition("@")
-    if at and ("?" in head or "#" in head):  # a query that has an @, or a password that has one of these
-        return f"{start}…"
-    return f"{start}…@{_QUERY.sub('', tail)}" if at else _QUERY.sub("", url)
-
-
-_SCHEME = re.compile("[a-z]+://", re.IGNORECASE)
-_VALKEY = re.compile("valkeys?://", re.IGNORECASE)
-_QUERY = re.compile("[?#].*", re.DOTALL)
 
 
 def _class_for(arguments: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ ORDER = [
     "store",
     "connection",
     "address",
+    "url",
     "link",
     "supervised",
     "forks",

@@ -282,7 +282,7 @@ def test_an_interrupt_cancels_the_call(make_sync: MakeSync) -> None:
         ),
         (("",), {}, "name must be a non-empty string, not ''"),
         (("a\udcff",), {}, r"name must be text that UTF-8 can carry, not 'a\udcff'"),
-        (("q", "http://x"), {}, "redis must be a redis://, rediss:// or unix:// URL, not 'http://x'"),
+        (("q", "http://x"), {}, "redis must be a URL that begins with redis://, rediss://, valkey://, valkeys:// or unix://"),
         (("q",), {"stall_interval": 0}, "stall_interval must be at least 1 ms, not 0"),
     ],
 )
