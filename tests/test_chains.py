@@ -123,7 +123,10 @@ async def test_a_save_that_may_have_been_applied_waits_for_its_end(queue: Queue,
     if applied:
         await queue.end("2")
         assert (chains.alive, len(queue.saving)) == (3, 2)
-    await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+    async with asyncio.timeout(5):
+        while len(queue.saving) < 2:
+            await asyncio.sleep(0.01)
     assert (chains.alive, len(queue.saving)) == (3, 2)
     assert chains.restarted == (0 if applied else 1)
 
