@@ -1389,6 +1389,7 @@ async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
 
 async def test_a_worker_that_may_take_with_no_settlement_goes_on(own_server: Server, make_queue: MakeQueue) -> None:
     """what Redis refuses is reported, and no job: each comes with a take of its own"""
+    administrator: Any
     async with Redis.from_url(own_server.url) as administrator:
         await administrator.execute_command("ACL SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all", "-rpop")
         queue = make_queue(redis=own_server.url.replace("unix://", "unix://worker:secret@"))
