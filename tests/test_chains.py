@@ -106,6 +106,20 @@ async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Ch
     assert (chains.alive, chains.restarted, chains.counts["numJobSaveError"]) == (3, 2, 2)
 
 
+async def test_the_wait_grows_with_failures_in_a_row(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
+    """a save that worked ends the row"""
+    attempts: list[int] = []
+
+    def at_once(attempt: int) -> int:
+        attempts.append(attempt)
+        return 0
+
+    monkeypatch.setattr(client, "linear_backoff", at_once)
+    for outcome in (BeeQueueError("no"), BeeQueueError("no"), "1", BeeQueueError("no")):
+        await queue.answer(outcome)
+    assert attempts == [1, 2, 1]
+
+
 @pytest.mark.parametrize("applied", [True, False])
 async def test_a_save_that_may_have_been_applied_waits_for_its_end(
     queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch, applied: bool

@@ -14,7 +14,9 @@ import pytest
 import redis as sync_redis
 from tqdm import tqdm
 
+import config
 from client import Latencies
+from harness import compare as comparison
 from harness.compare import Contestant, NotCompared, _run_client
 from harness.original import NoOriginal, install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict
@@ -35,6 +37,23 @@ def run(jobs: int = 10_000, lost: int = 0, per_s: int = 1000, rss_kb: int = 31_0
 
 def judge(two: list[Run], one: list[Run]) -> tuple[int, str]:
     return verdict(Row("two", two), Row("one", one))
+
+
+async def test_the_orderings_take_turns_to_be_first(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """a machine that slows down with time favours neither"""
+    order: list[str] = []
+
+    async def start_worker(*arguments: Any) -> None: ...
+
+    async def run_client(contestant: comparison.Contestant, bar: Any) -> Run:
+        order.append(contestant.variables["ORDERED_EVENTS"])
+        return run()
+
+    monkeypatch.setattr(comparison, "_start_worker", start_worker)
+    monkeypatch.setattr(comparison, "_run_client", run_client)
+    plan = comparison.Plan(rounds=3, seconds=1, node=False, json=True)
+    await comparison.run(plan, config.load(), {"REDIS_URL": url})
+    assert order == ["false", "true", "true", "false", "false", "true"]
 
 
 def test_the_race_and_its_cure() -> None:
