@@ -34,6 +34,7 @@ from beequeue import (
     Queue,
     QueueClosed,
     QueueSettings,
+    TaskFailed,
     UnreadableData,
     WrongLoop,
     check_redis_url,

@@ -117,7 +117,7 @@ replies = st.recursive(
     ),
     max_leaves=6,
 )
-errors = simple.map(lambda text: (b"-ERR %s\r\n" % text, f"ERR {text.decode()}"))
+errors = simple.map(lambda text: (b"-ERR %s\r\n" % text, str(CommandError(f"ERR {text.decode()}"))))
 messages = st.tuples(st.binary(max_size=10), st.binary(max_size=40))
 steps = st.lists(
     st.one_of(

@@ -71,6 +71,7 @@ class Other:
         async with Queue(*self._arguments, stall_interval=INTERVAL_MS, stalled_check_interval=20, get_events=False) as queue:
             queue.on("stalled", self.stalled.append)
             queue.process(lambda job: self.ran.append(job.data))
+            await until(lambda: queue._consumer is not None)
             self._ready.set()
             await asyncio.to_thread(self._end.wait)
 
