@@ -8,17 +8,21 @@ copy of the project, against the test files that see the module. One that no tes
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
@@ -64,6 +68,10 @@ OPERATORS = [
     "core/ZeroIterationForLoop",
 ]
 NEEDED = 0.95
+LONGEST_S = 300
+"""How long the tests of one mutant may take; after that it is noticed."""
+PRELOADED = "hiredis hypothesis orjson pytest_asyncio pytest_timeout redis.asyncio xdist.plugin".split()  # noqa: SIM905
+OPTIONS = ["-qx", "--timeout", "20", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
 class Mutant(NamedTuple):
@@ -118,12 +126,19 @@ class Copy:
 
     def __init__(self, directory: Path, url: str) -> None:
         self._directory = directory
-        self._environment = {**os.environ, "REDIS_URL": url, "PYTHONDONTWRITEBYTECODE": "1"}
         ignore = shutil.ignore_patterns("__pycache__", "node_modules", ".*", "*.egg-info", "build")
         shutil.copytree(ROOT, directory, ignore=ignore)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from tests.mutants import serve; serve()"],
+            cwd=directory,
+            env={**os.environ, "REDIS_URL": url, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def passes(self, module: str, text: str) -> bool:
-        """Whether the module's tests pass with this text; a run that takes a minute does not."""
+        """Whether the module's tests pass with this text."""
         file = self._directory / "beequeue" / f"{module}.py"
         whole = file.read_text()
         file.write_text(text)
@@ -133,20 +148,34 @@ class Copy:
             file.write_text(whole)
 
     def _run(self, module: str) -> bool:
-        tests = [f"tests/{name}.py" for name in MODULES[module].split()]
-        command = [sys.executable, "-m", "pytest", "-qx", "--timeout", "20", "-p", "no:cacheprovider", *tests]
-        with subprocess.Popen(
-            command,
-            cwd=self._directory,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            try:
-                return process.wait(60 + 60 * len(tests)) == 0
-            except subprocess.TimeoutExpired:
-                process.kill()
-                return False
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(*(f"tests/{name}.py" for name in MODULES[module].split()), file=self._process.stdin, flush=True)
+        return self._process.stdout.readline() == "0\n"
+
+    def close(self) -> None:
+        """Ends its process."""
+        self._process.communicate()
+
+
+def serve() -> None:
+    """In a copy: runs the test files of each line of stdin, in a fork that has the imports; prints its exit code."""
+    for package in PRELOADED:
+        importlib.import_module(package)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number in (0, 1, 2):
+                os.dup2(nothing, number)
+            os._exit(pytest.main([*OPTIONS, *line.split()]))
+        deadline, ended = time.monotonic() + LONGEST_S, 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def explained() -> set[tuple[str, str]]:
@@ -200,6 +229,8 @@ def main() -> int:
         for number in range(processes):
             copies.put(Copy(Path(directory) / str(number), url))
         enough = [judge(module, copies, pool) for module in chosen]
+        while not copies.empty():
+            copies.get().close()
         return 0 if all(enough) else 1
 
 

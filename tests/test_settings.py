@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import QueueSettings, linear_backoff
-from beequeue.settings import QueueOptions, whole_number
+from beequeue.settings import QueueOptions, milliseconds, whole_number
 
 
 def test_defaults() -> None:
@@ -82,6 +82,48 @@ def test_wrong_values(name: str, value: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         QueueSettings(**{name: value})
     assert str(caught.value) == message
+
+
+def test_a_prefix_is_kept() -> None:
+    assert QueueSettings(prefix="ü").prefix == "ü"
+
+
+def test_settings_are_one_frozen_value() -> None:
+    settings = QueueSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.prefix = "other"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        QueueSettings("bq")  # type: ignore[call-arg]
+    assert not QueueOptions.__total__
+
+
+@pytest.mark.parametrize("get_events", [True, False])
+@pytest.mark.parametrize("ordered_events", [True, False])
+def test_commands_go_on_the_event_connection_where_there_is_one(get_events: bool, ordered_events: bool) -> None:
+    settings = QueueSettings(get_events=get_events, ordered_events=ordered_events)
+    assert settings.ordered is (get_events and ordered_events)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("delayed_debounce", 0),
+        ("stalled_check_interval", 0),
+        ("near_term_window", 1),
+        ("max_stalls", 0),
+        ("redis_scan_count", 1),
+    ],
+)
+def test_the_least_value(name: str, least: int) -> None:
+    assert getattr(QueueSettings(**{name: least}), name) == least  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{name} must be at least {least}( ms)?, not {least - 1}$"):
+        QueueSettings(**{name: least - 1})  # type: ignore[arg-type]
+
+
+def test_a_duration_may_be_none_at_all() -> None:
+    assert milliseconds("n", 0) == 0
+    with pytest.raises(ValueError, match="^n must be at least 0 ms, not -1$"):
+        milliseconds("n", -1)
 
 
 def test_the_longest_duration() -> None:
