@@ -27,7 +27,7 @@ chart: $(VENV)/.chart ## a picture of saved logs: LOGS="a.log NAME=b.log", CHART
 	@$(VENV)/bin/python -m harness chart $(LOGS) --output $(CHART) --interval $(INTERVAL)
 
 test: $(VENV)/.test ## all tests, side by side, on a real Redis; containers where there is a Docker engine: TESTS=tests/test_job.py TEST_LOOP=uvloop
-	$(VENV)/bin/python -m pytest -n $(PROCESSES) --dist loadgroup $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(PROCESSES) $(TESTS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check .

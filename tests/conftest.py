@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis as sync_redis
 from redis.asyncio import Redis
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from beequeue import BeeQueueError, Job, Queue, sync
 from harness.server import Server, find_server, redis_url, running_server
@@ -31,13 +32,20 @@ def pytest_configure() -> None:
     use_loop(os.environ)
 
 
+class InGroups(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives all tests of a group to one process, one after another; each other test to any."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group for group, files in ALONE.items() if nodeid.startswith(files)), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> InGroups:
+    return InGroups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # what needs minutes comes last, where tests run one after another
     items.sort(key=lambda item: ("test_compose" in item.nodeid, "test_harness" in item.nodeid))
-    for item in items:
-        for group, files in ALONE.items():
-            if item.nodeid.startswith(files):
-                item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_xdist_auto_num_workers() -> int:

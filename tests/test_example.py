@@ -149,7 +149,7 @@ def test_errors() -> None:
     assert ConnectionLost("down", maybe_applied=True).maybe_applied
     assert CommandError("OOM command not allowed").code == "OOM"
     others = (ConnectionRefused, JobFailed, JobStalled, JobTimeout, LateFinish, ListenerFailed, NotConnected)
-    more = (OperationTimedOut, OutcomeNotRecorded, OutcomeUnknown, QueueClosed, UnreadableData, WrongLoop)
+    more = (OperationTimedOut, OutcomeNotRecorded, OutcomeUnknown, QueueClosed, TaskFailed, UnreadableData, WrongLoop)
     assert all(issubclass(error, BeeQueueError) for error in (*others, *more))
 
 
