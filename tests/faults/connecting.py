@@ -32,7 +32,7 @@ PAGE, PAGE_BYTES = 30, 100_000
 """How many jobs of how many bytes do so in one reply."""
 FILLERS = 20_000
 LOAD_DELAY_US = 1_000
-RIGHTS = ("hmget", "hget", "rpop", "lrange", "smembers", "brpoplpush")
+RIGHTS = ("hmget", "hget", "rpop", "lrange", "brpoplpush")
 """Commands of a worker, all but the last in scripts."""
 GATED = 20_000
 
