@@ -42,6 +42,8 @@ class Config:
 
 
 def _text(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"must have no NUL, and has one: {value!r}")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -55,6 +55,10 @@ class NoAnswer(ConnectionLost):
     """Nothing came within the time for a connection to be opened."""
 
 
+class NotLetIn(ConnectionLost):
+    """Something is there, but lets nobody in now: no credentials were given, there are too many clients, it is not ready."""
+
+
 class Address:
     """Where Redis is and how to get in. Its `str` never shows a password."""
 
@@ -189,7 +193,7 @@ class Address:
 
     def _without_secrets(self, error: BaseException) -> str:
         """What an exception says, with its class when it is not the driver's, and without the passwords that are known."""
-        text = str(error)
+        text = _ARGUMENTS.sub("", str(error))
         if not isinstance(error, (redis.exceptions.RedisError, OSError)):
             text = f"{type(error).__name__}: {text}" if text else type(error).__name__
         for name in ("password", "ssl_password"):
@@ -198,6 +202,10 @@ class Address:
             if isinstance(secret, str) and secret:
                 text = text.replace(secret, "…").replace(repr(secret)[1:-1], "…")
         return text
+
+
+_ARGUMENTS = re.compile(r",? with args beginning with:.*", re.DOTALL)
+"""What Redis repeats of a command that it does not know, be it AUTH."""
 
 
 async def _connect(driver: Any) -> None:
@@ -400,19 +408,29 @@ def _unwrapped(error: BaseException) -> BaseException:
     return cause if foreign and not isinstance(cause, (redis.exceptions.RedisError, OSError)) else error  # type: ignore[return-value]
 
 
+_TOO_MANY = "max number of clients"
+
+
 def _translated(error: BaseException, address: Address, protocol: int) -> BeeQueueError:
     """An exception as ours: refused, or not reachable now. The driver wraps what Redis said in its own."""
     error = _unwrapped(error)
     message = f"{address}: {address._without_secrets(error)}"
     if not isinstance(error, (redis.exceptions.RedisError, OSError)):  # of a credential provider, say
-        return ConnectionLost(message, maybe_applied=False)
+        return NotLetIn(message, maybe_applied=False)
     if (refusal := refusal_in(error, address)) is not None:
         return refusal
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, _REFUSALS):
         cause = cause.__cause__ or cause.__context__
-    if cause is None or isinstance(cause, _FOR_NOW) or "max number of clients" in message:
-        return ConnectionLost(message, maybe_applied=False)
+    if (
+        isinstance(cause, _FOR_NOW)
+        or isinstance(error, redis.exceptions.BusyLoadingError)
+        or "max number of clients" in message
+    ):
+        return NotLetIn(message, maybe_applied=False)
+    if cause is None:  # the driver has a shorter time-out of its own for the handshake
+        kind = NoAnswer if isinstance(error, (TimeoutError, redis.exceptions.TimeoutError)) else ConnectionLost
+        return kind(message, maybe_applied=False)
     if protocol == 3 and ("unknown command" in message.lower() or "NOPROTO" in message):
         message = f"{address} does not speak RESP3, which ordered events need (Redis 6 or newer); use ordered_events=False"
     return ConnectionRefused(message)

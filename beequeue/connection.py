@@ -19,9 +19,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import beequeue.link as link_module
-from beequeue.address import Address, NoAnswer, refusal_in
+from beequeue.address import Address, NoAnswer, NotLetIn, refusal_in
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
-from beequeue.link import UNFIT, Command, Link, settle
+from beequeue.link import Command, Link, settle
 from beequeue.settings import Backoff, linear_backoff
 from beequeue.supervised import supervised
 
@@ -42,6 +42,7 @@ class Group:
 
     def __init__(self) -> None:
         self._connections: set[Connection] = set()
+        self._asking: asyncio.Task[bool] | None = None
 
     def add(self, connection: Connection) -> None:
         """Has `connection` leave with the others."""
@@ -55,6 +56,19 @@ class Group:
         """Has each connection that is up open a new link, when its commands in flight have been answered."""
         for connection in self._connections:
             connection.leave(reason)
+
+    async def answers(self, address: Address) -> bool:
+        """`answers`, asked once for all connections that ask at the same time."""
+        if self._asking is None or self._asking.done():
+            limit_s = link_module.REPLY_TICKS * link_module.TICK_S
+            self._asking = asyncio.get_running_loop().create_task(answers(address, limit_s), name="beequeue asking")
+        return await asyncio.shield(self._asking)
+
+    async def end(self) -> None:
+        """Ends a question that is under way, when nobody is left to hear the answer."""
+        if self._asking is not None and not self._connections:
+            self._asking.cancel()
+            await asyncio.wait((self._asking,))
 
 
 class Connection:
@@ -170,6 +184,7 @@ class Connection:
             if task is not None:
                 task.cancel()
                 await asyncio.wait((task,))  # the keeper also ends by itself: the driver may swallow a cancellation
+        await self._group.end()
         link, self._live, self.link = self._live, None, None
         if link is not None:
             link.drop("closed")
@@ -326,8 +341,9 @@ class Connection:
 
     async def _ask_beside(self, link: Link) -> None:
         """Drops `link` if it still stands still when another one has been answered."""
-        limit_s = link_module.REPLY_TICKS * link_module.TICK_S
-        if not await answers(self.address, limit_s):
+        if not await self._group.answers(self.address):
+            silent_s = link.still_ticks * link_module.TICK_S
+            log.warning("%s connection: %s has not answered for %d s, on a new one neither", self.role, self.address, silent_s)
             return
         still = link.still_ticks
         await asyncio.sleep(link_module.TICK_S)  # Redis may have begun to answer on both
@@ -338,20 +354,23 @@ class Connection:
 async def answers(address: Address, limit_s: float) -> bool:
     """Whether Redis answers on a new connection, or none can be opened; False when it accepts one, and lets it wait.
 
-    It is asked for a script, which waits where writes do (`CLIENT PAUSE`).
+    It is asked for a script that it does not know: that waits where writes do (`CLIENT PAUSE`), and needs no further right.
+    A refusal is no answer: whoever is refused may have come while those that are in wait.
     """
     try:
         async with asyncio.timeout(limit_s):
             transport, keep = await address.open(2)
             link = Link(transport, keep=keep)
             try:
-                await link.call(b"EVAL", b"return 1", 0)
+                await link.call(b"EVALSHA", b"0" * 40, 0)
             finally:
                 link.drop("asked")
     except CommandError as error:
-        return UNFIT.match(str(error)) is None
+        return error.code == "NOSCRIPT"
     except (TimeoutError, NoAnswer):
         return not await address.accepts(limit_s)
-    except Exception:  # whatever prevents it: the attempt to open the next link will tell
+    except (ConnectionRefused, NotLetIn):
+        return False
+    except ConnectionLost:
         return True
-    return True
+    return False

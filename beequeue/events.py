@@ -47,8 +47,16 @@ class Event(NamedTuple):
             raise UnreadableData(f"a message on the events channel names no job or no event: {payload[:200]!r}")
         data = message.get("data")
         if name == "failed" or name == "retrying":
-            data = JobFailed("" if data is None else str(data))
+            data = JobFailed(_as_text(data))
         return cls(job_id, name, data)
+
+
+def _as_text(message: Any) -> str:
+    """The message of a failure; a stranger may have put anything in its place."""
+    try:
+        return "" if message is None else str(message)
+    except RecursionError:  # it could be read, nested as it is
+        return type(message).__name__
 
 
 _HEAD = re.compile(rb'\{"id":"([^"\\]{1,1000})","event":"([^"\\]{1,100})"')

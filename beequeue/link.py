@@ -83,8 +83,8 @@ class Command:
 class Link(asyncio.Protocol):
     """A live socket. `lost` completes, with the reason, when it is one no more; `error` is what the transport gave for it.
 
-    `on_stuck` is called every `REPLY_TICKS` while a reply is owed and nothing moves; the first time later by what something on
-    the way may hold back. Set `on_unfit` once the link is up: it
+    `on_stuck` is called after `REPLY_TICKS` in which a reply is owed and nothing moves (later by what something on the way may
+    hold back), and again after longer and longer. Set `on_unfit` once the link is up: it
     gets each command that Redis refused because of its own state, and the refusal, and answers for the command from then on.
     """
 
@@ -114,6 +114,7 @@ class Link(asyncio.Protocol):
         self._is_primary: bool | None = None
         self._leaving = False
         self.on_unfit: Callable[[Command | None, str], None] | None = None
+        self._next_look = REPLY_TICKS
         self.still_ticks = 0
         """For how many ticks nothing has moved."""
         self.down = False
@@ -252,9 +253,12 @@ class Link(asyncio.Protocol):
         elif self._has_delivered():
             self.still_ticks = 0
         else:
+            if self.still_ticks == 1:
+                self._next_look = REPLY_TICKS
             on_the_way = self._expected - self._arrived
             late_ticks = self.still_ticks - int(on_the_way / SLOWEST_BYTES_S / TICK_S)
-            if late_ticks > 0 and late_ticks % REPLY_TICKS == 0:
+            if late_ticks >= self._next_look:
+                self._next_look += min(self._next_look, 6 * REPLY_TICKS)
                 self._on_stuck(self)
 
     def _has_delivered(self) -> bool:

@@ -96,6 +96,8 @@ class Producer:
                 settle(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
             except UnreadableData as error:
                 settle(answered, error)
+            except Exception as error:  # whatever is wrong with it, the caller must hear of it
+                settle(answered, UnreadableData(f"the stored job {job_id} cannot be read: {type(error).__name__}: {error}"))
 
         with self._calls:
             return await store.wait(store.get(job_id, on_reply), answered)
@@ -108,7 +110,8 @@ class Producer:
         job.saved_as = job_id
         if reply[1] == b"failed":
             traces = job.options["stacktraces"]
-            job.end(Event(job_id, "failed", JobFailed(summary(str(traces[0])) if traces else "")))
+            trace = traces[0] if traces and isinstance(traces[0], str) else ""
+            job.end(Event(job_id, "failed", JobFailed(summary(trace))))
         elif reply[1] == b"succeeded":
             job.end(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id} succeeded, and results are not stored")))
         return job

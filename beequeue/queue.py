@@ -19,20 +19,23 @@ from beequeue.address import Address, RedisSetting
 from beequeue.calls import Calls
 from beequeue.connection import Connection
 from beequeue.consumer import Consumer
+from beequeue.decisions import message_of
 from beequeue.errors import (
     BeeQueueError,
+    CommandError,
     ConnectionRefused,
     ListenerFailed,
     NotConnected,
     OperationTimedOut,
     QueueClosed,
     TaskFailed,
+    UnreadableData,
     WrongLoop,
 )
 from beequeue.events import Emitter, Registry
 from beequeue.forks import process
 from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
-from beequeue.link import Link
+from beequeue.link import UNFIT, Link
 from beequeue.maintenance import DelayedActivator, StallChecker
 from beequeue.producer import Producer
 from beequeue.run import Handler
@@ -240,8 +243,8 @@ class Queue(Emitter):
     async def _set_up_takes(self, link: Link) -> None:
         try:
             self._client_id = await link.call(b"CLIENT", b"ID")
-        except BeeQueueError as error:
-            if getattr(error, "code", None) != "NOPERM":
+        except CommandError as error:
+            if UNFIT.match(str(error)):
                 raise
             self._client_id = None  # closing then waits for the open take instead of ending it
         await self._look_at_held(link)
@@ -367,7 +370,11 @@ class Queue(Emitter):
     def _message(self, channel: bytes, payload: bytes) -> None:
         """A published message, in the step that parses it."""
         if channel == self._store.events_channel:
-            self._tracker.read(payload)
+            try:
+                self._tracker.read(payload)
+            except Exception as error:  # it must not cut the connection, whatever it is
+                failure = UnreadableData(f"a message on the events channel: {type(error).__name__}: {error}; {payload[:200]!r}")
+                self._report(failure)
         elif self._activator is not None:
             try:
                 self._activator.look_at(float(payload))
@@ -384,7 +391,7 @@ class Queue(Emitter):
         if event == "error":  # not in circles
             log.error("queue %s: a listener of error raised", self.name, exc_info=error)
             return
-        failure = ListenerFailed(f"a listener of {event!r} raised {type(error).__name__}: {error}")
+        failure = ListenerFailed(f"a listener of {event!r} raised {type(error).__name__}: {message_of(error)}")
         failure.__cause__ = error
         self._report(failure)
 

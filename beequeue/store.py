@@ -284,9 +284,11 @@ class Store:
         texts = [text.decode(errors="replace") for text in reply]
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
 
-    async def ended(self, job_ids: Sequence[str]) -> set[str]:
-        """Those of some jobs that have ended (`jobs`, `succeeded`, `failed`)."""
-        args = (*self._ended, *map(_bytes, job_ids))
+    async def ended(self, jobs: Sequence[tuple[str, str]]) -> set[str]:
+        """Of ids and timestamps, the ids whose job has ended or is another one (`jobs`, `succeeded`, `failed`)."""
+        args = [*self._ended]
+        for job_id, timestamp in jobs:
+            args += (_bytes(job_id), timestamp.encode())
         ended = await self._jobs.call(*args, repeatable=True, script=SCRIPTS["ended"].text)
         return {_text(job_id) for job_id in ended}
 

@@ -272,7 +272,7 @@ class _Background:
         while not until_ended.done():
             try:
                 self._loop.run_until_complete(until_ended)
-            except SystemExit as error:
+            except BaseException as error:
                 log.error("a listener raised %r in the thread of the synchronous queues, which goes on", error)
         self._loop.close()
 

@@ -38,8 +38,8 @@ REPORT_EVERY_S = 10.0
 
 LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
 """From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
-WhichEnded = Callable[[Sequence[str]], Awaitable[set[str]]]
-"""From ids to those whose jobs have ended; ordered likewise."""
+WhichEnded = Callable[[Sequence[tuple[str, str]]], Awaitable[set[str]]]
+"""From ids and timestamps of jobs to the ids of those that have ended, or are other jobs' now; ordered likewise."""
 
 
 class Host(Protocol):
@@ -138,17 +138,26 @@ class Tracker:
 
     def _deliver(self) -> None:
         read, self._read = self._read, []
-        for event, job, bound in read:
-            self._host.emit("job " + event.name, event.id, event.data)
-            if not self._ordered:
-                job = self.jobs.get(event.id)
-                bound = 0 if job is None else job.bound
-            if job is None:
-                continue
-            if job.bound == bound:
-                self.jobs.deliver(event, job)
-            else:  # it has been bound anew since, for a retry: an end that belongs to the run before
-                job.emit(event.name, event.data)
+        read.reverse()
+        try:
+            while read:
+                self._deliver_one(*read.pop())
+        finally:
+            if read:  # a listener ends the program, or tries to: the others hear of theirs all the same
+                self._read[:0] = reversed(read)
+                self.hand_on()
+
+    def _deliver_one(self, event: Event, job: Job | None, bound: int) -> None:
+        self._host.emit("job " + event.name, event.id, event.data)
+        if not self._ordered:
+            job = self.jobs.get(event.id)
+            bound = 0 if job is None else job.bound
+        if job is None:
+            return
+        if job.bound == bound:
+            self.jobs.deliver(event, job)
+        else:  # it has been bound anew since, for a retry: an end that belongs to the run before
+            job.emit(event.name, event.data)
 
     def forget(self, job_id: str, reason: str) -> None:
         """Settles the job that is bound to an id as `OutcomeUnknown`, unless its end has been read already."""
@@ -206,7 +215,7 @@ class Tracker:
             return 0.0
         now = asyncio.get_running_loop().time
         began_at = now()
-        which = await self.which_ended([job_id for _, job_id in bound])
+        which = await self.which_ended([(job_id, _stamp(job)) for job, job_id in bound])
         rest_s = max(SWEEP_PAUSE_S, 9 * (now() - began_at))
         suspects = [each for each in bound if each[1] in which]
         for job, job_id, found in await self._ended_unseen(suspects, self.look_up):
@@ -316,8 +325,14 @@ class Complaints:
 
 def _is_entry_of(job: Job, found: Found) -> bool:
     """Whether what was found is this job, and not another one that has been given its id since."""
+    stamp = _stamp(job)
+    return not found.timestamp or not stamp or found.timestamp == stamp
+
+
+def _stamp(job: Job) -> str:
+    """The time at which a job was created, as its entry has it; empty when something else stands there."""
     timestamp = job.options["timestamp"]
-    return not found.timestamp or not isinstance(timestamp, (int, float)) or found.timestamp == f"{timestamp:.0f}"
+    return f"{timestamp:.0f}" if isinstance(timestamp, (int, float)) else ""
 
 
 def summary(trace: str) -> str:

@@ -518,3 +518,76 @@ async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQu
     queue.process(echo)
     assert await (await queue.create_job("x").save()).result() == "x"
     assert [str(error) for error in make_queue.claim(RuntimeError)] == ["nobody expects this"]
+
+
+# --- what a connection beside tells --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kind", ["password", "database", "password changed", "provider", "no right"])
+async def test_a_server_that_stands_still_is_waited_for_whoever_asks(
+    make_queue: MakeQueue, verdicts: list[bool], kind: str
+) -> None:
+    """A handshake that is not answered, and a refusal, are no answer to what waits."""
+    with running_server(find_server({}), "--requirepass", "secret") as server:
+        redis: Any = Redis.from_url(server.url, password="secret", client_name=ONLOOKER)
+        service = TokenService()
+        arguments: dict[str, Any] = {"path": str(server.socket), "db": 3 if kind == "database" else 0}
+        arguments |= {"credential_provider": service} if kind == "provider" else {"password": "secret"}
+        async with redis:
+            if kind == "no right":
+                await redis.execute_command("ACL", "SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all", "-eval")
+                arguments["username"] = "worker"
+            queue = await make_queue(redis=arguments, is_worker=False, reconnect=soon).ready()
+            if kind == "password changed":
+                await redis.config_set("requirepass", "another")
+            elif kind == "provider":
+                service.failures += [RuntimeError("down")] * 100
+            if kind in ("password", "database"):
+                freeze(server)
+            else:
+                await redis.execute_command("CLIENT", "PAUSE", 1_000, "WRITE")
+            saving = asyncio.create_task(queue.create_job({}).save())
+            await until(lambda: verdicts)
+            if kind in ("password", "database"):
+                thaw(server)
+            assert (await saving).id == "1"
+            assert (verdicts[0], queue.reconnects) == (False, 0)
+            await queue.close()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_server_that_answers_nobody_is_named(own_server: Server, make_queue: MakeQueue, caplog: Any) -> None:
+    """in the log; also when a queue has never been ready"""
+    queue = await make_queue(redis=own_server.url, is_worker=False).ready()
+    freeze(own_server)
+    try:
+        with caplog.at_level(logging.WARNING, "beequeue"):
+            saving = asyncio.create_task(queue.create_job({}).save())
+            opened = make_queue(redis=own_server.url, is_worker=False, get_events=False)
+            await until(lambda: "event connection: " in caplog.text and "command connection: " in caplog.text)
+        assert "has not answered for 0 s, on a new one neither" in caplog.text
+    finally:
+        thaw(own_server)
+    await saving
+    await opened.ready()
+
+
+@pytest.mark.parametrize("command", ["CLIENT", "ROLE"])
+async def test_a_command_that_the_server_lacks_keeps_no_worker_out(make_queue: MakeQueue, command: str) -> None:
+    with running_server(find_server({}), "--rename-command", command, "") as server:
+        queue = make_queue(redis=server.url)
+        queue.process(echo)
+        assert await (await queue.create_job("x").save()).result() == "x"
+        await queue.close(10_000)
+
+
+async def test_what_a_server_repeats_of_a_command_is_not_shown() -> None:
+    """a Redis without AUTH quotes the password"""
+    with running_server(find_server({}), "--rename-command", "AUTH", "") as server:
+        queue = Queue("q", redis={"path": str(server.socket), "credential_provider": TokenService()}, is_worker=False)
+        with pytest.raises(BeeQueueError) as caught:
+            await queue.ready()
+        assert "secret" not in str(caught.value)
+        with pytest.raises(BeeQueueError):
+            await queue.close()

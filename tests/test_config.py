@@ -55,6 +55,7 @@ def test_empty_means_not_set() -> None:
         ("CONCURRENCY", "9" * 16, f"CONCURRENCY must have at most 15 digits, not '{'9' * 16}'"),
         ("WORKERS", "9" * 5000, f"WORKERS must have at most 15 digits, not '{'9' * 5000}'"),
         ("QUEUE_NAME", "a\udcff", r"QUEUE_NAME must be text that UTF-8 can carry, not 'a\udcff'"),
+        ("QUEUE_NAME", "a\0b", r"QUEUE_NAME must have no NUL, and has one: 'a\x00b'"),
         ("NUM_CHAINS", "2.5", "NUM_CHAINS must be a whole number, at least 1, not '2.5'"),
         ("WORKERS", "-1", "WORKERS must be a whole number, at least 1, not '-1'"),
         ("ORDERED_EVENTS", "yes", "ORDERED_EVENTS must be true or false, not 'yes'"),

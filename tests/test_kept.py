@@ -270,3 +270,23 @@ async def test_a_look_for_large_results_that_fails_begins_anew(make_queue: MakeQ
 
 def tasks() -> list[str]:
     return [task.get_name() for task in asyncio.all_tasks()]
+
+
+@pytest.mark.usefixtures("sweep_often")
+async def test_another_job_under_the_same_id_is_not_taken_for_it(make_queue: MakeQueue, redis: Any) -> None:
+    """no listener hears the result of a job that somebody else saved later under the id"""
+    queue, other = make_queue(is_worker=False), make_queue(is_worker=False)
+    told = Seen()
+    job = queue.create_job("mine").set_id("x")
+    for name in ("succeeded", "unknown"):
+        job.on(name, lambda data, name=name: told(name))
+    await job.save()
+    await other.remove_job("x")
+    stranger = other.create_job("another's").set_id("x")
+    stranger.options["timestamp"] += 1
+    await stranger.save()
+    assert await told.reaches(1) == [("unknown",)]
+    make_queue(get_events=False).process(echo)
+    assert await stranger.result() == "another's"
+    assert told.calls == [("unknown",)]
+    assert queue.jobs == {}

@@ -118,7 +118,9 @@ def calls(name: str) -> list[Sequence[Any]]:
         case "finish":
             again = [(*run[:-1], "0" * 40) for run in runs]
             return [(0, *again[0]), (2, *sum(runs, ())), (2,)]
-        case "ended" | "get_job" | "look_up":
+        case "ended":
+            return [("waiting-0", "", "failed-0", "")]
+        case "get_job" | "look_up":
             return [("waiting-0",), ("failed-0",)]
         case "hand_back":
             return [("active-0", "active-1")]

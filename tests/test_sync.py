@@ -194,16 +194,22 @@ def test_a_listener_cannot_call_a_queue(make_sync: MakeSync) -> None:
     assert other.check_health().waiting == 0  # it was not closed
 
 
-def test_a_listener_that_exits_ends_nothing(make_sync: MakeSync, name: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_listener_that_exits_ends_nothing(
+    make_sync: MakeSync, name: str, url: str, caplog: pytest.LogCaptureFixture, raised: BaseException
+) -> None:
+    def listener(result: object) -> None:
+        raise raised
+
     queue = make_sync()
     job = queue.create_job()
-    job.on("succeeded", lambda result: sys.exit(3))
+    job.on("succeeded", listener)
     queue.save(job)
     with sync_redis.Redis.from_url(url) as client:
         client.publish(f"bq:{name}:events", '{"id":"1","event":"succeeded","data":"done"}')
     assert queue.result(job, 10_000) == "done"
     assert queue.check_health().waiting == 1
-    assert "a listener raised SystemExit(3) in the thread of the synchronous queues, which goes on" in caplog.messages
+    assert f"a listener raised {raised!r} in the thread of the synchronous queues, which goes on" in caplog.messages
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -1,18 +1,22 @@
--- Tells which jobs have ended, without reading what they carry.
+-- Tells which jobs have ended, or have had their id given to another one, without decoding what they carry.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] succeeded  set of ids
 -- KEYS[3] failed     set of ids
--- ARGV[1..n]         ids
+-- ARGV[1..n]         two for each job: its id; its timestamp, or '' when that is no number
 --
--- Returns those of the ids whose job is in succeeded, in failed, or gone.
+-- Returns those of the ids whose job is in succeeded, in failed, gone, or another one.
 --
--- Why: a producer asks this again and again about jobs that wait. Unlike look_up it costs the same for large jobs.
+-- Why: a producer asks this again and again about jobs that wait, and asks look_up about those that this names. The
+-- timestamp is searched for as text: one that is found in a job's data instead only delays what is told.
 
 local ended = {}
-for _, id in ipairs(ARGV) do
+for at = 1, #ARGV, 2 do
+  local id, timestamp = ARGV[at], ARGV[at + 1]
+  local data = redis.call('HGET', KEYS[1], id)
   if
-    redis.call('HEXISTS', KEYS[1], id) == 0
+    not data
+    or (timestamp ~= '' and not string.find(data, '"timestamp":' .. timestamp, 1, true))
     or redis.call('SISMEMBER', KEYS[2], id) == 1
     or redis.call('SISMEMBER', KEYS[3], id) == 1
   then
