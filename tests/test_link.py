@@ -265,7 +265,7 @@ async def test_a_quiet_link_asks(peer: Peer, role: bytes, asked: bytes) -> None:
     link = await peer.connect(on_stuck=lambda link: stuck.set())
     asking = asyncio.create_task(link.is_primary())
     async with asyncio.timeout(5):
-        assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n*1\r\n$4\r\nROLE\r\n"
+        assert await peer.reader.readexactly(28) == b"*1\r\n$4\r\nPING\r\n*1\r\n$4\r\nROLE\r\n"
         await peer.say(b"+PONG\r\n" + role)
         assert await asking is (True if b"ROLE" in asked else None)
         for _ in range(3 * REPLY_TICKS // QUIET_TICKS):
