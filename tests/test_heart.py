@@ -460,7 +460,7 @@ def test_the_connection_of_a_thread(secured: Server, tmp_path: Path) -> None:
                 assert connection.call(b"SREM", "stalling", b"1", b"2") == 2
                 with pytest.raises(CommandError, match="^WRONGTYPE "):
                     connection.call(b"SREM", "text", b"1")
-                with pytest.raises(CommandError, match="^this user has no permissions"):
+                with pytest.raises(CommandError, match="has no permissions"):
                     connection.call(b"GET", "text")
                 client.client_kill_filter(_type="normal", skipme=True)
                 with pytest.raises(ConnectionLost):

@@ -220,7 +220,7 @@ def test_a_relay_with_tls_and_no_backend(run: Callable[[Awaitable[Any]], Any], f
     async def use() -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(files.path("server.pem"), files.path("server.key"))
-        server = await asyncio.start_server(lambda reader, writer: writer.close(), "localhost", 0, ssl=context)
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
         port = server.sockets[0].getsockname()[1]
         for protocol in (2, 3):
             with pytest.raises(ConnectionLost):
