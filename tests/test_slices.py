@@ -331,21 +331,55 @@ async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis
     assert len(make_queue.claim(LateFinish)) == 1
 
 
-@pytest.mark.parametrize("place", ["waiting", "active", None])
+@pytest.mark.parametrize("place", ["waiting", "active", "delayed", None])
 async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, redis: Any, place: str | None) -> None:
-    """QK-19: no second copy in waiting. An entry that somebody has edited by hand, and nothing else, holds nothing up."""
+    """QK-19: no second copy anywhere. The only one in active is another attempt's, or a new job's: it stays."""
     queue = await make_queue().ready()
     await redis.hset(queue.to_key("jobs"), "1", entry("1") + " ")
-    await redis.lpush(queue.to_key("active"), "1")
-    if place is not None:
+    await redis.lpush(queue.to_key("active"), "1", "other")
+    await redis.lmove(queue.to_key("active"), queue.to_key("active"), "RIGHT", "LEFT")
+    await redis.sadd(queue.to_key("stalling"), "1")
+    if place == "delayed":
+        await redis.zadd(queue.to_key(place), {"1": 4_000_000_000_000})
+    elif place is not None:
         await redis.lpush(queue.to_key(place), "1")
     replies = Seen()
-    settlement = beequeue.store.Settlement("retrying", entry("1").encode(), b"")
+    settlement = beequeue.store.Settlement("succeeded", entry("1").encode(), b"")
     queue._store.settle([queue._store.finish([("1", entry("1").encode(), settlement)], take=0, on_reply=replies)])
-    assert await replies.reaches(1) == [([int(place is None)],)]
-    waiting, active, _ = await look(redis, queue)
-    assert (waiting, active) == ([], ["1"]) if place == "active" else (["1"], [])
+    assert await replies.reaches(1) == [([0],)]
+    waiting, active, stalling = await look(redis, queue)
+    assert waiting == (["1"] if place == "waiting" else [])
+    assert active == (["1", "other"] if place in ("active", None) else ["other"])
+    assert stalling == (set() if place else {"1"})
+    assert await redis.zscore(queue.to_key("delayed"), "1") == (4_000_000_000_000 if place == "delayed" else None)
+    assert await redis.hget(queue.to_key("jobs"), "1") == entry("1") + " "
+    assert await redis.exists(queue.to_key("succeeded")) == 0
     await queue.destroy()
+
+
+async def test_an_old_run_leaves_a_new_job_with_its_own_id_alone(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-19: the old one was removed while it ran"""
+    queue = await make_queue().ready()
+    gates = {"old": asyncio.Event(), "newer": asyncio.Event()}
+    started = Seen()
+
+    async def handler(job: Job) -> Any:
+        started()
+        await gates[job.data].wait()
+        return job.data
+
+    queue.process(handler, 2)
+    await queue.create_job("old").set_id("daily").save()
+    await started.reaches(1)
+    await queue.remove_job("daily")
+    new = await queue.create_job("newer").set_id("daily").save()
+    await started.reaches(2)
+    gates["old"].set()
+    await until(lambda: queue.late_finishes == 1)
+    assert (await queue.check_health())[:4] == (0, 1, 0, 0)
+    gates["newer"].set()
+    assert await new.result(8_000) == "newer"
+    assert len(make_queue.claim(LateFinish)) == 1
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["retry now", "retry later"])

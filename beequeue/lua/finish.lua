@@ -34,7 +34,8 @@
 -- LREM goes from the left end, where takes push, to the first copy: its cost is the number of jobs taken since,
 -- however many that are old, or have lost their worker, lie behind. It cannot be less: a list has no index. An
 -- id is in active twice when Node has retried a job that was running. The second settlement finds JSON of
--- another length; if the job has ended, or has been made available again, it does nothing.
+-- another length; it settles nothing, nor does a run whose id is another attempt's, or a new job's, by now: then the copy in
+-- active is theirs, and stays. It is the run's own, and goes, if the job has ended or has another place.
 
 local RUN, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
@@ -43,9 +44,10 @@ local function named(refused, command)
   return {err = refused.err .. ' (' .. command .. ')'}
 end
 
--- whether a job that has just left active has ended, or is available or active again
+-- whether a job that has just left active has ended, or is delayed, available or active again
 local function is_overtaken(id)
   if redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1 then return true end
+  if type(redis.pcall('ZADD', KEYS[7], 'XX', 'INCR', 0, id)) == 'string' then return true end
   for _, key in ipairs({KEYS[4], KEYS[1]}) do
     local pushed = redis.pcall('LPUSH', key, id)
     if type(pushed) == 'number' and redis.call('LREM', key, 0, id) > 1 then
@@ -95,7 +97,13 @@ local function settle(at)
   if found ~= 1 then return found == 0 and 0 or named(found, 'LREM') end
   ids[#ids + 1] = id
   if exists == 0 then return 0 end
-  if #own < SHA_LENGTH and length ~= tonumber(own) and is_overtaken(id) then return 0 end
+  if #own < SHA_LENGTH and length ~= tonumber(own) then
+    if not is_overtaken(id) then
+      if type(redis.pcall('LPUSH', KEYS[1], id)) == 'table' then redis.call('RPUSH', KEYS[1], id) end
+      ids[#ids] = nil
+    end
+    return 0
+  end
   local refused = move_on(at)
   if refused then
     redis.call('RPUSH', KEYS[1], id)
