@@ -16,7 +16,7 @@
 --                         job JSON to store, unless it is deleted
 --                         event message, or '' for none
 --                         with 'retry later': activation time, epoch ms
---                         the job JSON that the run has: its length, or, in what is sent again, its SHA-1
+--                         the job JSON that the run has: its length; its SHA-1, if this is sent again or the job has stalled
 --
 -- Returns a flat list: for each run 1 if this call settled its job, 0 if not, or the error; then id, JSON,
 -- id, JSON, … of the jobs that were taken; then the error, if they could not be.
@@ -26,7 +26,7 @@
 -- unless the id was in active and has data: one settlement for each entry in active, and a removed job
 -- does not come back. A job that is retried is pushed after the next ones are taken, so that it does
 -- not return straight to its worker. What Redis refuses for one run is that run's error alone, and its
--- job stays active; what cannot be taken stays in waiting.
+-- job stays active; except that a job whose event may not be published is settled. What cannot be taken stays in waiting.
 --
 -- What is sent again, because its answer was lost, may have been done the first time, and another worker may
 -- have the job by now. Each settlement writes the job's JSON, so an attempt is known by it.
