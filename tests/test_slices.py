@@ -224,6 +224,27 @@ async def test_copies_of_an_id_come_back_as_one(make_queue: MakeQueue, redis: An
     assert (active, stalling) == ([], set())
 
 
+@pytest.mark.parametrize("seed", range(5))
+async def test_however_many_are_double_each_is_marked_and_stays_once(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """ST-14: doubles in a long active; what is taken out of the part that is marked already hides no other one"""
+    monkeypatch.setattr(beequeue.store, "CHECKED_AT_ONCE", 50)
+    chance = random.Random(seed)
+    queue = await make_queue().ready()
+    ids = numbers(600)
+    copies = [*chance.sample(ids, 60), *chance.choices(ids[:100], k=60), *ids[-20:]]
+    await lose(redis, queue, ids)
+    for job_id in copies:
+        await redis.linsert(queue.to_key("active"), "BEFORE", chance.choice(ids), job_id)
+    await redis.delete(queue.to_key("stalling"))
+    assert await queue.check_stalled_jobs() == 0
+    _, active, stalling = await look(redis, queue)
+    assert sorted(active) == sorted(ids)
+    assert stalling == {*ids}
+    await queue.destroy()
+
+
 async def test_a_slice_whose_answer_is_lost_is_not_done_twice(make_queue: MakeQueue, redis: Any, url: str) -> None:
     """and the check goes on: only what that answer told is not told"""
     async with Relay(url) as relay:
