@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import redis as sync_redis
 from redis.asyncio import Redis
 
 import beequeue.store
-from beequeue import ConnectionLost, Job, LateFinish, Queue
+from beequeue import CommandError, ConnectionLost, Job, LateFinish, Queue
 from beequeue.job import now_ms
 from beequeue.store import SCRIPTS
 from harness.server import Server
@@ -222,6 +224,40 @@ async def test_copies_of_an_id_come_back_as_one(make_queue: MakeQueue, redis: An
     waiting, active, stalling = await look(redis, queue)
     assert Counter(waiting) == Counter([*ids, "twice", "thrice"])
     assert (active, stalling) == ([], set())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_those_that_stalled_too_often_fail_slice_by_slice(
+    make_queue: MakeQueue, redis: Any, url: str, refused: bool
+) -> None:
+    """ST-14: a check holds no more than one slice of them; what Redis refuses is raised when all others have been moved"""
+    queue = await make_queue(max_stalls=1, is_worker=False).ready()
+    ids = numbers(95)
+    await lose(redis, queue, ids)
+    often = ids[::5]
+    stalls = {job_id: f"1 {hashlib.sha1(entry(job_id).encode()).hexdigest()}" for job_id in often}
+    await redis.hset(queue.to_key("stalls"), mapping=stalls)
+    if refused:
+        with sync_redis.Redis.from_url(url) as other:
+            queue.on("stalled", lambda job_id: other.set(queue.to_key("failed"), "no set"))
+            with pytest.raises(CommandError, match="WRONGTYPE"):
+                await queue.check_stalled_jobs()
+        active = await redis.lrange(queue.to_key("active"), 0, -1)
+        assert {*often} <= {*active}
+        assert (
+            len(active) <= len(often) + 1
+        )  # the refused one is back at the right end, so the last one waits for the next check
+        await redis.delete(queue.to_key("failed"))
+    else:
+        order = Seen()
+        queue.on("failed", lambda job, error: order(job.id))
+        queue.on("stalled", order)
+        assert await queue.check_stalled_jobs() == len(ids) - len(often)
+        said = [int(job_id) for (job_id,) in order.calls]
+        assert sorted(said) == [*range(95)]
+        assert all(abs(number - at) <= AT_ONCE for at, number in enumerate(said))
+        assert await redis.smembers(queue.to_key("failed")) == {*often}
+    await queue.destroy()
 
 
 @pytest.mark.parametrize("seed", range(5))
