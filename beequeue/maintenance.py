@@ -155,14 +155,18 @@ class StallChecker:
     async def check(self) -> int:
         """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
         settings = self._settings
-        recovered, to_fail = 0, []
+        recovered, refused = 0, None
         async for stalled, too_often in self._store.check_stalled(settings.stall_interval, settings.max_stalls):
             for job_id in stalled:
                 self._host.emit("stalled", job_id)
             recovered += len(stalled)
-            to_fail += too_often
-        for taken in to_fail:
-            await self._fail(taken)
+            try:
+                for taken in too_often if refused is None else ():
+                    await self._fail(taken)
+            except BeeQueueError as error:  # the others still get their jobs back
+                refused = error
+        if refused is not None:
+            raise refused
         return recovered
 
     async def _fail(self, taken: Taken) -> None:

@@ -477,10 +477,12 @@ class Store:
             is_over = not step
 
     async def settle_stalled(self, taken: Taken, settlement: Settlement) -> bool:
-        """Settles a job whose worker is gone; False when that, or anybody, has settled, removed or handed it on meanwhile."""
+        """Settles the attempt of a worker that is gone; False when anybody has settled, removed or handed it on meanwhile."""
         future = asyncio.get_running_loop().create_future()
         on_reply = functools.partial(complete, future)
         command = self.finish([(*taken, settlement)], take=0, on_reply=on_reply)
+        assert command.repeat is not None
+        command.args = command.repeat  # the id may be a new job's by now, or another attempt's, of the same length
         command.repeat = None  # the next check finds it again, if it is still there
         self.settle((command,))
         settled = self.settled_by((await future)[0])

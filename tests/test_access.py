@@ -324,6 +324,24 @@ async def test_without_these_a_quiet_connection_stays(access: Access, monkeypatc
     assert (queue.reconnects, access.errors) == (0, [])
 
 
+async def test_what_readme_says_a_worker_without_max_stalls_can_do_without(access: Access) -> None:
+    """its check finds a job that is marked, one that is not, and a count of another worker's"""
+    (named,) = re.findall(r"Some can be left out: (.*) where no `max_stalls` is set", README)
+    await access.allow("worker")
+    rights = [f"-{right}" for right in re.findall(r"`(\w+)`", named)]
+    assert {f"+{right[1:]}" for right in rights} <= {*RIGHTS["worker"]}
+    await access.redis.execute_command("ACL SETUSER", access.user, *rights)
+    queue = await access.queue(stalled_check_interval=0).ready()
+    for job_id, places in (("lost", ["active", "stalling"]), ("new", ["active"])):
+        await access.redis.hset(queue.to_key("jobs"), job_id, entry())
+        await put(access.redis, queue, places, job_id)
+    await access.redis.hset(queue.to_key("stalls"), "gone", "1 0")
+    assert await queue.check_stalled_jobs() == 1
+    queue.process(echo)
+    await until(lambda: access.redis.sismember(queue.to_key("succeeded"), "lost"))
+    assert (access.errors, await access.refused()) == ([], set())
+
+
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import redis as sync_redis
 from redis.asyncio import Redis
 
 import beequeue.store
-from beequeue import ConnectionLost, Job, LateFinish, Queue
+from beequeue import CommandError, ConnectionLost, Job, LateFinish, Queue
 from beequeue.job import now_ms
 from beequeue.store import SCRIPTS
 from harness.server import Server
@@ -224,6 +226,61 @@ async def test_copies_of_an_id_come_back_as_one(make_queue: MakeQueue, redis: An
     assert (active, stalling) == ([], set())
 
 
+@pytest.mark.parametrize("refused", [False, True])
+async def test_those_that_stalled_too_often_fail_slice_by_slice(
+    make_queue: MakeQueue, redis: Any, url: str, refused: bool
+) -> None:
+    """ST-14: a check holds no more than one slice of them; what Redis refuses is raised when all others have been moved"""
+    queue = await make_queue(max_stalls=1, is_worker=False).ready()
+    ids = numbers(95)
+    await lose(redis, queue, ids)
+    often = ids[::5]
+    stalls = {job_id: f"1 {hashlib.sha1(entry(job_id).encode()).hexdigest()}" for job_id in often}
+    await redis.hset(queue.to_key("stalls"), mapping=stalls)
+    if refused:
+        with sync_redis.Redis.from_url(url) as other:
+            queue.on("stalled", lambda job_id: other.set(queue.to_key("failed"), "no set"))
+            with pytest.raises(CommandError, match="WRONGTYPE"):
+                await queue.check_stalled_jobs()
+        active = await redis.lrange(queue.to_key("active"), 0, -1)
+        assert {*often} <= {*active}
+        assert (
+            len(active) <= len(often) + 1
+        )  # the refused one is back at the right end, so the last one waits for the next check
+        await redis.delete(queue.to_key("failed"))
+    else:
+        order = Seen()
+        queue.on("failed", lambda job, error: order(job.id))
+        queue.on("stalled", order)
+        assert await queue.check_stalled_jobs() == len(ids) - len(often)
+        said = [int(job_id) for (job_id,) in order.calls]
+        assert sorted(said) == [*range(95)]
+        assert all(abs(number - at) <= AT_ONCE for at, number in enumerate(said))
+        assert await redis.smembers(queue.to_key("failed")) == {*often}
+    await queue.destroy()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_however_many_are_double_each_is_marked_and_stays_once(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """ST-14: doubles in a long active; what is taken out of the part that is marked already hides no other one"""
+    monkeypatch.setattr(beequeue.store, "CHECKED_AT_ONCE", 50)
+    chance = random.Random(seed)
+    queue = await make_queue().ready()
+    ids = numbers(600)
+    copies = [*chance.sample(ids, 60), *chance.choices(ids[:100], k=60), *ids[-20:]]
+    await lose(redis, queue, ids)
+    for job_id in copies:
+        await redis.linsert(queue.to_key("active"), "BEFORE", chance.choice(ids), job_id)
+    await redis.delete(queue.to_key("stalling"))
+    assert await queue.check_stalled_jobs() == 0
+    _, active, stalling = await look(redis, queue)
+    assert sorted(active) == sorted(ids)
+    assert stalling == {*ids}
+    await queue.destroy()
+
+
 async def test_a_slice_whose_answer_is_lost_is_not_done_twice(make_queue: MakeQueue, redis: Any, url: str) -> None:
     """and the check goes on: only what that answer told is not told"""
     async with Relay(url) as relay:
@@ -331,21 +388,55 @@ async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis
     assert len(make_queue.claim(LateFinish)) == 1
 
 
-@pytest.mark.parametrize("place", ["waiting", "active", None])
+@pytest.mark.parametrize("place", ["waiting", "active", "delayed", None])
 async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, redis: Any, place: str | None) -> None:
-    """QK-19: no second copy in waiting. An entry that somebody has edited by hand, and nothing else, holds nothing up."""
+    """QK-19: no second copy anywhere. The only one in active is another attempt's, or a new job's: it stays."""
     queue = await make_queue().ready()
     await redis.hset(queue.to_key("jobs"), "1", entry("1") + " ")
-    await redis.lpush(queue.to_key("active"), "1")
-    if place is not None:
+    await redis.lpush(queue.to_key("active"), "1", "other")
+    await redis.lmove(queue.to_key("active"), queue.to_key("active"), "RIGHT", "LEFT")
+    await redis.sadd(queue.to_key("stalling"), "1")
+    if place == "delayed":
+        await redis.zadd(queue.to_key(place), {"1": 4_000_000_000_000})
+    elif place is not None:
         await redis.lpush(queue.to_key(place), "1")
     replies = Seen()
-    settlement = beequeue.store.Settlement("retrying", entry("1").encode(), b"")
+    settlement = beequeue.store.Settlement("succeeded", entry("1").encode(), b"")
     queue._store.settle([queue._store.finish([("1", entry("1").encode(), settlement)], take=0, on_reply=replies)])
-    assert await replies.reaches(1) == [([int(place is None)],)]
-    waiting, active, _ = await look(redis, queue)
-    assert (waiting, active) == ([], ["1"]) if place == "active" else (["1"], [])
+    assert await replies.reaches(1) == [([0],)]
+    waiting, active, stalling = await look(redis, queue)
+    assert waiting == (["1"] if place == "waiting" else [])
+    assert active == (["1", "other"] if place in ("active", None) else ["other"])
+    assert stalling == (set() if place else {"1"})
+    assert await redis.zscore(queue.to_key("delayed"), "1") == (4_000_000_000_000 if place == "delayed" else None)
+    assert await redis.hget(queue.to_key("jobs"), "1") == entry("1") + " "
+    assert await redis.exists(queue.to_key("succeeded")) == 0
     await queue.destroy()
+
+
+async def test_an_old_run_leaves_a_new_job_with_its_own_id_alone(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-19: the old one was removed while it ran"""
+    queue = await make_queue().ready()
+    gates = {"old": asyncio.Event(), "newer": asyncio.Event()}
+    started = Seen()
+
+    async def handler(job: Job) -> Any:
+        started()
+        await gates[job.data].wait()
+        return job.data
+
+    queue.process(handler, 2)
+    await queue.create_job("old").set_id("daily").save()
+    await started.reaches(1)
+    await queue.remove_job("daily")
+    new = await queue.create_job("newer").set_id("daily").save()
+    await started.reaches(2)
+    gates["old"].set()
+    await until(lambda: queue.late_finishes == 1)
+    assert (await queue.check_health())[:4] == (0, 1, 0, 0)
+    gates["newer"].set()
+    assert await new.result(8_000) == "newer"
+    assert len(make_queue.claim(LateFinish)) == 1
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["retry now", "retry later"])

@@ -247,6 +247,24 @@ async def test_who_ended_it_in_time_wins(make_queue: MakeQueue, redis: Any) -> N
     assert await queue.check_health() == (0, 0, 1, 0, 0, 1)
 
 
+async def test_a_new_job_with_the_id_of_one_that_stalled_too_often_goes_on(make_queue: MakeQueue, redis: Any) -> None:
+    """found, removed, saved anew with data of the same length and taken, before the old one is settled"""
+    queue = await make_queue(max_stalls=0).ready()
+    failed = Seen()
+    queue.on("failed", failed)
+    await queue.create_job("old").set_id("daily").save()
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    found = Taken("daily", (await redis.hget(queue.to_key("jobs"), "daily")).encode())
+    await queue.remove_job("daily")
+    await queue.create_job("new").set_id("daily").save()
+    await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
+    await queue._stall_checker._fail(found)
+    assert failed.calls == []
+    assert (await queue.check_health())[:4] == (0, 1, 0, 0)
+    assert '"new"' in await redis.hget(queue.to_key("jobs"), "daily")
+    await queue.destroy()
+
+
 @pytest.mark.parametrize("entry", ["no job", f'{{"data":{DEEP},"options":{{}}}}'], ids=["unreadable", "nested"])
 async def test_an_entry_that_cannot_be_written_fails_too(make_queue: MakeQueue, redis: Any, entry: str) -> None:
     queue = await make_queue(max_stalls=0).ready()

@@ -118,30 +118,37 @@ local function move(at_most)
 end
 
 -- Node takes all copies of a stalled id out of active. Two slices may not meet both: where one that is marked comes again,
--- one copy stays, at the left end. For who ends the job it is the same: all copies go, or one settlement takes one.
+-- one copy stays, at the right end, which `mark` has gone through; for who ends the job it is the same. Returns how many
+-- there were.
 local function leave_one(id)
   redis.call('LREM', KEYS[4], 1, '') -- only tries the right
-  redis.call('LPUSH', KEYS[4], id)
-  redis.call('LREM', KEYS[4], 0, id)
-  redis.call('LPUSH', KEYS[4], id)
+  redis.call('RPUSH', KEYS[4], id)
+  local copies = redis.call('LREM', KEYS[4], 0, id) - 1
+  redis.call('RPUSH', KEYS[4], id)
+  return copies
 end
 
--- returns how many it has gone through, from the right, behind the first `done`; and whether it was all
+-- returns how many more of the last in active it has gone through, behind the first `done`; and whether it was all
 local function mark(done)
   local ids = redis.call('LRANGE', KEYS[4], -done - budget, -done - 1)
   if done == 0 and #ids < budget then
     in_batches('SADD', KEYS[2], ids)
     return #ids, true
   end
-  local doubles = 0
+  local seen, doubles, is_left = 0, 0, {}
   for at = #ids, 1, -1 do
-    if redis.call('SADD', KEYS[2], ids[at]) == 0 then
-      leave_one(ids[at])
+    local id = ids[at]
+    if redis.call('SADD', KEYS[2], id) == 1 then
+      seen = seen + 1
+    elseif not is_left[id] then
+      is_left[id] = true
+      -- its copy at the right end has replaced the one that was marked, or has come besides
+      if leave_one(id) == 1 then seen = seen + 1 end
       doubles = doubles + 1
-      if doubles == MOST_DOUBLES then return #ids - at + 1, false end
+      if doubles == MOST_DOUBLES then return seen, false end
     end
   end
-  return #ids, #ids < budget
+  return seen, #ids < budget
 end
 
 local part, at = string.match(ARGV[6], '^(%a+) (%d+)$')

@@ -16,7 +16,7 @@
 --                         job JSON to store, unless it is deleted
 --                         event message, or '' for none
 --                         with 'retry later': activation time, epoch ms
---                         the job JSON that the run has: its length, or, in what is sent again, its SHA-1
+--                         the job JSON that the run has: its length; its SHA-1, if this is sent again or the job has stalled
 --
 -- Returns a flat list: for each run 1 if this call settled its job, 0 if not, or the error; then id, JSON,
 -- id, JSON, … of the jobs that were taken; then the error, if they could not be.
@@ -26,7 +26,7 @@
 -- unless the id was in active and has data: one settlement for each entry in active, and a removed job
 -- does not come back. A job that is retried is pushed after the next ones are taken, so that it does
 -- not return straight to its worker. What Redis refuses for one run is that run's error alone, and its
--- job stays active; what cannot be taken stays in waiting.
+-- job stays active; except that a job whose event may not be published is settled. What cannot be taken stays in waiting.
 --
 -- What is sent again, because its answer was lost, may have been done the first time, and another worker may
 -- have the job by now. Each settlement writes the job's JSON, so an attempt is known by it.
@@ -34,7 +34,8 @@
 -- LREM goes from the left end, where takes push, to the first copy: its cost is the number of jobs taken since,
 -- however many that are old, or have lost their worker, lie behind. It cannot be less: a list has no index. An
 -- id is in active twice when Node has retried a job that was running. The second settlement finds JSON of
--- another length; if the job has ended, or has been made available again, it does nothing.
+-- another length; it settles nothing, nor does a run whose id is another attempt's, or a new job's, by now: then the copy in
+-- active is theirs, and stays. It is the run's own, and goes, if the job has ended or has another place.
 
 local RUN, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
@@ -43,9 +44,10 @@ local function named(refused, command)
   return {err = refused.err .. ' (' .. command .. ')'}
 end
 
--- whether a job that has just left active has ended, or is available or active again
+-- whether a job that has just left active has ended, or is delayed, available or active again
 local function is_overtaken(id)
   if redis.pcall('SISMEMBER', KEYS[5], id) == 1 or redis.pcall('SISMEMBER', KEYS[6], id) == 1 then return true end
+  if type(redis.pcall('ZADD', KEYS[7], 'XX', 'INCR', 0, id)) == 'string' then return true end
   for _, key in ipairs({KEYS[4], KEYS[1]}) do
     local pushed = redis.pcall('LPUSH', key, id)
     if type(pushed) == 'number' and redis.call('LREM', key, 0, id) > 1 then
@@ -95,7 +97,13 @@ local function settle(at)
   if found ~= 1 then return found == 0 and 0 or named(found, 'LREM') end
   ids[#ids + 1] = id
   if exists == 0 then return 0 end
-  if #own < SHA_LENGTH and length ~= tonumber(own) and is_overtaken(id) then return 0 end
+  if #own < SHA_LENGTH and length ~= tonumber(own) then
+    if not is_overtaken(id) then
+      if type(redis.pcall('LPUSH', KEYS[1], id)) == 'table' then redis.call('RPUSH', KEYS[1], id) end
+      ids[#ids] = nil
+    end
+    return 0
+  end
   local refused = move_on(at)
   if refused then
     redis.call('RPUSH', KEYS[1], id)
