@@ -29,7 +29,7 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.heart import REPORTED_AT_ONCE, Heart
+from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Link
@@ -277,11 +277,10 @@ class Consumer:
             # by the clock: how long Redis takes to answer must not stretch the interval
             due_at = max(due_at + half_s, self._loop.time())
             await asyncio.sleep(due_at - self._loop.time())
+            reports = self._heart.beat()
             self._heart.sign()
-            ids = list({run.id for run in self._own()})
-            reports = [self._store.heartbeat(ids[at : at + REPORTED_AT_ONCE]) for at in range(0, len(ids), REPORTED_AT_ONCE)]
             answers = await asyncio.gather(*reports, return_exceptions=True)
-            refused = next((answer for answer in answers if answer is not None), None)
+            refused = next((answer for answer in answers if isinstance(answer, BaseException)), None)
             if isinstance(refused, BeeQueueError):
                 self._host._report(refused)
             elif refused is not None:
