@@ -152,6 +152,10 @@ class Consumer:
         """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
         assert job is not None
         try:
+            if self._threads is not None:
+                run.call = call = self._threads.call(job)
+                if call.late:
+                    await self._threads.wait_for_thread(call)
             limit = job.options.get("timeout")
             if limit:
                 run.result = await self._within(limit, run, job)
@@ -196,11 +200,10 @@ class Consumer:
             raise
 
     def _call(self, run: Run, job: Job) -> Awaitable[Any]:
-        if self._threads is None:
-            outcome: Awaitable[Any] = self._handler(job)
-            return outcome
-        run.call = self._threads.call(job)
-        return asyncio.wrap_future(run.call)
+        if run.call is not None:
+            return asyncio.wrap_future(run.call)
+        outcome: Awaitable[Any] = self._handler(job)
+        return outcome
 
     def _decide(self, run: Run, job: Job) -> Settlement:
         """The settlement for the run's outcome; a result that JSON cannot carry becomes the run's error."""
