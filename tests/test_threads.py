@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from beequeue import Job, JobTimeout, LateFinish, OperationTimedOut, threads
+from beequeue import Job, JobFailed, JobTimeout, LateFinish, OperationTimedOut, threads
 from tests.conftest import MakeQueue, Seen, until
 
 SPARE = 3
@@ -125,6 +126,27 @@ async def test_a_hanging_thread_whose_job_is_gone_keeps_its_slot_too(make_queue:
     assert await waiting.is_in_set("waiting")
     hanging.gates[0].set()
     await until(lambda: "waiting" in hanging.gates)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, GeneratorExit])
+async def test_what_a_future_does_not_carry_fails_the_job(
+    make_queue: MakeQueue, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    """P-04: as a RuntimeError, which names it; asyncio has nothing to complain of"""
+    queue = make_queue()
+
+    def work(job: Job) -> str:
+        if job.data == "bad":
+            raise kind
+        return "good"
+
+    bad, good = await queue.create_job("bad").save(), await queue.create_job("good").save()
+    queue.process(work)
+    with pytest.raises(JobFailed, match=f"^handler raised {kind.__name__}$"):
+        await bad.result()
+    assert await good.result() == "good"
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 # --- a system that gives no thread -----------------------------------------------------------------------------------
