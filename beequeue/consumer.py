@@ -122,8 +122,8 @@ class Consumer:
         """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
 
         So a handler that never suspends costs neither a task nor a turn of the loop. A row ends at half of the slots, so Redis
-        settles one while the next one runs. No job sees what another one has left in the task: a handler that changed its
-        context, or asked for its own cancellation, or suspended, was the task's last.
+        settles one while the next one runs. A handler that changed its context, asked for its own cancellation or suspended was
+        the task's last. What it has the loop do to its task later (`call_later(1, task.cancel)`) may still hit another job.
         """
         task = asyncio.current_task()
         assert task is not None
