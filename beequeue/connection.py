@@ -141,6 +141,11 @@ class Connection:
             for command in commands:
                 self.send(command)
 
+    def flush(self) -> None:
+        """Writes what has been issued, without waiting for the loop's next turn."""
+        if self.link is not None:
+            self.link.flush()
+
     async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
         """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
         future = asyncio.get_running_loop().create_future()

@@ -29,7 +29,7 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.heart import REPORTED_AT_ONCE, Heart
+from beequeue.heart import Heart
 from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
 from beequeue.link import Link
@@ -122,8 +122,8 @@ class Consumer:
         """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
 
         So a handler that never suspends costs neither a task nor a turn of the loop. A row ends at half of the slots, so Redis
-        settles one while the next one runs. No job sees what another one has left in the task: a handler that changed its
-        context, or asked for its own cancellation, or suspended, was the task's last.
+        settles one while the next one runs. A handler that changed its context, asked for its own cancellation or suspended was
+        the task's last. What it has the loop do to its task later (`call_later(1, task.cancel)`) may still hit another job.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -152,6 +152,10 @@ class Consumer:
         """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
         assert job is not None
         try:
+            if self._threads is not None:
+                run.call = call = self._threads.call(job)
+                if call.late:
+                    await self._threads.wait_for_thread(call)
             limit = job.options.get("timeout")
             if limit:
                 run.result = await self._within(limit, run, job)
@@ -196,11 +200,10 @@ class Consumer:
             raise
 
     def _call(self, run: Run, job: Job) -> Awaitable[Any]:
-        if self._threads is None:
-            outcome: Awaitable[Any] = self._handler(job)
-            return outcome
-        run.call = self._threads.call(job)
-        return asyncio.wrap_future(run.call)
+        if run.call is not None:
+            return asyncio.wrap_future(run.call)
+        outcome: Awaitable[Any] = self._handler(job)
+        return outcome
 
     def _decide(self, run: Run, job: Job) -> Settlement:
         """The settlement for the run's outcome; a result that JSON cannot carry becomes the run's error."""
@@ -277,11 +280,10 @@ class Consumer:
             # by the clock: how long Redis takes to answer must not stretch the interval
             due_at = max(due_at + half_s, self._loop.time())
             await asyncio.sleep(due_at - self._loop.time())
+            reports = self._heart.beat()
             self._heart.sign()
-            ids = list({run.id for run in self._own()})
-            reports = [self._store.heartbeat(ids[at : at + REPORTED_AT_ONCE]) for at in range(0, len(ids), REPORTED_AT_ONCE)]
             answers = await asyncio.gather(*reports, return_exceptions=True)
-            refused = next((answer for answer in answers if answer is not None), None)
+            refused = next((answer for answer in answers if isinstance(answer, BaseException)), None)
             if isinstance(refused, BeeQueueError):
                 self._host._report(refused)
             elif refused is not None:

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, TaskFailed
 from beequeue.run import name_of
@@ -164,6 +164,8 @@ class Heart:
         self._loop_thread = threading.get_ident()
         self._sign_at = time.monotonic()
         self._asked_at: float | None = None
+        self._reports: list[list[asyncio.Future[Any]]] = []
+        """The last two that the loop has sent because the watch asked. The answer to the last may be there, and not be read."""
         self._stop = threading.Event()
         self._ended = asyncio.Event()
         self._stand_in: threading.Thread | None = None
@@ -175,9 +177,27 @@ class Heart:
         except RuntimeError as error:  # the system gives no thread: the loop's own heartbeat is there
             log.warning("queue %s: nothing watches the event loop: %s", self._queue, error)
 
+    def beat(self) -> list[asyncio.Future[Any]]:
+        """Sends the reports of all jobs that are held; returns their answers."""
+        return [self._store.heartbeat(ids) for ids in self._portions()]
+
     def sign(self) -> None:
-        """The loop lives."""
+        """The loop lives, and has just reported its jobs."""
         self._sign_at = time.monotonic()
+
+    def _answer(self) -> None:
+        """The watch asks. A loop that blocks in pieces gets here, but its own heartbeat takes several turns and may not."""
+        if time.monotonic() - self._sign_at < self._repeat_s:  # its own heartbeat was first
+            return
+        if len(self._reports) < 2 or all(report.done() for report in self._reports[0]):
+            # a refusal is reported when the loop's own heartbeat meets it
+            self._reports = [*self._reports[-1:], self.beat()]
+        self.sign()
+
+    def _portions(self) -> list[list[str]]:
+        """The ids of all jobs that are held, so many together as one command reports."""
+        ids = list({run.id for run in self._held()})
+        return [ids[at : at + REPORTED_AT_ONCE] for at in range(0, len(ids), REPORTED_AT_ONCE)]
 
     async def stop(self, grace_s: float) -> None:
         """Ends the watch, and waits so long for a thread that stands in; it ends within `LONGEST_CALL_S`."""
@@ -200,7 +220,7 @@ class Heart:
         """
         now = time.monotonic()
         if self._stand_in is not None:
-            return now + self._repeat_s
+            return now + self._answer_s
         asked_at = self._asked_at
         if asked_at is None:
             if (due_at := self._sign_at + self._calm_s) > now:
@@ -219,7 +239,7 @@ class Heart:
                 self._report_meanwhile()
             return now + self._repeat_s
         self._asked_at = now
-        return now + self._answer_s if self._tell_loop(self.sign) else None
+        return now + self._answer_s if self._tell_loop(self._answer) else None
 
     def _tell_loop(self, what: Callable[[], object]) -> bool:
         """False when the loop is closed, and the queue never was."""
@@ -254,7 +274,7 @@ class Heart:
         last_sign, warned = self._sign_at, False
         while self._sign_at == last_sign and self._loop.is_running():
             if held := list(self._held()):
-                failure = self._report(held)  # before a line is logged: that may wait for what blocks the loop
+                failure = self._report()  # before a line is logged: that may wait for what blocks the loop
                 if not warned and time.monotonic() - last_sign >= self._calm_s + ANSWER_S:
                     log.warning("queue %s: %s", self._queue, self._what_blocks(held))
                     warned = True
@@ -265,12 +285,11 @@ class Heart:
         if warned:
             log.warning("queue %s: the event loop is back after %.1f s", self._queue, self._sign_at - last_sign)
 
-    def _report(self, held: list[Held]) -> Exception | None:
+    def _report(self) -> Exception | None:
         """Tells Redis; what went wrong, if anything did."""
         try:
-            ids = list({run.id for run in held})
-            for at in range(0, len(ids), REPORTED_AT_ONCE):
-                self._store.heartbeat_blocking(self._connection, ids[at : at + REPORTED_AT_ONCE])
+            for ids in self._portions():
+                self._store.heartbeat_blocking(self._connection, ids)
         except Exception as error:  # whatever the driver makes of a socket that `stop` has closed
             return error
         return None

@@ -141,11 +141,12 @@ class Link(asyncio.Protocol):
             self._write(packed)
         else:
             if not self._unsent:
-                self._loop.call_soon(self._flush)
+                self._loop.call_soon(self.flush)
             self._unsent += packed
         self._in_flight.extend(commands)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes what has been issued; the loop does so a turn after it was."""
         unsent = self._unsent
         if unsent and not self.down:
             self._write(unsent)

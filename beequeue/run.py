@@ -60,8 +60,9 @@ def in_thread(handler: Handler, job: Job) -> Any:
     """Calls a plain handler, in a thread of its own."""
     try:
         result = handler(job)
-    except StopIteration as error:  # a future cannot carry it; said as Python does for coroutines
-        raise RuntimeError("handler raised StopIteration") from error
+    except (StopIteration, GeneratorExit) as error:
+        # a future cannot carry the one, and the other would close the coroutine that awaits it; named as Python does it
+        raise RuntimeError(f"handler raised {type(error).__name__}") from error
     if inspect.iscoroutine(result):
         result.close()
         raise TypeError("a plain handler returned a coroutine: make the handler an async def")

@@ -441,9 +441,13 @@ class Store:
         """Sends what `finish` has made, in one write."""
         self._commands.send_all(finishes)
 
-    async def heartbeat(self, job_ids: Iterable[str]) -> None:
-        """Reports running jobs: takes their ids out of `stalling`."""
-        await self._commands.call(b"SREM", self._stalling, *map(_bytes, job_ids), repeatable=True)
+    def heartbeat(self, job_ids: Iterable[str]) -> asyncio.Future[Any]:
+        """Reports running jobs: takes their ids out of `stalling`. When this returns, the command is written."""
+        answered = asyncio.get_running_loop().create_future()
+        args = (b"SREM", self._stalling, *map(_bytes, job_ids))
+        self._commands.send(Command(args, functools.partial(complete, answered), repeat=args))
+        self._commands.flush()
+        return answered
 
     def blocking_connection(self, timeout_s: float) -> BlockingConnection:
         """For a thread, beside the connections of the event loop; not open yet."""

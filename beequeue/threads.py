@@ -2,15 +2,24 @@
 
 A time-out ends a job, not its thread, so there are more threads than slots. Once all of these hang, each further one keeps its
 slot until it returns. A handler therefore always finds a free thread: it is called when its time-out begins, not later.
+
+A system that gives no thread fails no job: the call waits for a thread that becomes free, or for one that can be started.
+The threads are daemons, because one that waits for a call must not keep the process alive. A process that ends waits for the
+handlers that run (`os._exit` does not), and starts none after that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
+import os
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 from beequeue.job import Job
@@ -20,6 +29,114 @@ log = logging.getLogger("beequeue")
 
 MORE_THREADS = 100
 """Threads beyond the concurrency."""
+RETRY_S = 1.0
+"""How often the worker tries to start the threads that the system did not give."""
+
+
+class Call(Future[Any]):
+    """A handler's call; `late` is set when it waits for a thread, and completes when it has one."""
+
+    def __init__(self, handler: Handler, job: Job) -> None:
+        super().__init__()
+        self.handler = handler
+        self.job = job
+        self.late: Future[None] | None = None
+
+
+class Pool:
+    """Threads that make calls. It starts one for each call that finds none free, and knows nothing of loops and jobs."""
+
+    def __init__(self) -> None:
+        self.short = False
+        """Whether the system did not give the last thread that was asked for."""
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._free = 0
+        """The threads without a call, less the calls without a thread."""
+        self._threads: list[threading.Thread] = []
+        self._ended = False
+        _pools.add(self)
+
+    def submit(self, call: Call) -> None:
+        """Has a thread make the call, at once unless it is `late`."""
+        with self._lock:
+            self._free -= 1
+            if self._free < 0 and not self._start():
+                call.late = Future()
+        self._calls.put(call)
+
+    def start_missing(self) -> None:
+        """Starts threads for the calls that have none, if the system gives them now."""
+        with self._lock:
+            while self._free < 0 and self._start():
+                pass
+
+    def _start(self) -> bool:
+        if self._ended:
+            return False
+        thread = threading.Thread(target=self._work, name=f"beequeue handler_{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self.short = True
+            return False
+        self.short = False
+        self._free += 1
+        self._threads.append(thread)
+        return True
+
+    def end(self) -> None:
+        """Starts no more threads, and ends each when it has no call; those under way go on."""
+        with self._lock:
+            self._ended = True
+            for _ in self._threads:
+                self._calls.put(None)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    # --- in a thread -----------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            self._make(call)
+            del call  # which has the job and its result
+
+    def _make(self, call: Call) -> None:
+        result = error = None
+        if is_wanted := call.set_running_or_notify_cancel():
+            if call.late is not None:
+                call.late.set_result(None)
+            try:
+                result = in_thread(call.handler, call.job)
+            except BaseException as raised:
+                error = raised
+        with self._lock:  # before the loop hears of it, and calls the next handler
+            self._free += 1
+        try:
+            if error is not None:
+                call.set_exception(error)
+            elif is_wanted:
+                call.set_result(result)
+        finally:
+            error = None  # its traceback has this frame
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    pools = list(_pools)
+    for pool in pools:
+        pool.end()
+    for pool in pools:
+        pool.join()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # their threads are the parent's
 
 
 class Threads:
@@ -31,14 +148,37 @@ class Threads:
         self._give_slot = give_slot
         self._count = slots + MORE_THREADS
         self._spare = MORE_THREADS
-        self._pool = ThreadPoolExecutor(self._count, "beequeue handler")
+        self._pool = Pool()
+        weakref.finalize(self, self._pool.end).atexit = False
         self._loop = asyncio.get_running_loop()
         self._hanging = 0
         self._all_hang = False
+        self._is_short = False
 
-    def call(self, job: Job) -> Future[Any]:
-        """Calls the handler."""
-        return self._pool.submit(in_thread, self._handler, job)
+    def call(self, job: Job) -> Call:
+        """Calls the handler. One that is `late` has not begun: see `wait_for_thread`."""
+        call = Call(self._handler, job)
+        self._pool.submit(call)
+        if self._is_short and not self._pool.short:
+            self._is_short = False
+            log.warning("queue %s: the system gives threads for its handler again", self._queue)
+        return call
+
+    async def wait_for_thread(self, call: Call) -> None:
+        """Returns when a thread has taken a call that is late."""
+        assert call.late is not None
+        if self._pool.short and not self._is_short:
+            self._is_short = True
+            name = name_of(self._handler)
+            log.warning("queue %s: the system gives no more threads: calls of the handler %s wait for one", self._queue, name)
+        begun = asyncio.wrap_future(call.late)
+        try:
+            while not begun.done():
+                await asyncio.wait((begun,), timeout=RETRY_S)
+                self._pool.start_missing()
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     def hangs(self, call: Future[Any]) -> bool:
         """Counts a call that goes on after the end of its job; returns whether it keeps the slot."""
@@ -70,4 +210,4 @@ class Threads:
 
     def end(self) -> None:
         """Starts no more calls; those under way go on."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.end()

@@ -135,6 +135,32 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
     assert hearts() == []
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.2])
+async def test_a_handler_that_blocks_the_loop_in_pieces_keeps_its_job(
+    make_queue: MakeQueue, name: str, url: str, share: float
+) -> None:
+    """of some part of a stall interval each: the loop has turns between them, but too few for its own heartbeat"""
+    queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
+    runs: list[Any] = []
+    other_checks = asyncio.Event()
+
+    async def handler(job: Job) -> str:
+        runs.append(job.data)
+        await other_checks.wait()
+        for _ in range(int(6 / share)):
+            time.sleep(share * INTERVAL_MS / 1000)  # noqa: ASYNC251  # it blocks
+            await asyncio.sleep(0)
+        return "done"
+
+    job = await queue.create_job("x").save()
+    queue.process(handler)
+    await until(lambda: runs)
+    with Other(name, url) as other:
+        other_checks.set()
+        assert await job.result() == "done"
+        assert (runs, other.ran, other.stalled) == (["x"], [], [])
+
+
 async def test_what_blocks_need_not_be_a_handler(
     make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from beequeue import Job, JobTimeout, LateFinish, threads
+from beequeue import Job, JobFailed, JobTimeout, LateFinish, OperationTimedOut, threads
 from tests.conftest import MakeQueue, Seen, until
 
 SPARE = 3
@@ -123,3 +126,162 @@ async def test_a_hanging_thread_whose_job_is_gone_keeps_its_slot_too(make_queue:
     assert await waiting.is_in_set("waiting")
     hanging.gates[0].set()
     await until(lambda: "waiting" in hanging.gates)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, GeneratorExit])
+async def test_what_a_future_does_not_carry_fails_the_job(
+    make_queue: MakeQueue, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    """P-04: as a RuntimeError, which names it; asyncio has nothing to complain of"""
+    queue = make_queue()
+
+    def work(job: Job) -> str:
+        if job.data == "bad":
+            raise kind
+        return "good"
+
+    bad, good = await queue.create_job("bad").save(), await queue.create_job("good").save()
+    queue.process(work)
+    with pytest.raises(JobFailed, match=f"^handler raised {kind.__name__}$"):
+        await bad.result()
+    assert await good.result() == "good"
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+# --- a system that gives no thread -----------------------------------------------------------------------------------
+
+
+def handlers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("beequeue handler")]
+
+
+@pytest.mark.parametrize("most", [0, 2])
+async def test_a_system_that_gives_no_thread_fails_no_job(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    """T-05: a job waits for a thread, and its time-out begins with the call; the log says it once"""
+    monkeypatch.setattr(threads, "RETRY_S", 0.05, raising=False)
+    queue = await make_queue(get_events=False).ready()
+    await until(lambda: not handlers())
+    start, refused, gives_more = threading.Thread.start, Seen(), False
+
+    def start_some(thread: threading.Thread) -> None:
+        if thread.name.startswith("beequeue handler") and not gives_more and len(handlers()) >= most:
+            refused()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    gate, calls, ended = threading.Event(), list[Any](), Seen()
+
+    def work(job: Job) -> None:
+        calls.append(job.data)
+        if job.data < 2:
+            gate.wait(10)
+
+    for event in ("succeeded", "failed"):
+        queue.on(event, lambda job, outcome: ended(job.data, outcome))
+    await queue.save_all(queue.create_job(number).timeout(0 if number < 2 else 300) for number in range(4))
+    queue.process(work, 4)
+    await refused.reaches(40)  # that takes longer than the time-out
+    assert queue.running == 4
+    assert sorted(calls) == list(range(most))
+    assert ended.calls == []
+    gives_more = most == 0  # else the two threads do it all
+    gate.set()
+    await ended.reaches(4)
+    gives_more = True
+    await queue.create_job(4).save()
+    await ended.reaches(5)
+    assert sorted(ended.calls) == [(number, None) for number in range(5)]
+    assert sorted(calls) == list(range(5))
+    name = f"{__name__}.{work.__qualname__}"
+    assert warnings(caplog)[0] == (
+        f"queue {queue.name}: the system gives no more threads: calls of the handler {name} wait for one"
+    )
+    assert len(warnings(caplog)) == (2 if most == 0 else 1)
+
+
+async def test_a_close_hands_back_what_waits_for_a_thread(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, redis: Any
+) -> None:
+    """QK-30: its handler was not called, and is not called later"""
+    start, refused = threading.Thread.start, Seen()
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name.startswith("beequeue handler"):
+            refused()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    queue, calls = make_queue(), list[Any]()
+    await queue.create_job("x").save()
+    queue.process(lambda job: calls.append(job.data))
+    await refused.reaches(1)
+    with pytest.raises(OperationTimedOut):
+        await queue.close(20)
+    make_queue.queues.remove(queue)
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
+    assert calls == []
+    await make_queue().destroy()
+
+
+# --- the end of the process ------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import asyncio, sys, threading, time
+from beequeue import Queue
+
+begun = threading.Event()
+
+def handler(job):
+    print("begins", job.data, flush=True)
+    if job.data == "last":
+        {last}
+    print("ends", job.data, flush=True)
+
+async def main():
+    async with Queue(sys.argv[1], sys.argv[2]) as queue:
+        queue.on("error", lambda error: print("error", type(error).__name__, flush=True))
+        ended = asyncio.Event()
+        queue.on("succeeded", lambda job, result: job.data == "last" and ended.set())
+        queue.process(handler)
+        await ended.wait()
+
+def run():
+    try:
+        asyncio.run(main())
+    finally:
+        print("closed", flush=True)
+
+threading.Thread(target=run, daemon={daemon}).start()
+{daemon} and begun.wait()
+"""
+
+
+def program(name: str, url: str, last: str, *, daemon: bool) -> list[str]:
+    """What a program says whose worker runs beside its main thread, which ends first."""
+    source = PROGRAM.format(last=last, daemon=daemon)
+    done = subprocess.run([sys.executable, "-c", source, name, url], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+async def test_a_worker_outlives_the_main_thread(make_queue: MakeQueue, url: str) -> None:
+    """its loop runs in another thread: each job that it takes is run"""
+    queue = make_queue(is_worker=False)
+    await queue.save_all(queue.create_job(data) for data in (1, 2, "last"))
+    said = await asyncio.to_thread(program, queue.name, url, "time.sleep(0)", daemon=False)
+    assert said == ["begins 1", "ends 1", "begins 2", "ends 2", "begins last", "ends last", "closed"]
+    assert await queue.check_health() == (0, 0, 3, 0, 0, 3)
+
+
+async def test_a_process_that_ends_waits_for_a_handler_that_runs(make_queue: MakeQueue, url: str) -> None:
+    """and its worker, in a daemon thread, fails no job that it takes meanwhile"""
+    queue = make_queue(is_worker=False)
+    await queue.save_all(queue.create_job(data) for data in ("last", 1, 2))
+    said = await asyncio.to_thread(program, queue.name, url, "begun.set(); time.sleep(0.5)", daemon=True)
+    assert said[:2] == ["begins last", "ends last"]
+    assert (await queue.check_health()).failed == 0
