@@ -33,6 +33,8 @@ MOST_WAITING = 10_000
 """How many commands wait for a connection that is down."""
 CALM_S = 15.0
 """A link that was left as unfit after so long counts as one that was good."""
+ACCEPT_S = 2.0
+"""How long it may take, at least, until something accepts a connection; a busy process needs time for that, too."""
 MOST_LOSSES = 10
 """How often a command is repeated whose link was lost each time it was next to be answered: its reply may never fit."""
 
@@ -373,7 +375,7 @@ async def answers(address: Address, limit_s: float) -> bool:
     except CommandError as error:
         return error.code == "NOSCRIPT"
     except (TimeoutError, NoAnswer):
-        return not await address.accepts(limit_s)
+        return not await address.accepts(max(limit_s, ACCEPT_S))
     except (ConnectionRefused, NotLetIn):
         return False
     except ConnectionLost:

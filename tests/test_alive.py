@@ -22,14 +22,14 @@ from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, soon, thaw
 from tests.relay import Line, Relay
 
-TICK_S = 0.02
+TICK_S = 0.03
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link is looked into when nothing has moved for 0.2 s."""
+    """A link is looked into when nothing has moved for 0.3 s."""
     monkeypatch.setattr(beequeue.link, "TICK_S", TICK_S)
 
 

@@ -285,9 +285,13 @@ def test_the_harness_outlives_a_restart_of_redis(programs: Programs, ordered: st
     workers = [programs.start("worker.py") for _ in range(2)]
     assert client.stdout is not None
     before = check_stats(client.stdout.readline(), extended=True)
+    deadline = time.monotonic() + 50
+    with sync_redis.Redis.from_url(programs.server.url) as redis:
+        while len(redis.client_list()) < 1 + 2 + 2 * 3:  # the onlooker's, the client's and the workers'
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     programs.server.stop()
     programs.server.start()
-    deadline = time.monotonic() + 50
     while True:
         assert time.monotonic() < deadline
         stats = json.loads(client.stdout.readline())
