@@ -173,7 +173,7 @@ class Address:
         try:
             driver.connect()
             return driver
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # the latter of a credential provider: nothing cancels a thread
             failure = _translated(error, self, 2)
         driver.disconnect()
         raise failure
@@ -447,11 +447,11 @@ class BlockingConnection:
     def call(self, *args: Any) -> Any:
         """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `ConnectionRefused`."""
         failure: BeeQueueError
+        sent = False
         try:
             driver = self._driver
             if driver is None:
                 driver = self._driver = self._address.open_blocking(self._timeout_s)
-            sent = False
             driver.send_command(*args)
             sent = True
             return driver.read_response()

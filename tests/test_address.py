@@ -150,8 +150,8 @@ async def test_a_cancelled_open_is_cancelled(own_server: Server) -> None:
         await opening
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("token service down"), OSError("away")], ids=repr)
-async def test_a_blocking_connection_raises_its_own_errors(failure: Exception) -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("down"), OSError("away"), asyncio.CancelledError("cut")], ids=repr)
+async def test_a_blocking_connection_raises_its_own_errors(failure: BaseException) -> None:
     with running_server(find_server({}), "--requirepass", PASSWORD) as server:
         connection = BlockingConnection(
             Address({"path": str(server.socket), "credential_provider": Unreliable(failure)}), timeout_s=5
