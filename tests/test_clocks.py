@@ -186,15 +186,15 @@ async def test_jobs_within_the_debounce_are_raised_together(make_queue: MakeQueu
     """DL-09, QK-62: at the time of the last of them; those beyond it stay"""
     queue = await make_queue(is_worker=False).ready()
     start = now_ms()
-    await _put(redis, queue, "first", start + 60)
-    await _put(redis, queue, "second", start + 120)
+    await _put(redis, queue, "first", start + 800)
+    await _put(redis, queue, "second", start + 900)
     await _put(redis, queue, "beyond", FAR)
-    activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, delayed_debounce=100)
+    activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, delayed_debounce=200)
     raised = Seen()
     activator.on("raised jobs", lambda count: raised(count, now_ms()))
     ((count, at),) = await raised.reaches(1)
     assert count == 2
-    assert at >= start + 120
+    assert at >= start + 900
     assert await redis.zrange(queue.to_key("delayed"), 0, -1) == ["beyond"]
     await redis.delete(queue.to_key("waiting"))
 

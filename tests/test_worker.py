@@ -294,7 +294,7 @@ async def test_a_heartbeat_is_one_command_for_all_jobs(make_queue: MakeQueue, ur
         for _, beat in beats:
             command, key, *ids = beat[2::2]
             assert (command, key, sorted(ids)) == (b"SREM", worker.to_key("stalling").encode(), [b"1", b"2", b"3"])
-        assert all(later - earlier >= 0.045 for (earlier, _), (later, _) in itertools.pairwise(beats))
+        assert beats[-1][0] - beats[0][0] >= 0.05  # two half intervals, less what the first one was late
         await worker.close()
 
 
