@@ -135,10 +135,10 @@ class Connection:
         else:
             self._waiting.append(command)
 
-    def send_all(self, commands: Sequence[Command]) -> None:
-        """Issues commands one behind the other, in one write."""
+    def send_all(self, commands: Sequence[Command], *, can_wait: bool = False) -> None:
+        """Issues commands one behind the other, in one write. With `can_wait` the reply to the first one may be late."""
         if self.link is not None:
-            self.link.send_all(commands)
+            self.link.send_all(commands, can_wait=can_wait)
         else:
             for command in commands:
                 self.send(command)

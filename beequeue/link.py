@@ -12,7 +12,9 @@ Rules that hold here and must not be broken:
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +37,11 @@ SLOWEST_BYTES_S = 500_000
 """How fast something on the way may empty its buffers: it has what was written last, and nothing tells of its progress."""
 QUIET_TICKS = 5
 """After how many silent ticks an idle link asks something, so that nothing on the way forgets it."""
+
+LONE_REPLY_BYTES = 8
+"""The size of a settlement's reply that brings no job: `*1\r\n:1\r\n`."""
+LONE_REPLY_S = 0.025
+"""How long the kernel may keep such a reply when no other one follows."""
 
 UNFIT = re.compile(r"(?:(?:ERR|@user_script).*: -)?(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY) ", re.DOTALL)
 """Refusals that tell about the server and not about the command, which did nothing. Redis 6 wraps those of a script."""
@@ -115,6 +122,9 @@ class Link(asyncio.Protocol):
         self._leaving = False
         self.on_unfit: Callable[[Command | None, str], None] | None = None
         self._next_look = REPLY_TICKS
+        self._holds_back: asyncio.TimerHandle | None = None
+        self._held_back_since = 0.0
+        self._can_hold_back = sys.platform == "linux"
         self.still_ticks = 0
         """For how many ticks nothing has moved."""
         self.down = False
@@ -133,8 +143,10 @@ class Link(asyncio.Protocol):
         """Issues a command: at once when nothing is in flight; else what one step of the loop issues leaves in one write."""
         self.send_all((command,))
 
-    def send_all(self, commands: Sequence[Command]) -> None:
-        """Issues commands one behind the other, in one write."""
+    def send_all(self, commands: Sequence[Command], *, can_wait: bool = False) -> None:
+        """Issues commands one behind the other, in one write. With `can_wait` the reply to the first one may be late."""
+        if can_wait:
+            self._hold_back()
         packed = [hiredis.pack_command(command.args) for command in commands]
         if not self._in_flight and not self.down:
             # nothing to join with: a later write would only cost the loop another turn
@@ -233,12 +245,48 @@ class Link(asyncio.Protocol):
         else:
             command.answer(CommandError(named(message, command.script)))
 
+    # --- a reply that need not wake the process -----------------------------------------------------------------------
+
+    def _hold_back(self) -> None:
+        """Has the kernel keep a lone settlement's reply until more follows, or until it has been kept for `LONE_REPLY_S`.
+
+        It would wake the process for nothing: the take behind it stays open. One timer serves however many such replies: it
+        lowers the limit again when no `_hold_back` has come for so long, and the kernel then tells of what is there.
+        """
+        self._held_back_since = self._loop.time()
+        if self._holds_back is None and self._can_hold_back:
+            self._can_hold_back = self._set_low_water(LONE_REPLY_BYTES + 1)
+            if self._can_hold_back:
+                self._holds_back = self._loop.call_later(LONE_REPLY_S, self._let_through)
+
+    def _let_through(self) -> None:
+        at = self._held_back_since + LONE_REPLY_S
+        if self._loop.time() < at:
+            self._holds_back = self._loop.call_at(at, self._let_through)
+        else:
+            self._holds_back = None
+            self._set_low_water(1)
+
+    def _set_low_water(self, size: int) -> bool:
+        """Sets from how many bytes on the kernel tells that there are some; False where it cannot be set."""
+        own = self._transport.get_extra_info("socket")
+        if own is None or own.family not in (socket.AF_INET, socket.AF_INET6) or self._transport.get_extra_info("sslcontext"):
+            return False
+        try:  # a duplicate, since uvloop's own object refuses this
+            with socket.socket(own.family, own.type, fileno=os.dup(own.fileno())) as same:
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        except OSError:
+            return False
+        return True
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     def connection_lost(self, error: Exception | None) -> None:
         self.down = True
         self.error = error
         self._ticker.cancel()
+        if self._holds_back is not None:
+            self._holds_back.cancel()
         if not self.lost.done():
             self.lost.set_result(str(error) if error else self._reason)
         self._keep = None

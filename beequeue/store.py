@@ -374,7 +374,7 @@ class Store:
         if self._takes.link is None:
             self.settle(finishes)
             finishes = ()
-        self._takes.send_all((*finishes, *take))
+        self._takes.send_all((*finishes, *take), can_wait=bool(finishes))
         return take
 
     @staticmethod
