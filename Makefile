@@ -7,6 +7,10 @@ CHART ?= chart.png
 INTERVAL ?= 3
 COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-compose || echo docker compose)
 export WORKERS
+ifneq ($(BENCH_PYTHON),)  # an environment of its own
+  PYTHON := $(BENCH_PYTHON)
+  VENV := bench/.venv-$(notdir $(BENCH_PYTHON))
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help up local compare chart test lint audit behaviours proof faults soak bench mutants clean
@@ -52,11 +56,11 @@ mutants: $(VENV)/.mutants ## faults put into the modules without I/O, one at a t
 behaviours: $(VENV)/.test ## bee-queue's behaviours, one by one: which of them the tests do not name
 	$(VENV)/bin/python -m tests.behaviours
 
-bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on redis-server, in seven minutes: BENCH="--only drain,latency --rounds 9"
+bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on redis-server, in seven minutes: BENCH="--only drain,latency --rounds 9" BENCH_PYTHON=/usr/bin/python3
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 clean: ## remove .venv and what the tools left
-	rm -rf $(VENV) bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) bench/.venv-* bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.13 …" if sys.version_info < (3, 11) else 0)'

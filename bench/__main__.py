@@ -15,6 +15,7 @@ from typing import NoReturn
 import redis
 
 from bench import growth, machine, paired, peers, table
+from bench.interpreter import SLOW
 from bench.measures import MEASURES, QUICK, Sizes
 from bench.programs import Failed, Unavailable, find_node
 from harness.server import NoServer, find_server
@@ -66,7 +67,10 @@ def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
             raise NoServer(
                 f"bench needs an installed redis-server, built with jemalloc as Debian's is: {setup.server} uses {allocator}"
             )
-        return machine.describe(url, setup.node, arguments)
+        described = machine.describe(url, setup.node, arguments)
+    if described["Python"].endswith(SLOW):
+        print(f"warning: {described['Python']}", file=sys.stderr)
+    return described
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:

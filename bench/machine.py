@@ -13,6 +13,7 @@ from pathlib import Path
 
 import redis
 
+from bench import interpreter
 from bench.programs import BEE_QUEUE, ROOT
 
 
@@ -33,7 +34,7 @@ def describe(url: str, node: str | None, arguments: list[str]) -> dict[str, str]
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "machine": f"{cpu_model()}, {os.cpu_count()} cores",
         "kernel": f"{platform.system()} {platform.release()}",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "Python": interpreter.described(),
         "server": f"{kind} {info.get('valkey_version', info['redis_version'])}, {info['mem_allocator']}",
         "sockets": "unix, for all" if url.startswith("unix:") else "TCP over the loopback, for all",
         "redis-py": redis.__version__,

@@ -15,6 +15,7 @@ import pytest
 
 from bench import table
 from bench.growth import Level
+from bench.interpreter import SLOW, build, package_of
 from bench.measures import MEASURES, NODE, OURS, ROWS
 from bench.peers import PeerResult
 from bench.programs import Failed, Program
@@ -176,6 +177,25 @@ def results() -> table.Results:
     ]
     found.left_out = {"four": "it is not there"}
     return found
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "told"),
+    [
+        ("'--prefix=/usr' '--without-ensurepip'", "python3.13 3.13.5-2", "package python3.13 3.13.5-2"),
+        ("'--enable-optimizations' '--with-lto'", None, "compiled with PGO, LTO"),
+        ("'--enable-shared'", None, SLOW),
+        ("", None, SLOW),
+    ],
+)
+def test_the_interpreter_is_named_with_its_build(options: str, package: str | None, told: str) -> None:
+    assert build(options, package) == told
+
+
+def test_the_package_of_a_program_is_found() -> None:
+    found = package_of(Path("/usr/bin/env"))
+    assert found is None or " " in found  # elsewhere than on Debian and Ubuntu there is no such package
+    assert package_of(Path(__file__)) is None
 
 
 def test_the_tables() -> None:
