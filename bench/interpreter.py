@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 OPTIMISATIONS = {"--enable-optimizations": "PGO", "--with-lto": "LTO", "--enable-bolt": "BOLT"}
-SLOW = "built without PGO and LTO, about a quarter slower than the Pythons that users run; name another: BENCH_PYTHON=/usr/bin/python3"
+SLOW = "built without PGO and LTO, about a quarter slower than what users run; name another: BENCH_PYTHON=/usr/bin/python3"
 
 
 def build(options: str, package: str | None) -> str:
