@@ -1,8 +1,7 @@
 """A worker: takes jobs, runs the handler, settles each job and takes the next in the same step.
 
 Shape of the hot path, because speed is decided here and in `intake`:
-- replies are handled by callbacks, in the step that parses them; the only tasks are the handlers', and handlers that never
-  suspend share one;
+- replies are handled by callbacks, in the step that parses them; the only tasks are the handlers';
 - finishing a job brings the next one in the same reply, so a busy slot needs one round trip a job;
 - one heartbeat for all running jobs; a timer for a job only when it has a time-out.
 
@@ -14,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import deque
+import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextvars import copy_context
 from typing import Any, Protocol
 
 from beequeue.decisions import fail, fail_as_stored, retry_delay, succeed
@@ -42,8 +40,6 @@ from beequeue.threads import Threads
 
 log = logging.getLogger("beequeue")
 
-SHORTEST_ROW, LONGEST_ROW = 4, 16
-"""How many handlers run without a turn of the loop, at most: shorter rows cost more writes, longer ones more waiting."""
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
 
@@ -71,11 +67,6 @@ class Consumer:
         self._settings = host.settings
         self._handler = handler
         self._held: dict[Run, None] = {}
-        self._begun: deque[Run] = deque()
-        """The runs whose handler has not been called yet."""
-        self._next_runner: asyncio.Task[None] | None = None
-        """What is about to run them."""
-        self._row = min(max(concurrency // 2, SHORTEST_ROW), LONGEST_ROW)
         self._beating: asyncio.Task[None] | None = None
         self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval, host._report)
         self._changed = asyncio.Event()
@@ -111,46 +102,21 @@ class Consumer:
                 self._settle(run, Settlement("failed", entry, b""))
                 continue
             self.running += 1
-            self._begun.append(run)
-        self._have_them_run()
+            self._start(run, run.job)
 
-    def _have_them_run(self) -> None:
-        if self._begun and self._next_runner is None:
-            self._next_runner = self._loop.create_task(self._run_all(), name="beequeue job")
+    def _start(self, run: Run, job: Job) -> None:
+        """Gives the handler a task of its own, which begins at once where Python can do that, else in the loop's next turn."""
+        attempt = self._attempt(run, job)
+        if sys.version_info >= (3, 12) and self._loop.get_task_factory() is None:
+            asyncio.Task(attempt, loop=self._loop, name="beequeue job", eager_start=True)
+        else:
+            self._loop.create_task(attempt, name="beequeue job")
 
-    async def _run_all(self) -> None:
-        """Runs what has begun, one after the other as long as no handler suspends; the next runner has what is left.
-
-        So a handler that never suspends costs neither a task nor a turn of the loop. A row ends at half of the slots, so Redis
-        settles one while the next one runs. A handler that changed its context, asked for its own cancellation or suspended was
-        the task's last. What it has the loop do to its task later (`call_later(1, task.cancel)`) may still hit another job.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        if self._next_runner is not task:  # an eager task factory has it run within `_have_them_run`
-            await asyncio.sleep(0)
-        self._next_runner = None
-        context = copy_context()
-        for _ in range(self._row):
-            if not self._begun:
-                return
-            run = self._begun.popleft()
-            run.task = task
-            self._have_them_run()
-            following = self._next_runner
-            await self._attempt(run, run.job)
-            if self._next_runner is not following:  # it has begun meanwhile: the handler suspended
-                break
-            try:
-                if task.cancelling() or copy_context() != context:
-                    break
-            except Exception:  # it has changed: what stays the same is not compared
-                break
-        self._have_them_run()
-
-    async def _attempt(self, run: Run, job: Job | None) -> None:
+    async def _attempt(self, run: Run, job: Job) -> None:
         """Runs the handler, and settles the job by its outcome. Whatever the handler raises is the job's failure."""
-        assert job is not None
+        if run.abandoned:  # before it began
+            return
+        run.task = asyncio.current_task()
         try:
             if self._threads is not None:
                 run.call = call = self._threads.call(job)
@@ -333,11 +299,10 @@ class Consumer:
 
     def _abandon(self, run: Run) -> None:
         """Cancels a run's handler; a thread cannot be, so what it comes to is reported."""
+        run.abandoned = True
         if run.task is None:  # it has not been called yet
-            self._begun.remove(run)
             self._leave(run)
             return
-        run.abandoned = True
         if run.call is not None and not run.call.cancel():
             run.call.add_done_callback(functools.partial(self._ended_too_late, run.id))
         run.task.cancel()

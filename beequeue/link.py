@@ -12,6 +12,7 @@ Rules that hold here and must not be broken:
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import socket
@@ -48,6 +49,15 @@ UNFIT = re.compile(r"(?:(?:ERR|@user_script).*: -)?(READONLY|LOADING|MASTERDOWN|
 
 _INCOMPLETE = object()
 _RESP2_PUSHES = (b"message", b"subscribe", b"unsubscribe")
+
+
+class Packed(tuple[Any, ...]):
+    """A command's arguments that are sent often: how the wire has them is made out once."""
+
+    @functools.cached_property
+    def packed(self) -> bytes:
+        packed: bytes = hiredis.pack_command(self)
+        return packed
 
 
 class Command:
@@ -147,7 +157,9 @@ class Link(asyncio.Protocol):
         """Issues commands one behind the other, in one write. With `can_wait` the reply to the first one may be late."""
         if can_wait:
             self._hold_back()
-        packed = [hiredis.pack_command(command.args) for command in commands]
+        packed = [
+            command.args.packed if type(command.args) is Packed else hiredis.pack_command(command.args) for command in commands
+        ]
         if not self._in_flight and not self.down:
             # nothing to join with: a later write would only cost the loop another turn
             self._write(packed)

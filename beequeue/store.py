@@ -57,7 +57,7 @@ from beequeue.connection import Answer, Connection
 from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
-from beequeue.link import Command, Link
+from beequeue.link import Command, Link, Packed
 from beequeue.link import settle as complete
 
 TAKE_WAIT_S = 5
@@ -221,7 +221,8 @@ class Store:
             failed,
         )
         self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
-        self._blocking_take = (b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode())
+        self._blocking_take = Packed((b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode()))
+        self._reads_behind: dict[int, Packed] = {}
 
     def withdraw(self, *commands: Command) -> bool:
         """Takes back commands that wait, since Redis is down; False when one of them has been sent, or answered."""
@@ -366,7 +367,9 @@ class Store:
         `on_id` gets the id, or None after 5 s; `on_jobs` what is for `taken_behind`. `finishes` go first, in the same write.
         """
         assert self._takes is not None
-        args = (*self._read_taken, more, NEWEST, NEWEST_BYTES)
+        args = self._reads_behind.get(more)
+        if args is None:
+            args = self._reads_behind[more] = Packed((*self._read_taken, more, NEWEST, NEWEST_BYTES))
         take = (
             Command(self._blocking_take, on_id, repeat=self._blocking_take),
             Command(args, on_jobs, repeat=args, script=SCRIPTS["read_taken"].text),

@@ -1,4 +1,4 @@
-"""Runs that begin and end together: handlers that never suspend share a task, one script settles all that end in one step."""
+"""Runs that begin and end together: each handler has a task of its own, one script settles all that end in one step."""
 
 from __future__ import annotations
 
@@ -90,26 +90,24 @@ async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
     assert await asyncio.gather(*(job.result() for job in jobs)) == [*range(10)]
 
 
-async def test_a_handler_that_suspends_has_its_task_to_itself_from_then_on(make_queue: MakeQueue) -> None:
-    """what is kept by task (a session, a way to cancel it) is the one job's"""
+async def test_each_handler_has_a_task_of_its_own(make_queue: MakeQueue) -> None:
+    """what is kept by task (a session, a way to cancel it later) is the one job's, whether its handler suspends or not"""
     queue = make_queue()
     jobs = await save(queue, 60)
-    suspended: list[asyncio.Task[Any] | None] = []
+    tasks: list[asyncio.Task[Any] | None] = []
 
-    async def handler(job: Job) -> bool:
-        task = asyncio.current_task()
-        is_its_own = task not in suspended
+    async def handler(job: Job) -> None:
+        tasks.append(asyncio.current_task())
         if job.data % 3:
-            suspended.append(task)
             await asyncio.sleep(0)
-        return is_its_own
 
     queue.process(handler, 20)
-    assert await asyncio.gather(*(job.result() for job in jobs)) == [True] * 60
+    await asyncio.gather(*(job.result() for job in jobs))
+    assert len({*tasks}) == 60
 
 
 async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue) -> None:
-    """one that suspends holds nobody up, wherever in the row it stands"""
+    """one that suspends holds nobody up, wherever it stands"""
     queue = make_queue()
     gates = {number: asyncio.Event() for number in (0, 4, 5, 9)}
     begun, ended = [], Seen()
@@ -160,25 +158,6 @@ async def test_runs_that_end_together_are_settled_by_one_script(make_queue: Make
         assert await redis.smembers(worker.to_key("failed")) == {"2", "3"}
         assert await redis.scard(worker.to_key("succeeded")) == 10
         assert not await redis.exists(worker.to_key("active"), worker.to_key("waiting"))
-        await worker.close()
-
-
-async def test_a_long_row_is_settled_in_lots(make_queue: MakeQueue, url: str) -> None:
-    """Redis has half of them while the others run"""
-    async with Relay(url) as relay:
-        worker = make_queue(redis=relay.url, get_events=False)
-        ended = Seen()
-        worker.on("succeeded", ended)
-        await save(worker, 20)
-        spoken = Spoken(relay)
-
-        async def handler(job: Job) -> None:
-            pass
-
-        worker.process(handler, 20)
-        await ended.reaches(20)
-        first, *others = settled_by_each(spoken)
-        assert (first, sum(others)) == (10, 10)
         await worker.close()
 
 
