@@ -60,7 +60,7 @@ bench: $(VENV)/.bench ## beequeue beside Node's bee-queue and other queues, on r
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 clean: ## remove .venv and what the tools left
-	rm -rf $(VENV) bench/.venv-* bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) bench/.venv-* bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .mutants *.egg-info build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.13 …" if sys.version_info < (3, 11) else 0)'

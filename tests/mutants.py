@@ -1,15 +1,22 @@
 """Which faults the tests do not notice: `make mutants`, MODULES="events settings" for some of them.
 
 Each mutant is one module without I/O with one fault put in: cosmic-ray's operators, and a statement left out. It runs in a
-copy of the project, against the test files that see the module. One that no test fails on is printed, unless
+copy of the project, against the tests that see the module. One that no test fails on is printed, unless
 `mutants.txt` says why nobody could notice it. Ends with 1 when a module has fewer than 95 % noticed.
+
+`.mutants` remembers each verdict for as long as the library and its tests stay the same, so an interrupted run continues.
+SAMPLE=80 tries so many mutants of each module, the same ones each time. PROCESSES says how many run at once: one a core.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import os
+import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,18 +34,20 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
-from harness.server import redis_url
-
 ROOT = Path(__file__).parent.parent
 MODULES = {
     "decisions": "test_decisions",
     "settings": "test_settings",
     "events": "test_events test_job_events",
-    "saving": "test_jobs test_queue test_lookup test_connection",
-    "tracker": "test_job_events test_race test_lookup test_connection test_orders",
+    "saving": "test_jobs test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
+    " test_sync::test_a_save_with_a_time_out_while_redis_is_silent test_connection test_queue"
+    " test_alive::test_a_refused_save_that_is_cancelled_is_not_made",
+    "tracker": "test_job_events test_race test_kept test_hostile test_lookup test_orders test_connection"
+    " test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
+    " test_sizes::test_messages_that_cannot_be_read_are_counted",
     "fsck": "test_fsck",
 }
-"""The modules, and the tests that see each: the soonest to notice first."""
+"""The modules, and the test files, or tests, that see each: the soonest to notice first."""
 OPERATORS = [
     "core/AddNot",
     "core/ExceptionReplacer",
@@ -68,10 +77,24 @@ OPERATORS = [
     "core/ZeroIterationForLoop",
 ]
 NEEDED = 0.95
-LONGEST_S = 300
-"""How long the tests of one mutant may take; after that it is noticed."""
+LONGEST_S, LONGEST = 30, 5
+"""The tests of one mutant may take 30 s and five times as long as without a fault; after that it is noticed."""
+MEMORY_BYTES = 2**31
+"""How much memory they may take."""
+SEED = 189
+JOURNAL = ROOT / ".mutants"
 PRELOADED = "hiredis hypothesis orjson pytest_asyncio pytest_timeout redis.asyncio xdist.plugin".split()  # noqa: SIM905
-OPTIONS = ["-qx", "--timeout", "20", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+OPTIONS = [
+    "-qx",
+    "--assert",
+    "plain",
+    "--timeout",
+    "20",
+    "-p",
+    "no:cacheprovider",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]
 
 
 class Mutant(NamedTuple):
@@ -94,6 +117,8 @@ def mutants(text: str) -> Iterator[Mutant]:
                 continue
             if mutated is None or mutated == text:
                 continue
+            # cosmic-ray replaces each name of `asyncio.CancelledError` and leaves no dot
+            mutated = re.sub(r"\w*(CosmicRayTestingException)\w*", r"\1", mutated)
             mutant = Mutant(mutated, *difference(text, mutated))
             if " /, " not in mutant.change:  # the bare * of a signature, taken for a product
                 yield mutant
@@ -135,41 +160,52 @@ class Copy:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # an interrupt is no failed test
         )
 
-    def passes(self, module: str, text: str) -> bool:
-        """Whether the module's tests pass with this text."""
+    def passes(self, module: str, text: str, longest_s: float) -> bool:
+        """Whether the module's tests pass with this text, and in time."""
         file = self._directory / "beequeue" / f"{module}.py"
         whole = file.read_text()
         file.write_text(text)
         try:
-            return self._run(module)
+            return self._run(longest_s, tests_of(module))
         finally:
             file.write_text(whole)
 
-    def _run(self, module: str) -> bool:
+    def _run(self, longest_s: float, tests: list[str]) -> bool:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(*(f"tests/{name}.py" for name in MODULES[module].split()), file=self._process.stdin, flush=True)
-        return self._process.stdout.readline() == "0\n"
+        print(longest_s, *tests, file=self._process.stdin, flush=True)
+        code = self._process.stdout.readline()
+        assert code, "a copy has ended"
+        return code == "0\n"
 
     def close(self) -> None:
         """Ends its process."""
         self._process.communicate()
 
 
+def tests_of(module: str) -> list[str]:
+    """What pytest is to run for a module."""
+    return [re.sub(r"^(\w+)", r"tests/\1.py", name) for name in MODULES[module].split()]
+
+
 def serve() -> None:
-    """In a copy: runs the test files of each line of stdin, in a fork that has the imports; prints its exit code."""
+    """In a copy: runs the tests of each line of stdin, in a fork that has the imports; prints its exit code."""
     for package in PRELOADED:
         importlib.import_module(package)
+    assert not {"beequeue", "harness"} & sys.modules.keys()  # a fork would not see the fault
     for line in sys.stdin:
+        longest_s, *tests = line.split()
         child = os.fork()
         if child == 0:
             nothing = os.open(os.devnull, os.O_RDWR)
             for number in (0, 1, 2):
                 os.dup2(nothing, number)
-            os._exit(pytest.main([*OPTIONS, *line.split()]))
-        deadline, ended = time.monotonic() + LONGEST_S, 0
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+            os._exit(pytest.main([*OPTIONS, *tests]))
+        deadline, ended = time.monotonic() + float(longest_s), 0
         while not ended:
             ended, status = os.waitpid(child, os.WNOHANG)
             if time.monotonic() > deadline:
@@ -184,42 +220,103 @@ def explained() -> set[tuple[str, str]]:
     return {(line.split(": ", 1)[0], line.split(": ", 1)[1]) for line in lines if line and not line.startswith("#")}
 
 
-def judge(module: str, copies: SimpleQueue[Copy], pool: ThreadPoolExecutor) -> bool:
-    """Runs a module's mutants and says what they show."""
-    text = (ROOT / "beequeue" / f"{module}.py").read_text()
+class Journal:
+    """The verdicts so far, by a digest of the mutant, the library and the tests."""
 
-    def survives(mutated: str) -> bool:
-        copy = copies.get()
+    def __init__(self) -> None:
+        files = sorted(
+            [*(ROOT / "beequeue").rglob("*.py"), *(ROOT / "beequeue").rglob("*.lua"), *(ROOT / "tests").glob("*.py")]
+        )
+        self._base = hashlib.sha256(b"".join(file.read_bytes() for file in files if file != Path(__file__)))
+        lines = JOURNAL.read_text().splitlines() if JOURNAL.exists() else []
+        self._survives = {key: verdict == "survives" for key, verdict in (line.split() for line in lines)}
+
+    def _key(self, module: str, text: str) -> str:
+        digest = self._base.copy()
+        digest.update(f"{MODULES[module]}\n{text}".encode())
+        return digest.hexdigest()
+
+    def survives(self, module: str, text: str) -> bool | None:
+        """None: it has not been tried."""
+        return self._survives.get(self._key(module, text))
+
+    def add(self, module: str, text: str, survives: bool) -> None:
+        with JOURNAL.open("a") as file:
+            file.write(f"{self._key(module, text)} {'survives' if survives else 'noticed'}\n")
+
+
+class Judge:
+    """Runs mutants in the copies, and says what they show."""
+
+    def __init__(self, copies: SimpleQueue[Copy], pool: ThreadPoolExecutor) -> None:
+        self._copies = copies
+        self._pool = pool
+        self._journal = Journal()
+
+    def _passes(self, module: str, text: str, longest_s: float) -> bool:
+        copy = self._copies.get()
         try:
-            return copy.passes(module, mutated)
+            return copy.passes(module, text, longest_s)
         finally:
-            copies.put(copy)
+            self._copies.put(copy)
 
-    if not survives(text):
-        sys.exit(f"{module}: its tests fail without any fault")
-    made = list(mutants(text))
-    known = explained()
-    equivalent = [mutant for mutant in made if (module, mutant.change) in known]
-    asked = [mutant for mutant in made if mutant not in equivalent]
-    survived = []
-    for mutant, alive in zip(asked, pool.map(lambda mutant: survives(mutant.text), asked), strict=True):
-        if alive:
-            survived.append(mutant)
-            print(f"{module}:{mutant.line}: {mutant.change}", flush=True)
-    noticed = len(asked) - len(survived)
-    print(
-        f"{module}: {noticed} of {len(asked)} noticed, {noticed / len(asked):.1%}; {len(equivalent)} more equivalent",
-        flush=True,
-    )
-    return noticed >= NEEDED * len(asked)
+    def _longest_s(self, module: str, text: str) -> float:
+        """How long a mutant may take. Ends the program if the tests fail without a fault, or pass with any."""
+        began_at = time.monotonic()
+        if not self._passes(module, text, 600):
+            sys.exit(f"{module}: its tests fail without any fault")
+        longest_s = LONGEST_S + LONGEST * (time.monotonic() - began_at)
+        if self._passes(module, "raise SystemExit('a fault')\n", longest_s):
+            sys.exit(f"{module}: its tests do not see the copy in which the faults are")
+        return longest_s
+
+    def _survives(self, module: str, mutant: Mutant, longest_s: float) -> bool:
+        known = self._journal.survives(module, mutant.text)
+        if known is not None:
+            return known
+        survives = self._passes(module, mutant.text, longest_s)
+        self._journal.add(module, mutant.text, survives)
+        return survives
+
+    def is_enough(self, module: str, sample: int | None) -> bool:
+        """Tries the mutants of a module; whether enough of them are noticed."""
+        text = (ROOT / "beequeue" / f"{module}.py").read_text()
+        longest_s = self._longest_s(module, text)
+        made = list(mutants(text))
+        known = {change for of, change in explained() if of == module}
+        for change in known - {mutant.change for mutant in made}:
+            sys.exit(f"tests/mutants.txt explains what is no mutant of {module}: {change}")
+        asked = [mutant for mutant in made if mutant.change not in known]
+        equivalent = len(made) - len(asked)
+        if sample is not None and sample < len(asked):
+            asked = [asked[index] for index in sorted(random.Random(SEED).sample(range(len(asked)), sample))]
+        survived = 0
+        answers = self._pool.map(lambda mutant: self._survives(module, mutant, longest_s), asked)
+        for mutant, survives in zip(asked, answers, strict=True):
+            if survives:
+                survived += 1
+                print(f"{module}:{mutant.line}: {mutant.change}", flush=True)
+        noticed = len(asked) - survived
+        enough = noticed >= NEEDED * len(asked)
+        of = "" if len(asked) + equivalent == len(made) else f" (a sample of {len(made) - equivalent})"
+        print(
+            f"{module}: {noticed} of {len(asked)}{of} noticed, {noticed / len(asked):.1%}"
+            f"{'' if enough else f', fewer than {NEEDED:.0%}'}; {equivalent} more equivalent",
+            flush=True,
+        )
+        return enough
 
 
 def main() -> int:
+    from harness.server import redis_url  # not in the copies' processes: it imports the library
+
     chosen = os.environ.get("MODULES", "").split() or list(MODULES)
     for module in chosen:
         if module not in MODULES:
             sys.exit(f"MODULES must name some of {', '.join(MODULES)}; not {module!r}")
     processes = int(os.environ.get("PROCESSES") or os.cpu_count() or 1)
+    sample = int(os.environ.get("SAMPLE") or 0) or None
+    os.nice(19)
     with (
         redis_url(os.environ) as url,
         tempfile.TemporaryDirectory(prefix="mutants") as directory,
@@ -228,7 +325,8 @@ def main() -> int:
         copies: SimpleQueue[Copy] = SimpleQueue()
         for number in range(processes):
             copies.put(Copy(Path(directory) / str(number), url))
-        enough = [judge(module, copies, pool) for module in chosen]
+        judge = Judge(copies, pool)
+        enough = [judge.is_enough(module, sample) for module in chosen]
         while not copies.empty():
             copies.get().close()
         return 0 if all(enough) else 1
