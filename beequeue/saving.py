@@ -207,15 +207,15 @@ def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[lis
         except (TypeError, ValueError, BeeQueueError) as error:
             errors[job] = error
             continue
-        size += len(form.entry)
-        if together and (form.delay is not None or len(together) == IN_A_CALL or size > BYTES_IN_A_CALL):
+        is_full = len(together) == IN_A_CALL or size + len(form.entry) > BYTES_IN_A_CALL
+        if together and (form.delay is not None or is_full):
             yield together
             together, size = [], 0
             if job.saving:  # meanwhile, by somebody else
                 errors[job] = _is_being_saved(job)
                 continue
-            size = len(form.entry)
         together.append((job, form))
+        size += len(form.entry)
         if form.delay is not None:
             yield together
             together, size = [], 0

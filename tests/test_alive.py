@@ -302,6 +302,24 @@ async def test_a_refused_save_that_is_cancelled_is_not_made(own_server: Server, 
     make_queue.claim(ConnectionLost)
 
 
+async def test_a_bulk_save_that_is_cancelled_is_not_made(own_server: Server, make_queue: MakeQueue) -> None:
+    """while Redis is down; its jobs may be saved later"""
+    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
+    own_server.stop()
+    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    jobs = [queue.create_job(number) for number in range(2)]
+    saving = asyncio.create_task(queue.save_all(jobs))
+    await until(lambda: all(job.saving for job in jobs))
+    saving.cancel()
+    await asyncio.wait((saving,))
+    assert saving.cancelled()
+    own_server.start()
+    assert (await queue.check_health()).waiting == 0
+    assert await queue.save_all(jobs) == {}
+    assert (await queue.check_health()).waiting == 2
+    make_queue.claim(ConnectionLost)
+
+
 async def test_a_busy_redis_is_waited_for(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
     """BUSY: while somebody's script runs, no call raises"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()

@@ -251,7 +251,10 @@ async def test_save_all_of_data_that_json_cannot_carry(make_queue: MakeQueue, da
 
 @pytest.mark.parametrize(
     ("member", "value"),
-    [("id", b"x"), ("id", 1.5), ("id", LONE_SURROGATE), ("delay", {}), ("delay", "soon"), ("delay", math.nan)],
+    [
+        *[("id", b"x"), ("id", 1.5), ("id", LONE_SURROGATE), ("delay", {}), ("delay", "soon"), ("delay", True)],
+        *[("delay", math.nan), ("delay", -1), ("delay", 2**53)],
+    ],
     ids=ascii,
 )
 async def test_what_was_put_into_a_job_by_hand(make_queue: MakeQueue, redis: Any, member: str, value: Any) -> None:
@@ -274,6 +277,16 @@ async def test_what_was_put_into_a_job_by_hand(make_queue: MakeQueue, redis: Any
     assert await keys(queue, redis) == {"id", "jobs", "waiting"}
     job.id, job.options["delay"] = None, None
     assert (await job.save()).id == "2"
+
+
+@pytest.mark.parametrize("delay", [0, 0.5, 2**53 - 1])
+async def test_a_delay_that_was_put_in_by_hand(make_queue: MakeQueue, redis: Any, delay: float) -> None:
+    """may be any time that a double can tell"""
+    queue = make_queue(is_worker=False)
+    job = queue.create_job({})
+    job.options["delay"] = delay
+    await job.save()
+    assert await redis.zrange(queue.to_key("delayed"), 0, -1, withscores=True) == [("1", delay)]
 
 
 async def test_an_id_that_was_put_in_as_an_int(make_queue: MakeQueue) -> None:
@@ -603,6 +616,79 @@ async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkey
         assert [job.id for job in jobs] == [str(number) for number in range(1, 13)]
         assert [name for _, name in spoken.names] == ["add_jobs"] * 3 + ["add_job"] * 3
         await queue.close()
+
+
+async def test_the_size_of_a_call_is_exact(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """entries that make up the limit leave together, one byte more does not; a delayed job starts anew"""
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False).ready()
+
+        def create(text: str) -> Job:
+            job = queue.create_job(text)
+            job.options["timestamp"] = 1
+            return job
+
+        monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2 * len(create("x").encode()))
+        spoken = Spoken(relay)
+        now, later = "xx", create("x").delay_until(now_ms() + 60_000)
+        jobs = [create(text) for text in (*now, *now)]
+        assert await queue.save_all([*jobs, later, *(create(text) for text in (*now, "x", "xx"))]) == {}
+        assert [name for _, name in spoken.names] == [
+            *["add_jobs", "add_jobs", "add_delayed_job"],
+            *["add_jobs", "add_job", "add_job"],
+        ]
+        await queue.close()
+
+
+async def test_a_job_saved_meanwhile_does_not_count_for_a_call(
+    make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """while one call leaves, somebody else saves the first job of the next"""
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False).ready()
+        jobs = [queue.create_job("x") for _ in range(5)]
+        for job in jobs:
+            job.options["timestamp"] = 1
+        monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2 * len(jobs[0].encode()))
+        spoken = Spoken(relay)
+        together, alone = asyncio.ensure_future(queue.save_all(jobs)), asyncio.ensure_future(jobs[2].save())
+        assert list(await together) == [jobs[2]]
+        await alone
+        assert sorted(name for _, name in spoken.names) == ["add_job", "add_jobs", "add_jobs"]
+        await queue.close()
+
+
+@pytest.mark.parametrize(("delayed", "steps"), [(False, [2, 4, 5]), (True, [5])], ids=["now", "later"])
+async def test_calls_of_save_all_let_others_have_their_turn(
+    make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch, delayed: bool, steps: list[int]
+) -> None:
+    """behind each call of several jobs: it leaves while the next one is written"""
+    monkeypatch.setattr(saving_module, "IN_A_CALL", 2)
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False).ready()
+        relay.hold("event")
+        jobs = [queue.create_job(number) for number in range(5)]
+        if delayed:
+            for job in jobs:
+                job.delay_until(now_ms() + 60_000)
+        saving = asyncio.ensure_future(queue.save_all(jobs))
+        seen = [0]
+        while seen[-1] < 5:
+            await asyncio.sleep(0)
+            seen.append(sum(job.saving for job in jobs))
+        assert [*dict.fromkeys(seen)] == [0, *steps]
+        relay.release("event")
+        assert await saving == {}
+        await queue.close()
+
+
+async def test_save_all_without_time_is_sent(make_queue: MakeQueue) -> None:
+    """and not waited for"""
+    queue = await make_queue(is_worker=False).ready()
+    job = queue.create_job({})
+    errors = await queue._producer.save_all([job], 0)
+    assert [isinstance(error, ConnectionLost) and error.maybe_applied for error in errors.values()] == [True]
+    await until(lambda: job.id == "1")
 
 
 async def test_save_all_of_many(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
