@@ -107,8 +107,12 @@ def parse(variables: Mapping[str, str]) -> Config:
 
 
 def variables() -> dict[str, str]:
-    """`.env`, and the environment, which wins."""
-    written = dotenv_values(Path(__file__).with_name(".env"))
+    """`.env`, and the environment, which wins. Raises `ValueError` with the line to show."""
+    file = Path(__file__).with_name(".env")
+    try:
+        written = dotenv_values(file)
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} must be UTF-8, and is not") from None
     return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 

@@ -280,7 +280,10 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password)
         except Exception as error:
             what = f"ssl_keyfile {key!r}, of ssl_certfile {certificate!r}" if key else f"ssl_certfile {certificate!r}"
-            return f"{what}: {getattr(error, 'reason', None) or error}"
+            why = getattr(error, "reason", None) or error
+            if isinstance(error, ssl.SSLError) and error.reason is None and _is_encrypted(key or certificate):
+                why = "it cannot be decrypted with this ssl_password"  # OpenSSL says "PEM lib", of whatever is wrong
+            return f"{what}: {why}"
     try:
         authorities = [arguments.get(name) for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data")]
         if any(authorities):
@@ -293,6 +296,11 @@ def _wrong_with_tls(driver: Any, arguments: Mapping[str, Any]) -> str | None:
         given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in told.items())
         return f"{given or 'TLS'}: {getattr(error, 'reason', None) or error}"
     return None
+
+
+def _is_encrypted(key: str | os.PathLike[str]) -> bool:
+    with open(key, "rb") as file:
+        return b"ENCRYPTED" in file.read()
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

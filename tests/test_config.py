@@ -117,6 +117,23 @@ def test_the_environment_wins_over_dotenv(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.load().num_chains == 4
 
 
+def test_a_dotenv_that_is_not_utf8(tmp_path: Path) -> None:
+    """ends the program with one line that names the file"""
+    (tmp_path / ".env").write_bytes("QUEUE_NAME=Schlüssel\n".encode("latin-1"))
+    (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
+    ended = subprocess.run(
+        [sys.executable, "-c", "import config; config.load()"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"{tmp_path / '.env'} must be UTF-8, and is not\n"
+
+
 def test_the_example_lists_every_variable() -> None:
     text = (ROOT / ".env.example").read_text()
     assert all(f"#{field.upper()}=" in text for field in Config.__dataclass_fields__)

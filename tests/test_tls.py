@@ -44,12 +44,13 @@ class Files:
             issued.private_key_pem.write_to_path(self.path(f"{name}.key"))
             issued.cert_chain_pems[0].write_to_path(self.path(f"{name}.pem"))
         key = serialization.load_pem_private_key((directory / "client.key").read_bytes(), None)
-        encrypted = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.BestAvailableEncryption(PASSPHRASE.encode()),
-        )
-        (directory / "encrypted.key").write_bytes(encrypted)
+        for name, form in (
+            ("encrypted.key", serialization.PrivateFormat.PKCS8),
+            ("older.key", serialization.PrivateFormat.TraditionalOpenSSL),
+        ):
+            secret = serialization.BestAvailableEncryption(PASSPHRASE.encode())
+            (directory / name).write_bytes(key.private_bytes(serialization.Encoding.PEM, form, secret))
+        (directory / "both.pem").write_text((directory / "client.pem").read_text() + (directory / "encrypted.key").read_text())
         (directory / "nonsense.pem").write_text("nonsense\n")
         (directory / "directory.pem").mkdir()
 
@@ -99,7 +100,19 @@ WRONG: dict[str, tuple[Callable[[Files], dict[str, Any]], str]] = {
     ),
     "wrong passphrase": (
         lambda on: on.setting(key="encrypted.key", ssl_password="Zq7-wrong"),
-        "ssl_keyfile '{}/encrypted.key', of ssl_certfile '{}/client.pem': ",
+        "ssl_keyfile '{}/encrypted.key', of ssl_certfile '{}/client.pem': it cannot be decrypted with this ssl_password",
+    ),
+    "wrong passphrase, older format": (
+        lambda on: on.setting(key="older.key", ssl_password="Zq7-wrong"),
+        "ssl_keyfile '{}/older.key', of ssl_certfile '{}/client.pem': it cannot be decrypted with this ssl_password",
+    ),
+    "wrong passphrase, one file": (
+        lambda on: on.setting("both.pem", None, ssl_password="Zq7-wrong"),
+        "ssl_certfile '{}/both.pem': it cannot be decrypted with this ssl_password",
+    ),
+    "another's key, encrypted": (
+        lambda on: on.setting("another.pem", "encrypted.key", ssl_password=PASSPHRASE),
+        "ssl_keyfile '{}/encrypted.key', of ssl_certfile '{}/another.pem': KEY_VALUES_MISMATCH",
     ),
 }
 
