@@ -164,7 +164,7 @@ class Intake(Generic[AnySettling]):
         answer, self._taken_id, self._take = self._taken_id, None, ()
         if isinstance(answer, BeeQueueError):
             self._refused(answer)
-        elif answer is not None:
+        else:  # also one that has brought no job
             self._refused_in_a_row = 0
         if isinstance(reply, BeeQueueError):
             if isinstance(answer, bytes):

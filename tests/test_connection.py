@@ -15,6 +15,7 @@ import pytest
 import trustme
 from redis.asyncio import Redis
 
+import beequeue.store
 from beequeue import (
     CommandError,
     ConnectionLost,
@@ -29,6 +30,7 @@ from beequeue.connection import MOST_WAITING
 from beequeue.store import SCRIPTS
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
+from tests.observe import said
 from tests.relay import Line, Relay
 
 
@@ -310,6 +312,29 @@ async def test_refused_takes_are_tried_again_after_longer_and_longer(make_queue:
     await redis.delete(queue.to_key("waiting"))
     assert await (await queue.create_job("x").save()).result() == "x"
     assert {error.code for error in make_queue.claim(CommandError) if isinstance(error, CommandError)} == {"WRONGTYPE"}
+
+
+async def test_a_take_that_brings_no_job_ends_a_row_of_refusals(
+    make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RC-03: refusals that are hours apart do not add up"""
+    monkeypatch.setattr(beequeue.store, "TAKE_WAIT_S", 0.05)
+    async with Relay(url) as relay:
+        queue = make_queue(redis=relay.url, initial_redis_failure_retry_delay=20)
+        times: list[float] = []
+        queue.on("error", lambda error: times.append(asyncio.get_running_loop().time()))
+        await redis.set(queue.to_key("waiting"), "not a list")
+        queue.process(echo)
+        await until(lambda: len(times) == 6)  # the waits of this row go on with 640 ms and 1,280 ms
+        await redis.delete(queue.to_key("waiting"))
+        takes = said(relay, b"BRPOPLPUSH")
+        await until(lambda: said(relay, b"BRPOPLPUSH") >= takes + 2)
+        await redis.set(queue.to_key("waiting"), "not a list")
+        await until(lambda: len(times) >= 8)
+        assert times[7] - times[6] < 0.64
+        await redis.delete(queue.to_key("waiting"))
+        await queue.close()
+    make_queue.claim(CommandError)
 
 
 async def test_a_full_redis_still_drains(own_server: Server) -> None:
