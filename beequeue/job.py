@@ -98,6 +98,7 @@ class Job(Emitter):
 
     __slots__ = (
         "bound",
+        "created_at",
         "data",
         "ended",
         "id",
@@ -121,6 +122,8 @@ class Job(Emitter):
         self.options: dict[str, Any] = {} if options is None else options
         if "timestamp" not in self.options:
             self.options["timestamp"] = now_ms()
+        self.created_at: Any = self.options["timestamp"]
+        """The timestamp of its entry in `jobs`, which tells it from another job of the same id; `options` may change later."""
         if type(self.options.get("stacktraces")) is not list:
             self.options["stacktraces"] = []
         self.status = "created"

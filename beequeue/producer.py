@@ -134,7 +134,7 @@ class Producer:
         if bound is None:
             return stored
         # one that is stored without a timestamp has been given that of its reading
-        same = bound.options["timestamp"] == stored.options["timestamp"] or b'"timestamp":' not in entry
+        same = bound.created_at == stored.created_at or b'"timestamp":' not in entry
         return bound if same else stored
 
     def _bind_if_open(self, job: Job) -> None:

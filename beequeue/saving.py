@@ -153,6 +153,7 @@ class Saver:
             job.id = form.id if form.id == job.saved_as else None
             return False
         job.id = job.saved_as = Store.job_id(reply)
+        job.created_at = form.created_at
         if self._ordered:
             # here, in the step that parses the reply: the job's events may stand right behind it
             self._bind(job)
@@ -174,6 +175,7 @@ class _Form(NamedTuple):
     """Empty: the next automatic one."""
     entry: bytes
     delay: float | None
+    created_at: Any
 
 
 def late(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
@@ -194,7 +196,7 @@ def _form_to_save(job: Job) -> _Form:
     delay = job.options.get("delay")
     if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 2**53):
         raise ValueError(f"the option delay must be epoch milliseconds, not {delay!r}")
-    return _Form("" if job.id is None else id_from(job.id), job.encode(), delay)
+    return _Form("" if job.id is None else id_from(job.id), job.encode(), delay, job.options.get("timestamp"))
 
 
 def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[list[tuple[Job, _Form]]]:

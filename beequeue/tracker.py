@@ -331,8 +331,7 @@ def _is_entry_of(job: Job, found: Found) -> bool:
 
 def _stamp(job: Job) -> str:
     """The time at which a job was created, as its entry has it; empty when something else stands there."""
-    timestamp = job.options["timestamp"]
-    return f"{timestamp:.0f}" if isinstance(timestamp, (int, float)) else ""
+    return f"{job.created_at:.0f}" if isinstance(job.created_at, (int, float)) else ""
 
 
 def summary(trace: str) -> str:

@@ -993,7 +993,7 @@ async def test_clearing_jobs_while_a_result_is_waited_for(make_queue: MakeQueue,
 
 @both_orderings
 @pytest.mark.usefixtures("look_often")
-@pytest.mark.parametrize("what", ["plain", "lone surrogates", "500 deep", "no timestamp"])
+@pytest.mark.parametrize("what", ["plain", "lone surrogates", "500 deep", "no timestamp", "options changed since"])
 async def test_looking_does_not_disturb_a_job_that_has_not_ended(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool, what: str
 ) -> None:
@@ -1007,6 +1007,9 @@ async def test_looking_does_not_disturb_a_job_that_has_not_ended(
             await redis.hset(queue.to_key("jobs"), "1", '{"data":"x","options":{}}')
             job = await queue.get_job("1")
         assert job is not None
+        if what == "options changed since":
+            job.options["timestamp"] += 1
+            assert await queue.get_job("1") is job
         spoken = Spoken(relay)
         waiting = asyncio.ensure_future(job.result())
         await until(lambda: waiting.done() or len(spoken.names) >= 4)
