@@ -308,7 +308,6 @@ class Link(asyncio.Protocol):
         self._ticker = self._loop.call_later(TICK_S, self._tick)
         self.still_ticks += 1
         if not self._in_flight:
-            self._has_heard = True
             if self.still_ticks >= QUIET_TICKS:
                 self._ask()
         elif self._has_delivered():

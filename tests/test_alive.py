@@ -320,6 +320,61 @@ async def test_a_bulk_save_that_is_cancelled_is_not_made(own_server: Server, mak
     make_queue.claim(ConnectionLost)
 
 
+async def test_a_refused_save_is_taken_back_while_others_wait_for_an_answer(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue
+) -> None:
+    """on the link that is being left"""
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        await demote(own_redis)
+        gate = asyncio.Event()
+
+        async def distort(line: Line, data: bytes) -> bytes:
+            first, end, others = data.partition(b"\r\n")
+            if b"READONLY" not in first or gate.is_set():
+                return data
+            await line.pass_back(first + end)
+            await gate.wait()
+            return others
+
+        relay.distort = distort
+        cancelled, other = (asyncio.create_task(queue.create_job(number).save()) for number in (1, 2))
+        await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+        cancelled.cancel()
+        await asyncio.wait((cancelled,))
+        await own_redis.execute_command("REPLICAOF", "NO", "ONE")
+        gate.set()
+        assert (await other).id == "1"
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+
+
+@pytest.mark.parametrize(("calm_s", "expected"), [(60, [1, 2, 3, 4, 5]), (0, [1] * 5)], ids=["at once", "after a while"])
+async def test_the_back_off_to_a_server_that_lets_in_and_refuses(
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, calm_s: float, expected: list[int]
+) -> None:
+    """goes on when the server is unfit at once, and begins anew when it was fit for a while (CLUSTERDOWN: no slot is served)"""
+    monkeypatch.setattr(beequeue.connection, "CALM_S", calm_s)
+    attempts: list[int] = []
+
+    def reconnect(attempt: int) -> int:
+        attempts.append(attempt)
+        return 5
+
+    with running_server(find_server({}), "--cluster-enabled", "yes") as server:
+        queue = make_queue("{one-slot}", redis=server.url, is_worker=False, get_events=False, reconnect=reconnect)
+        await queue.ready()
+        saving = asyncio.create_task(queue.create_job({}).save())
+        await until(lambda: len(attempts) >= 5)
+        redis: Any = Redis.from_url(server.url)
+        async with redis:
+            await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16_384))
+        assert (await saving).id == "1"
+        await queue.close()
+    assert attempts[:5] == expected
+    make_queue.claim(ConnectionLost)
+
+
 async def test_a_busy_redis_is_waited_for(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
     """BUSY: while somebody's script runs, no call raises"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
@@ -572,6 +627,31 @@ async def test_a_server_that_stands_still_is_waited_for_whoever_asks(
             assert (await saving).id == "1"
             assert (verdicts[0], queue.reconnects) == (False, 0)
             await queue.close()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_refusal_to_whoever_asks_is_no_answer(make_queue: MakeQueue, verdicts: list[bool]) -> None:
+    """one that comes at once, while what was issued before waits"""
+    with running_server(find_server({})) as server:
+        redis: Any = Redis.from_url(server.url, client_name=ONLOOKER)
+        async with redis:
+            await redis.execute_command("ACL", "SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all")
+            arguments = {"path": str(server.socket), "username": "worker", "password": "secret"}
+            queue = await make_queue(redis=arguments, is_worker=False, reconnect=soon).ready()
+            await redis.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+            saving = asyncio.create_task(queue.create_job({}).save())
+            await until(lambda: _waits(redis))
+            await redis.execute_command("ACL", "SETUSER", "worker", "-evalsha")
+            await until(lambda: verdicts)
+            await redis.execute_command("ACL", "SETUSER", "worker", "+evalsha")
+            await redis.execute_command("CLIENT", "UNPAUSE")
+            assert (await saving).id == "1"
+            assert (verdicts[0], queue.reconnects) == (False, 0)
+            await queue.close()
+
+
+async def _waits(redis: Any) -> bool:
+    return bool((await redis.info("clients"))["blocked_clients"])
 
 
 @pytest.mark.usefixtures("hurried")

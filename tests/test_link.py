@@ -237,6 +237,27 @@ async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
+async def test_a_peer_that_reads_slowly_behind_an_answer_is_not_stuck(peer: Peer) -> None:
+    """what counts begins anew with each answer, though another one is due all the time"""
+    link = await peer.connect()
+    peer.send(b"X")
+    peer.send(b"X")
+    async with asyncio.timeout(5):
+        while not link.still_ticks:
+            await asyncio.sleep(0.001)
+    await peer.say(b":1\r\n")
+    await peer.logs(1)
+    peer.reader._limit = 1  # type: ignore[attr-defined]  # it stops to read when it has so much
+    peer.send(b"X", b"x" * 4_000_000)
+    longest = total = 0
+    while total < 4_000_000:
+        total += len(await peer.reader.read(2**16))
+        await asyncio.sleep(0.02)  # the peer's pace
+        longest = max(longest, link.still_ticks)
+    assert longest < REPLY_TICKS
+
+
+@pytest.mark.usefixtures("hurried")
 async def test_a_peer_that_swallows_everything_is_stuck(peer: Peer) -> None:
     """what is written later, and taken in, is no sign of life as long as nothing comes back"""
     stuck = asyncio.Event()
