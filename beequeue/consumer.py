@@ -68,7 +68,7 @@ class Consumer:
         self._handler = handler
         self._held: dict[Run, None] = {}
         self._beating: asyncio.Task[None] | None = None
-        self._heart = Heart(store, host.name, handler, self._own, host.settings.stall_interval, host._report)
+        self._heart = Heart(store, host.name, handler, self._reported, host.settings.stall_interval, host._report)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
@@ -258,6 +258,10 @@ class Consumer:
     def _own(self) -> list[Run]:
         """The runs whose job is here; also for the heart's thread."""
         return [run for run in list(self._held) if not run.stranger]
+
+    def _reported(self) -> list[Run]:
+        """These, and a run for each job whose data is on its way, which may take longer than a stall interval."""
+        return [*self._own(), *(Run(job_id, b"") for job_id in self._intake.arriving())]
 
     async def disown_strangers(self, link: Link) -> None:
         """Before anything else is sent on a new `link`: a run whose id has become another job's is not settled any more."""

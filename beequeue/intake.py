@@ -82,7 +82,7 @@ class Intake(Generic[AnySettling]):
         self._loop = asyncio.get_running_loop()
         self._take: tuple[Command, ...] = ()
         self._taken_id: Any = None
-        self._reading = 0
+        self._reading: list[bytes] = []
         self._pump_is_due = False
         self._settling: list[AnySettling] = []
         self._unanswered = 0
@@ -153,6 +153,11 @@ class Intake(Generic[AnySettling]):
         self._free += slots
         self.pump_soon()
 
+    def arriving(self) -> list[str]:
+        """The ids of jobs that have been taken, and whose data is on its way; also for the heart's thread."""
+        ids = [self._taken_id, *self._reading]
+        return [self._store.job_id(job_id) for job_id in ids if job_id and isinstance(job_id, bytes)]
+
     # --- what comes in ---------------------------------------------------------------------------------------------------
 
     def _answered(self, reply: Any) -> None:
@@ -180,11 +185,11 @@ class Intake(Generic[AnySettling]):
 
     def _read(self, job_id: bytes, more: int) -> None:
         """Asks for the data of a job that was taken (empty: none was), and for more jobs."""
-        self._reading += 1
-        self._store.take(job_id, more, self._was_read)
+        self._reading.append(job_id)
+        self._store.take(job_id, more, functools.partial(self._was_read, job_id))
 
-    def _was_read(self, reply: Any) -> None:
-        self._reading -= 1
+    def _was_read(self, job_id: bytes, reply: Any) -> None:
+        self._reading.remove(job_id)
         if isinstance(reply, BeeQueueError):
             self._host._report(reply)
             self._stop_if_cut_off(reply)

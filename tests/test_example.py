@@ -159,7 +159,7 @@ def public(owner: type) -> set[str]:
     return {name for name in own if not name.startswith("_")} - INTERNAL
 
 
-INTERNAL = {"receive", "end", "encode", "decode", "ended", "bound", "saved_as", "saving", "last_event", "emit"}
+INTERNAL = {"created_at", "receive", "end", "encode", "decode", "ended", "bound", "saved_as", "saving", "last_event", "emit"}
 INTERNAL |= {"open", "attach", "detach", "connection", "address"}
 
 
