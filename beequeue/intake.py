@@ -101,8 +101,8 @@ class Intake(Generic[AnySettling]):
             self._loop.call_soon(self._pump)
 
     def _may_settle(self) -> bool:
-        """Whether there is something to settle, and few enough answers are due. A connection that is closed refuses at once."""
-        return bool(self._settling) and (self._unanswered < MOST_UNANSWERED or self.cut_off)
+        """Whether there is something to settle, and few enough answers are due."""
+        return bool(self._settling) and self._unanswered < MOST_UNANSWERED
 
     def _pump(self) -> None:
         """Sends what has been settled, and keeps one take open while a slot is free."""
@@ -219,7 +219,8 @@ class Intake(Generic[AnySettling]):
     def _stop_if_cut_off(self, error: BeeQueueError) -> None:
         """After an error on the command connection: more takes would strand more jobs on one that its owner has closed."""
         if isinstance(error, QueueClosed):
-            self.closing = self.cut_off = True
+            self.cut_off = True
+            self.close()
 
     def _fill(self, taken: list[Taken]) -> None:
         if taken:
@@ -239,7 +240,7 @@ class Intake(Generic[AnySettling]):
 
     def _after_refusal(self, full: bool) -> None:
         self._refusal_timer = None
-        if full and self._free and not self.closing:
+        if full and self._free:
             self._read(b"", self._free)
         else:
             self.pump_soon()

@@ -18,6 +18,7 @@ import config
 from client import Latencies
 from harness import compare as comparison
 from harness.compare import Contestant, NotCompared, _run_client
+from harness.member import Member
 from harness.original import NoOriginal, install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict
 from harness.server import Server
@@ -137,6 +138,17 @@ async def test_a_run_that_was_disturbed_is_not_judged(what: str) -> None:
     assert (await _run_client(client(lines[1]), tqdm(disable=True))).last == lines[1]
     with pytest.raises(NotCompared, match=f"^the client of 'a client' was disturbed, {what} is 1: it said nothing$"):
         await _run_client(client(lines[1] | {what: 1}), tqdm(disable=True))
+
+
+async def test_a_run_whose_worker_has_ended_is_not_judged() -> None:
+    worker = Member("worker_1", [sys.executable, "-c", "raise SystemExit(3)"])
+    await worker.start(os.environ, print, print)
+    await worker.ended()
+    said = '{"numQueueSucceeded":1,"numJobSucceeded":1}\n{"numQueueSucceeded":2,"numJobSucceeded":2}'
+    program = [sys.executable, "-c", f"print({said!r})"]
+    contestant = Contestant("a client", program, [worker], {**os.environ, "DURATION": "10"})
+    with pytest.raises(NotCompared, match=r"^worker_1 ended with 3$"):
+        await _run_client(contestant, tqdm(disable=True))
 
 
 def test_both_orderings_on_ones_own_redis(own_server: Server) -> None:

@@ -410,6 +410,11 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
             wait_blocking(lambda: looks >= 4)
             assert client.exists(queue.to_key("stalling"))
             assert stood_in == []
+            begun = threading.Thread(target=heart._until_it_is_back, daemon=True)  # the loop went while it was blocked
+            begun.start()
+            begun.join(5)
+            assert not begun.is_alive()
+            assert client.exists(queue.to_key("stalling"))
 
             async def end() -> None:
                 with contextlib.suppress(BeeQueueError):

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from beequeue import CommandError, ConnectionLost, Job, OperationTimedOut, OutcomeNotRecorded, Queue
+import beequeue
+from beequeue import CommandError, ConnectionLost, Job, OperationTimedOut, OutcomeNotRecorded, Queue, QueueClosed
+from beequeue.consumer import Consumer
 from beequeue.store import SCRIPTS
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken, soon, takes_no_more
-from tests.relay import Relay
+from tests.relay import Line, Relay
 
 
 async def hold(queue: Queue, data: Any = "held") -> tuple[Job, asyncio.Event]:
@@ -134,4 +136,150 @@ async def test_a_repeated_settlement_takes_nothing(make_queue: MakeQueue, redis:
         await until(lambda: queue.reconnects and queue.running == 0 and len(takes(spoken)) == 2)
         assert takes(spoken) == [b"1", b"0"]
         make_queue.claim(ConnectionLost)
+        await queue.close()
+
+
+class FirstRead:
+    """Holds back the reply to the first script on a relay that takes jobs beside the blocking take."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self.spoken = Spoken(relay)
+        self._hear = relay.said_on
+        relay.said_on = self._hold
+
+    def _hold(self, line: Line, data: bytes) -> None:
+        self._hear(line, data)
+        if self.asked:
+            self.relay.hold("command")
+            self.relay.said_on = self._hear
+
+    @property
+    def asked(self) -> list[bytes]:
+        """How many jobs each of these scripts asks for."""
+        script = SCRIPTS["take"].sha.encode()
+        return [command[-1] for _, command in self.spoken.commands if command[:2] == [b"EVALSHA", script]]
+
+
+async def test_a_repeated_read_takes_nothing(own_server: Server, make_queue: MakeQueue) -> None:
+    """what the lost reply had taken comes back by the stall check"""
+    redis: Any
+    async with Relay(own_server.url) as relay, Redis.from_url(own_server.url) as redis:
+        queue = make_queue(
+            redis=relay.url, get_events=False, reconnect=soon, initial_redis_failure_retry_delay=10, stall_interval=60_000
+        )
+        await queue.save_all(queue.create_job(number) for number in range(4))
+        read = FirstRead(relay)
+        await redis.config_set("maxmemory", 1)
+        queue.process(Seen())
+        await until(lambda: read.asked and redis.llen(queue.to_key("active")))
+        await redis.delete(queue.to_key("waiting"))
+        await redis.config_set("maxmemory", 0)
+        next(line for line in relay.lines if line.role == "command").cut()
+        relay.release("command")
+        await until(lambda: len(read.asked) >= 2)
+        assert read.asked[:2] == [b"1", b"0"]
+        make_queue.claim(ConnectionLost)
+        make_queue.claim(CommandError)
+        await queue.close()
+
+
+async def test_a_read_on_a_closed_connection_ends_the_taking(own_server: Server, make_queue: MakeQueue) -> None:
+    """the owner of the shared connection has closed it: more jobs would be stranded"""
+    redis: Any
+    async with Redis.from_url(own_server.url) as redis:
+        shared = await beequeue.connect(own_server.url)
+        queue = await make_queue(redis=shared, initial_redis_failure_retry_delay=10).ready()
+        ran, others = Seen(), Seen()
+        await redis.config_set("maxmemory", 1)
+        queue.process(ran, 2)
+        await until(lambda: make_queue.errors)
+        await shared.close()
+        await until(lambda: queue._consumer is not None and queue._consumer._intake.cut_off)
+        await redis.config_set("maxmemory", 0)
+        other = make_queue(redis=own_server.url)
+        other.process(others)
+        await other.save_all(other.create_job(number) for number in range(4))
+        await others.reaches(4)
+        assert ran.calls == []
+        make_queue.claim(CommandError)
+        make_queue.claim(QueueClosed)
+        make_queue.claim(ConnectionLost)
+        make_queue.queues.remove(queue)
+        await queue.close(1_000)
+
+
+async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make_queue: MakeQueue) -> None:
+    """nothing is taken any more when it would be over"""
+    redis: Any
+    async with Relay(own_server.url) as relay, Redis.from_url(own_server.url) as redis:
+        queue = make_queue(redis=relay.url, get_events=False, initial_redis_failure_retry_delay=100)
+        read = FirstRead(relay)
+        gate, started = asyncio.Event(), Seen()
+
+        async def handler(job: Job) -> None:
+            started()
+            await gate.wait()
+
+        await queue.create_job("held").save()
+        queue.process(handler, 2)
+        await started.reaches(1)
+        await redis.config_set("maxmemory", 1)
+        assert queue._consumer is not None
+        intake = queue._consumer._intake
+        for client in await redis.client_list():  # its open take; the next one is refused
+            if client["cmd"] == "brpoplpush":
+                await redis.client_unblock(int(client["id"]))
+        await until(lambda: intake._refusal_timer)
+        timer = intake._refusal_timer
+        assert timer is not None
+        closing = asyncio.create_task(queue.close())
+        await until(partial(takes_no_more, queue))
+        await until(lambda: asyncio.get_running_loop().time() > timer.when() + 0.05)
+        assert read.asked == []
+        await redis.config_set("maxmemory", 0)
+        gate.set()
+        await closing
+        make_queue.claim(CommandError)
+
+
+async def test_a_run_that_was_never_called_does_not_count_as_running(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """a close came before its turn: it goes back"""
+    monkeypatch.setattr(Consumer, "_have_them_run", lambda self: None)
+    queue = make_queue(get_events=False)
+    await queue.create_job("x").save()
+    queue.process(Seen(), 1)
+    await until(lambda: queue.running == 1)
+    with pytest.raises(OperationTimedOut):
+        await queue.close(1)
+    make_queue.queues.remove(queue)
+    make_queue(is_worker=False, get_events=False)
+    assert queue.running == 0
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
+
+
+async def test_the_script_behind_a_take_reads_no_more_than_it_needs(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """a job that fills its limit of bytes is the last one that it reads"""
+    heard = 0
+
+    async def count(line: Line, data: bytes) -> bytes:
+        nonlocal heard
+        heard += len(data) if line.role == "take" else 0
+        return data
+
+    async with Relay(url) as relay:
+        queue, done = make_queue(redis=relay.url, get_events=False, stall_interval=60_000), Seen()
+        producer = make_queue(is_worker=False, get_events=False)
+        for job_id in ("a", "b", "c"):
+            await redis.hset(queue.to_key("jobs"), job_id, producer.create_job("x" * 100_000).to_data())
+            await redis.lpush(queue.to_key("active"), job_id)
+        queue.on("succeeded", done)
+        queue.process(Seen())
+        await until(lambda: any(b"BRPOPLPUSH" in line.said for line in relay.lines))
+        relay.distort = count
+        await producer.create_job("y" * 5_000).save()
+        await done.reaches(1)
+        assert 5_000 < heard < 50_000
         await queue.close()

@@ -336,6 +336,7 @@ def test_closing_leaves_no_connection(own_server: Server, make_sync: MakeSync) -
         with make_sync(redis=own_server.url) as queue:
             queue.save(queue.create_job())
             assert len(client.client_list()) == 3
+        assert beequeue.sync._background.queues == {}
         until(lambda: len(client.client_list()) == 1)
 
 
