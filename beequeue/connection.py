@@ -316,7 +316,10 @@ class Connection:
                 failed.append(command)
         self._waiting.extendleft(reversed(kept + unwritten))
         for command in failed:
-            command.answer(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
+            if self._closed and command.repeat is not None:
+                command.answer(QueueClosed())
+            else:
+                command.answer(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
 
     # --- a server that is not fit, a link that stands still -----------------------------------------------------------
 

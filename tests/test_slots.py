@@ -209,6 +209,29 @@ async def test_a_read_on_a_closed_connection_ends_the_taking(own_server: Server,
         await queue.close(1_000)
 
 
+async def test_a_read_under_way_when_its_connection_is_closed_ends_the_taking(
+    own_server: Server, make_queue: MakeQueue
+) -> None:
+    redis: Any
+    async with Relay(own_server.url) as relay, Redis.from_url(own_server.url) as redis:
+        shared = await beequeue.connect(relay.url)
+        queue = await make_queue(redis=shared, get_events=False, initial_redis_failure_retry_delay=10).ready()
+        await queue.save_all(queue.create_job(number) for number in range(4))
+        await redis.config_set("maxmemory", 1)
+        read = FirstRead(relay)
+        queue.process(Seen())
+        await until(lambda: read.asked)
+        await redis.config_set("maxmemory", 0)
+        await shared.close()
+        assert queue._consumer is not None
+        assert queue._consumer._intake.cut_off
+        make_queue.claim(CommandError)
+        make_queue.claim(QueueClosed)
+        make_queue.claim(ConnectionLost)
+        make_queue.queues.remove(queue)
+        await queue.close(1_000)
+
+
 async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make_queue: MakeQueue) -> None:
     """nothing is taken any more when it would be over"""
     redis: Any
@@ -247,7 +270,7 @@ async def test_a_run_that_was_never_called_does_not_count_as_running(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """a close came before its turn: it goes back"""
-    monkeypatch.setattr(Consumer, "_have_them_run", lambda self: None)
+    monkeypatch.setattr(Consumer, "_start", lambda self, run, job: None)
     queue = make_queue(get_events=False)
     await queue.create_job("x").save()
     queue.process(Seen(), 1)

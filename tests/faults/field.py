@@ -264,9 +264,10 @@ class Field:
     # --- Redis -----------------------------------------------------------------------------------------------------------
 
     async def clients(self, redis: Any = None) -> list[dict[str, str]]:
-        """The connections of producer and workers, of which `redis` knows."""
+        """The connections of producer and workers, of which `redis` knows. One that says hello may be an onlooker's."""
         found = await (redis or self.redis).client_list()
-        return [client for client in found if client["name"] == "" and client["flags"] not in ("S", "M")]
+        ours = [client for client in found if client["name"] == "" and client["flags"] not in ("S", "M")]
+        return [client for client in ours if client["cmd"] not in ("hello", "NULL")]
 
     async def all_are_connected(self) -> bool:
         """Whether the producer's two connections are up, and each worker's three."""
