@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+import beequeue.intake
 from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, connect
 from beequeue.strangers import is_same_job
 from harness.server import Server
@@ -78,8 +79,11 @@ async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, m
         await client.close()
 
 
-async def test_a_settlement_that_waits_for_redis_is_withheld(own_server: Server, make_queue: MakeQueue) -> None:
-    """the handler ended while Redis was away; when it is back, another worker runs the new job already"""
+async def test_a_settlement_that_waits_for_redis_is_withheld(
+    own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """the handler ended while Redis was away; when it is back, another worker runs the new job already. Redis owes no answer"""
+    monkeypatch.setattr(beequeue.intake, "MOST_UNANSWERED", 1)
     stage = Stage()
     async with Relay(own_server.url) as relay:
         worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
@@ -104,6 +108,9 @@ async def test_a_settlement_that_waits_for_redis_is_withheld(own_server: Server,
         assert await job.result(8_000) == "new"
         assert len(make_queue.claim(LateFinish)) == 1
         make_queue.claim(ConnectionLost)
+        await other.close()
+        stage.gates["next"].set()
+        assert await (await producer.create_job("next").save()).result(8_000) == "next"
         await worker.close()
 
 
