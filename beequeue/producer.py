@@ -180,9 +180,10 @@ class Producer:
         def on_reply(reply: Any) -> None:
             if reply is None and not bound:
                 self._tracker.forget(job_id, "it has no entry in jobs")
-            elif self._ordered and type(reply) is list:
-                # whatever tells of the run before has been read already
-                self._bind_again(job)
+            elif type(reply) is list:
+                self._tracker.retried(job_id)
+                if self._ordered:  # whatever tells of the run before has been read already
+                    self._bind_again(job)
             settle(answered, reply)
 
         bound = not self._ordered and self._bind_again(job)

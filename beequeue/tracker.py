@@ -68,6 +68,8 @@ class Tracker:
         self._unread = Complaints(host._report)
         self._too_large: dict[Job, str] = {}
         self._looking_at_large: asyncio.Task[None] | None = None
+        self._asked: list[set[str]] = []
+        """What each look-up under way has asked about, less what has been retried since."""
         self._sweeping: asyncio.Task[None] | None = None
         self._must_sweep = ordered
         """Whether the next job that is bound has to start a sweep."""
@@ -172,6 +174,11 @@ class Tracker:
         if self.jobs.get(job_id) is job:
             del self.jobs[job_id]
 
+    def retried(self, job_id: str) -> None:
+        """A retry has been answered: whatever a look-up that was asked before finds is about the run before."""
+        for asked in self._asked:
+            asked.discard(job_id)
+
     def is_ending(self, job_id: str) -> bool:
         """Whether the last event of a job has been read and not yet delivered."""
         return any(event.id == job_id and event.name in ENDS for event, _, _ in self._read)
@@ -189,12 +196,17 @@ class Tracker:
     async def _ended_unseen(self, jobs: Sequence[tuple[Job, str]], look_up: LookUp) -> list[tuple[Job, str, Found]]:
         """Those of `jobs` that have ended, as far as Redis knows, while no event has told so."""
         ended = []
-        for start in range(0, len(jobs), LOOK_UP_AT_ONCE):
-            chunk = jobs[start : start + LOOK_UP_AT_ONCE]
-            for (job, job_id), found in zip(chunk, await look_up([job_id for _, job_id in chunk]), strict=True):
-                if found.state != "open" or not _is_entry_of(job, found):
-                    ended.append((job, job_id, found))
-        return [each for each in ended if each[0].last_event is None and not self.is_ending(each[1])]
+        asked = {job_id for _, job_id in jobs}
+        self._asked.append(asked)
+        try:
+            for start in range(0, len(jobs), LOOK_UP_AT_ONCE):
+                chunk = jobs[start : start + LOOK_UP_AT_ONCE]
+                for (job, job_id), found in zip(chunk, await look_up([job_id for _, job_id in chunk]), strict=True):
+                    if found.state != "open" or not _is_entry_of(job, found):
+                        ended.append((job, job_id, found))
+        finally:
+            self._asked = [each for each in self._asked if each is not asked]
+        return [each for each in ended if each[1] in asked and each[0].last_event is None and not self.is_ending(each[1])]
 
     async def _sweep(self) -> None:
         """Asks about the jobs that have been bound for a while, as long as any is; lets those go that have ended."""

@@ -290,3 +290,44 @@ async def test_another_job_under_the_same_id_is_not_taken_for_it(make_queue: Mak
     assert await stranger.result() == "another's"
     assert told.calls == [("unknown",)]
     assert queue.jobs == {}
+
+
+@pytest.mark.usefixtures("sweep_often")
+@pytest.mark.parametrize("wait", [False, True], ids=["a sweep asks", "somebody waits for the result"])
+async def test_what_a_look_up_found_before_a_retry_is_not_its_end(
+    make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
+    """QK-39: both answers stand in one read; the job hears of the run that follows"""
+    monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.02 if wait else 60)
+    monkeypatch.setattr(tracker, "SWEEP_EVERY_S", 60 if wait else 0.02)
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False).ready()
+        heard, ended = Seen(), Seen()
+        job = await queue.create_job(1).save()
+        for event in ("succeeded", "failed", "unknown"):
+            job.on(event, lambda outcome, event=event: heard(event, outcome))
+        result = asyncio.ensure_future(job.result()) if wait else None
+        spoken = Spoken(relay)
+        hear = relay.said_on
+
+        def hold_the_look_up(line: Any, data: bytes) -> None:
+            hear(line, data)
+            if spoken.names[-1] == ("event", "look_up"):
+                relay.said_on = hear
+                relay.hold("event")
+
+        relay.said_on = hold_the_look_up
+        await redis.lrem(queue.to_key("waiting"), 0, "1")
+        await redis.sadd(queue.to_key("failed"), "1")  # on a worker that tells nobody
+        await until(lambda: relay.said_on == hear)
+        retrying = asyncio.ensure_future(job.retry())
+        await until(lambda: redis.llen(queue.to_key("waiting")))
+        relay.release("event")
+        assert await retrying == (1, 1)
+        worker = make_queue(get_events=False)
+        worker.on("succeeded", ended)
+        worker.process(echo)
+        await ended.reaches(1)
+        assert await (result or job.result(5000)) == 1
+        assert heard.calls == [("succeeded", 1)]
+        await queue.close()
