@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from harness.children import end_with_parent
@@ -66,14 +68,19 @@ class Member:
         """SIGTERM, and SIGKILL when that does not help; returns its exit code, None if it never started."""
         if self._process is None:
             return None
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM)
         try:
             return await asyncio.wait_for(self.ended(), END_S)
         except TimeoutError:
             print(f"{self.name} did not end within {END_S} s of SIGTERM and was killed", file=sys.stderr)
-            self._process.kill()
-            return await self._process.wait()
+            self._signal(signal.SIGKILL)
+            return await self.ended()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """The process's own `send_signal` would look whether it has ended, and take its exit code from asyncio."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
 
 async def _pump(lines: asyncio.StreamReader, listener: Listener) -> None:
