@@ -49,14 +49,7 @@ class FsckStore:
     def __init__(self, key_prefix: str, commands: Connection) -> None:
         self._commands = commands
         self._prefix = key_prefix
-        jobs, succeeded, failed, delayed, stalling, active, waiting = map(self._key, TYPES)
-        block, earlier = self._key("stallBlock"), self._key("earlierDelayed")
-        self._heads = {
-            "fsck_ghosts": SCRIPTS["fsck_ghosts"].head(jobs, waiting, active, delayed, succeeded, failed, stalling),
-            "fsck_orphans": SCRIPTS["fsck_orphans"].head(jobs, waiting, active, delayed, succeeded, failed, earlier),
-            "fsck_doubles": SCRIPTS["fsck_doubles"].head(jobs, waiting, active, delayed, succeeded, failed, stalling),
-            "fsck_silent": SCRIPTS["fsck_silent"].head(jobs, waiting, active, stalling, block, succeeded, failed),
-        }
+        self._heads = {name: script.head(self._key) for name, script in SCRIPTS.items()}
 
     def _key(self, suffix: str) -> str:
         return self._prefix + suffix

@@ -45,6 +45,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -70,21 +71,21 @@ Reply = Callable[[Any], None]
 
 
 class Script(NamedTuple):
-    """A Lua script; `sha` is how Redis knows it."""
+    """A Lua script; `sha` is how Redis knows it. `keys` are those of its header, below the queue's prefix, in order."""
 
-    name: str
     text: str
     sha: str
+    keys: tuple[str, ...]
 
-    def head(self, *keys: str | bytes) -> tuple[bytes, ...]:
-        """A call of it (EVALSHA) up to its arguments, encoded once."""
-        encoded = (key if isinstance(key, bytes) else key.encode() for key in keys)
-        return (b"EVALSHA", self.sha.encode(), str(len(keys)).encode(), *encoded)
+    def head(self, key: Callable[[str], str]) -> tuple[bytes, ...]:
+        """A call of it (EVALSHA) up to its arguments, encoded once; `key` gives a key's full name."""
+        return (b"EVALSHA", self.sha.encode(), str(len(self.keys)).encode(), *(key(name).encode() for name in self.keys))
 
 
 def _read(path: Path) -> Script:
     text = path.read_text(encoding="utf-8")
-    return Script(path.stem, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    return Script(text, sha, tuple(re.findall(r"^-- KEYS\[\d+\] (\w+)", text, re.MULTILINE)))
 
 
 SCRIPTS = {path.stem: _read(path) for path in sorted((Path(__file__).parent / "lua").glob("*.lua"))}
@@ -187,41 +188,13 @@ class Store:
         self._takes = takes
         self._jobs = jobs
         self._prefix = key_prefix
-        key = self.key
-        self.events_channel = key("events").encode()
-        self.earlier_channel = key("earlierDelayed").encode()
-        self._stalling = key("stalling")
-        waiting, active, jobs_key = key("waiting"), key("active"), key("jobs")
-        self._add_job = _head("add_job", key("id"), jobs_key, waiting)
-        self._add_jobs = _head("add_jobs", key("id"), jobs_key, waiting)
-        self._add_delayed_job = _head("add_delayed_job", key("id"), jobs_key, key("delayed"), self.earlier_channel)
-        self._jobs_key = jobs_key.encode()
-        succeeded, failed, delayed = key("succeeded"), key("failed"), key("delayed")
-        events, earlier = self.events_channel, self.earlier_channel
-        self._finish = _head("finish", active, self._stalling, jobs_key, waiting, succeeded, failed, delayed, events, earlier)
-        self._look_up = _head("look_up", jobs_key, succeeded, failed)
-        self._ended = _head("ended", jobs_key, succeeded, failed)
-        self._get_job = _head("get_job", jobs_key, succeeded, failed)
-        self._retry_job = _head("retry_job", failed, succeeded, jobs_key, waiting)
-        self._remove_job = _head("remove_job", succeeded, failed, waiting, active, self._stalling, jobs_key, delayed)
-        self._check_health = _head("check_health", waiting, active, succeeded, failed, delayed, key("id"))
-        self._clean = {kind: _head("clean", key(kind), jobs_key) for kind in ("succeeded", "failed")}
-        self._take = _head("take", jobs_key, waiting, active)
-        self._read_taken = _head("read_taken", jobs_key, waiting, active)
-        self._hand_back = _head("hand_back", active, self._stalling, jobs_key, waiting)
-        self._check_stalled = _head(
-            "check_stalled_jobs",
-            key("stallBlock"),
-            self._stalling,
-            waiting,
-            active,
-            jobs_key,
-            key("stalls"),
-            succeeded,
-            failed,
-        )
-        self._raise_delayed = _head("raise_delayed_jobs", key("delayed"), waiting)
-        self._blocking_take = Packed((b"BRPOPLPUSH", waiting.encode(), active.encode(), str(TAKE_WAIT_S).encode()))
+        self.events_channel = self.key("events").encode()
+        self.earlier_channel = self.key("earlierDelayed").encode()
+        self._jobs_key = self.key("jobs").encode()
+        self._stalling = self.key("stalling").encode()
+        self._heads = {name: script.head(self.key) for name, script in SCRIPTS.items()}
+        waiting, active = self.key("waiting").encode(), self.key("active").encode()
+        self._blocking_take = Packed((b"BRPOPLPUSH", waiting, active, str(TAKE_WAIT_S).encode()))
         self._reads_behind: dict[int, Packed] = {}
 
     def withdraw(self, *commands: Command) -> bool:
@@ -250,8 +223,9 @@ class Store:
         An empty `job_id` asks for the next automatic one.
         """
         if delay is None:
-            return self._send(Command((*self._add_job, _bytes(job_id), entry), on_reply, script=SCRIPTS["add_job"].text))
-        args = (*self._add_delayed_job, _bytes(job_id), entry, delay)
+            args: tuple[Any, ...] = (*self._heads["add_job"], _bytes(job_id), entry)
+            return self._send(Command(args, on_reply, script=SCRIPTS["add_job"].text))
+        args = (*self._heads["add_delayed_job"], _bytes(job_id), entry, delay)
         return self._send(Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text))
 
     def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
@@ -264,7 +238,7 @@ class Store:
                 else replies
             )
 
-        args = [*self._add_jobs]
+        args = [*self._heads["add_jobs"]]
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
         return self._send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
@@ -279,15 +253,15 @@ class Store:
         ids = map(_bytes, job_ids)
         text = SCRIPTS["look_up"].text
         if link is None:
-            reply = await self._jobs.call(*self._look_up, *ids, repeatable=True, script=text)
+            reply = await self._jobs.call(*self._heads["look_up"], *ids, repeatable=True, script=text)
         else:
-            reply = await link.call(b"EVAL", text, *self._look_up[2:], *ids)
+            reply = await link.call(b"EVAL", text, *self._heads["look_up"][2:], *ids)
         texts = [text.decode(errors="replace") for text in reply]
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
 
     async def ended(self, jobs: Sequence[tuple[str, str]]) -> set[str]:
         """Of ids and timestamps, the ids whose job has ended or is another one (`jobs`, `succeeded`, `failed`)."""
-        args = [*self._ended]
+        args = [*self._heads["ended"]]
         for job_id, timestamp in jobs:
             args += (_bytes(job_id), timestamp.encode())
         ended = await self._jobs.call(*args, repeatable=True, script=SCRIPTS["ended"].text)
@@ -297,17 +271,17 @@ class Store:
 
     def get(self, job_id: str, on_reply: Reply) -> Command:
         """Reads a job; the reply is its entry in `jobs` and `open`, `succeeded` or `failed`, or None."""
-        args = (*self._get_job, _bytes(job_id))
+        args = (*self._heads["get_job"], _bytes(job_id))
         return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
 
     def remove(self, job_id: str, on_reply: Reply) -> Command:
         """Takes a job out of every key."""
-        args = (*self._remove_job, _bytes(job_id))
+        args = (*self._heads["remove_job"], _bytes(job_id))
         return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
 
     def retry(self, job_id: str, on_reply: Reply) -> Command:
         """Moves a job from `failed` or `succeeded` to `waiting`; the reply is [was failed, waiting], or None: no entry."""
-        return self._send(Command((*self._retry_job, _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
+        return self._send(Command((*self._heads["retry_job"], _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
 
     async def is_in(self, kind: str, job_id: str) -> bool:
         """Whether `kind`, one of the keys that hold ids, holds this one."""
@@ -345,13 +319,14 @@ class Store:
 
     async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
         """Deletes those of `job_ids` that are in `kind` and were created until then (epoch ms); how many."""
-        args = (*self._clean[kind], created_until, at_most, *map(_bytes, job_ids))
+        evalsha, sha, count, _, jobs = self._heads["clean"]
+        args = (evalsha, sha, count, self.key(kind), jobs, created_until, at_most, *map(_bytes, job_ids))
         deleted: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["clean"].text)
         return deleted
 
     async def check_health(self) -> Health:
         """Counts the jobs of each state, and reads the counter `id`."""
-        counts = await self._commands.call(*self._check_health, repeatable=True, script=SCRIPTS["check_health"].text)
+        counts = await self._commands.call(*self._heads["check_health"], repeatable=True, script=SCRIPTS["check_health"].text)
         return Health(*map(int, counts))
 
     async def destroy(self) -> int:
@@ -369,7 +344,7 @@ class Store:
         assert self._takes is not None
         args = self._reads_behind.get(more)
         if args is None:
-            args = self._reads_behind[more] = Packed((*self._read_taken, more, NEWEST, NEWEST_BYTES))
+            args = self._reads_behind[more] = Packed((*self._heads["read_taken"], more, NEWEST, NEWEST_BYTES))
         take = (
             Command(self._blocking_take, on_id, repeat=self._blocking_take),
             Command(args, on_jobs, repeat=args, script=SCRIPTS["read_taken"].text),
@@ -399,9 +374,9 @@ class Store:
 
     def take(self, job_id: str | bytes, more: int, on_reply: Reply) -> None:
         """Reads a job that is in `active`, and takes at most `more` besides; the reply is for `taken_from`."""
-        args = (*self._take, job_id, more)
+        args = (*self._heads["take"], job_id, more)
         # a job that only the lost reply named comes back by the stall check
-        repeat = (*self._take, job_id, 0)
+        repeat = (*self._heads["take"], job_id, 0)
         self._commands.send(Command(args, on_reply, repeat=repeat, script=SCRIPTS["take"].text))
 
     @staticmethod
@@ -418,7 +393,7 @@ class Store:
         """What settles jobs, publishes their events and takes at most `take` others; the reply has one answer for each run,
         for `settled_by`, and behind them what is for `taken_from`. Not sent yet. A run is an id, the entry that was taken, and
         how it ended."""
-        args = [*self._finish, take]
+        args = [*self._heads["finish"], take]
         taken = []
         for job_id, had, (status, entry, message, retry_at) in runs:
             if status == "retrying":
@@ -428,7 +403,7 @@ class Store:
             args += (_bytes(job_id), how, entry or b"", message, b"" if retry_at is None else retry_at, len(had))
             taken.append(had)
         # a take may stand behind it on its link: again it goes where nothing blocks
-        return Finish(tuple(args), on_reply, len(self._finish), taken, self._commands.send)
+        return Finish(tuple(args), on_reply, len(self._heads["finish"]), taken, self._commands.send)
 
     @staticmethod
     def refusal_in(reply: Sequence[Any], runs: int) -> CommandError | None:
@@ -462,7 +437,7 @@ class Store:
 
     async def hand_back(self, job_ids: Sequence[str]) -> int:
         """Returns jobs from `active` to where `waiting` is taken, the one taken last first; how many it were."""
-        args = (*self._hand_back, *map(_bytes, job_ids))
+        args = (*self._heads["hand_back"], *map(_bytes, job_ids))
         handed: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["hand_back"].text)
         return handed
 
@@ -476,7 +451,7 @@ class Store:
         And those that have stalled more than `max_stalls` times: they stay in `active`, and are for `settle_stalled`.
         """
         limit = b"" if max_stalls is None else max_stalls
-        args = (*self._check_stalled, stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
+        args = (*self._heads["check_stalled_jobs"], stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
         text, step, is_over = SCRIPTS["check_stalled_jobs"].text, b"", False
         while not is_over:
             step, stalled, too_often = await self._commands.call(*args, step, repeatable=True, script=text)
@@ -502,13 +477,9 @@ class Store:
 
         That is `now_ms` when more are due than one call moves.
         """
-        args = (*self._raise_delayed, now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
+        args = (*self._heads["raise_delayed_jobs"], now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
         return raised, float(look_again)
-
-
-def _head(script: str, *keys: str | bytes) -> tuple[bytes, ...]:
-    return SCRIPTS[script].head(*keys)
 
 
 async def load_scripts(link: Link) -> None:

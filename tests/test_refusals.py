@@ -19,7 +19,6 @@ from beequeue.store import RUN_ARGS, SCRIPTS
 from harness.server import Server, find_server, running_server
 
 OWN = {name: script for name, script in SCRIPTS.items() if not name.startswith("fsck")}
-KEYS = {name: re.findall(r"^-- KEYS\[\d+\] (\w+)", script.text, re.MULTILINE) for name, script in OWN.items()}
 COMMANDS = {name: sorted({*re.findall(r"(?:call|pcall|in_batches)\('([A-Z]+)'", script.text)}) for name, script in OWN.items()}
 UNDOING = {
     ("add_delayed_job", "HDEL"),
@@ -172,7 +171,7 @@ async def drive(stock: Stock, client: Any, name: str) -> list[str]:
                     await stock.redis.config_set("maxmemory", 0)
                     await stock.redis.set(stock.key("stallBlock"), f"{arguments[-2]} {arguments[-1]}")
                     await stock.redis.config_set("maxmemory", maxmemory)
-            reply = await client.eval(OWN[name].text, len(KEYS[name]), *map(stock.key, KEYS[name]), *arguments)
+            reply = await client.eval(OWN[name].text, len(OWN[name].keys), *map(stock.key, OWN[name].keys), *arguments)
         except ResponseError as error:
             prefix = "NOPERM " if isinstance(error, NoPermissionError) else ""
             refused.append(named(prefix + str(error), OWN[name].text))
