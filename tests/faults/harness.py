@@ -103,8 +103,17 @@ class Harness:
             ids = await self.jobs()
             return len(ids) == len(set(ids)) == CHAINS and all(int(job_id) > last for job_id in ids)
 
-        await until(all_are_new, BACK_S)
-        await until(lambda: any(line["numAlive"] == CHAINS for line in self.stats[lines:]), BACK_S)
+        try:
+            await until(all_are_new, BACK_S)
+            await until(lambda: any(line["numAlive"] == CHAINS for line in self.stats[lines:]), BACK_S)
+        except TimeoutError as late:
+            late.add_note(await self.account(last))
+            raise
+
+    async def account(self, last: int) -> str:
+        """What each process has said last, and where the jobs are: for an error."""
+        said = [f"{name}: {line}" for name, lines in self.said.items() for line in lines[-5:]]
+        return "\n".join([f"waiting or active: {await self.jobs()}, wanted: beyond {last}", f"client: {self.stats[-1]}", *said])
 
     async def seven_are_left(self) -> None:
         """Stops the workers. What the client keeps alive stands in Redis then: seven jobs, no more and no fewer."""
