@@ -146,7 +146,7 @@ async def soak(plan: Plan, figures: Figures) -> None:
     """Runs it; raises what was wrong."""
     chance, started = random.Random(plan.seed), time.monotonic()
     load = Field("soak", plan.seed)
-    async with load, Relay(load.server.url, remember=2**16) as relay:
+    async with load, Relay(load.server.url, remember=2**16, tcp=True) as relay:
         async with Harness(with_password(relay.url), load.redis, workers=6, STATS_INTERVAL="1") as harness:
             ground = Ground(load.server, relay, load.redis, harness, chance)
             await harness.recovered()
