@@ -44,7 +44,7 @@ MODULES = {
     " test_sync::test_a_save_with_a_time_out_while_redis_is_silent test_connection test_queue"
     " test_alive::test_a_refused_save_that_is_cancelled_is_not_made"
     " test_alive::test_a_bulk_save_that_is_cancelled_is_not_made",
-    "tracker": "test_job_events test_race test_kept test_hostile test_lookup test_orders test_connection"
+    "tracker": "test_tracker test_job_events test_race test_kept test_hostile test_lookup test_orders test_connection"
     " test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
     " test_sizes::test_messages_that_cannot_be_read_are_counted",
     "fsck": "test_fsck",
