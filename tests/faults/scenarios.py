@@ -139,6 +139,7 @@ async def restart_with_aof(field: Field) -> None:
 async def restart_without_aof(field: Field) -> None:
     """Redis is killed and comes back empty: ids start anew, and each tracked job ends as unknown."""
     unknown = field.ledger.unknown
+    await field.save_all([field.new_job(due=now_ms() + 3_600_000)])  # others may all have ended when Redis is killed
     await field.restart(wipe=True)
     await field.until(lambda: not field.ledger.unsettled & field.ledger.forgotten)
     assert field.ledger.unknown > unknown
