@@ -32,6 +32,7 @@ PASSWORD = "Zq7/k@v9%#x"
     ("arguments", "message"),
     [
         ({"port": "abc"}, "redis: port must be a number from 1 to 65535, not 'abc'"),
+        ({"port": "\u00b2"}, "redis: port must be a number from 1 to 65535, not '\u00b2'"),
         ({"port": 0}, "redis: port must be a number from 1 to 65535, not 0"),
         ({"port": 65_536}, "redis: port must be a number from 1 to 65535, not 65536"),
         ({"port": None}, "redis: port must be a number from 1 to 65535, not None"),

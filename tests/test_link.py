@@ -60,6 +60,8 @@ async def peer() -> AsyncIterator[Peer]:
     made.writer.close()
 
 
+MASTER = b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n"
+REPLICA = b"*5\r\n$5\r\nslave\r\n$1\r\nh\r\n:1\r\n$7\r\nconnect\r\n:-1\r\n"
 PUSH = b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\np\r\n"
 
 
@@ -192,6 +194,51 @@ async def test_orphans_are_told_apart(peer: Peer) -> None:
     assert [command.args for command in unwritten] == [(b"UNWRITTEN",)]
 
 
+@pytest.mark.parametrize("busy", [True, False])
+async def test_what_is_issued_on_a_lost_link_is_never_written(peer: Peer, busy: bool) -> None:
+    """nor after the loop's next turn, in which it would be"""
+    link = await peer.connect()
+    if busy:
+        peer.send(b"WRITTEN")
+        await peer.reader.read(1000)
+    peer.writer.close()
+    await link.lost
+    peer.send(b"UNWRITTEN")
+    await asyncio.sleep(0)
+    written, unwritten = link.orphans()
+    assert [command.args for command in written] == [(b"WRITTEN",)] * busy
+    assert [command.args for command in unwritten] == [(b"UNWRITTEN",)]
+
+
+async def test_an_unknown_script_is_sent_whole_where_its_owner_wants_it(peer: Peer) -> None:
+    await peer.connect()
+    resent: list[Any] = []
+    peer.send(b"EVALSHA", b"sha", b"0", script="return 1", resend=lambda command: resent.append(command.args))
+    await peer.say(b"-NOSCRIPT No matching script.\r\n")
+    peer.send(b"X")
+    await peer.say(b":7\r\n")
+    assert await peer.logs(1) == [7]
+    assert resent == [(b"EVAL", "return 1", b"0")]
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        b"-NOAUTH Authentication required.\r\n" * 2,
+        b"+PONG\r\n-LOADING Redis is loading the dataset in memory\r\n",
+        b"-MASTERDOWN Link with MASTER is down\r\n-NOPERM no\r\n",
+    ],
+    ids=repr,
+)
+async def test_a_server_that_is_not_ready_is_neither_primary_nor_replica(peer: Peer, replies: bytes) -> None:
+    link = await peer.connect()
+    asking = asyncio.create_task(link.is_primary())
+    await peer.reader.readexactly(28)
+    await peer.say(replies)
+    with pytest.raises(CommandError):
+        await asking
+
+
 async def test_a_call_ends_with_the_link(peer: Peer) -> None:
     link = await peer.connect()
     calling = asyncio.create_task(link.call(b"X"))
@@ -214,10 +261,12 @@ async def test_a_silent_peer_is_noticed(peer: Peer) -> None:
     await peer.connect(on_stuck=lambda link: stuck.put_nowait(link.still_ticks))
     peer.send(b"X")
     async with asyncio.timeout(5):
-        assert [await stuck.get(), await stuck.get()] == [REPLY_TICKS, 2 * REPLY_TICKS]
+        assert [await stuck.get() for _ in range(5)] == [REPLY_TICKS * times for times in (1, 2, 4, 8, 14)]
         await peer.say(b":1\r\n")
         await peer.logs(1)
         assert peer.link.still_ticks <= 1
+        peer.send(b"Y")
+        assert await stuck.get() == REPLY_TICKS  # and of the next silence as soon as of the first
 
 
 @pytest.mark.usefixtures("hurried")
@@ -274,7 +323,7 @@ async def test_a_peer_that_swallows_everything_is_stuck(peer: Peer) -> None:
 @pytest.mark.parametrize(
     ("role", "asked"),
     [
-        (b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n", b"*1\r\n$4\r\nROLE\r\n"),
+        (MASTER, b"*1\r\n$4\r\nROLE\r\n"),
         (b"-NOPERM this user has no permissions to run the 'role' command\r\n", b"*1\r\n$4\r\nPING\r\n"),
         (b"-ERR unknown command 'ROLE'\r\n", b"*1\r\n$4\r\nPING\r\n"),
     ],
@@ -294,6 +343,36 @@ async def test_a_quiet_link_asks(peer: Peer, role: bytes, asked: bytes) -> None:
             await peer.say(role if b"ROLE" in asked else b"+PONG\r\n")
         assert not stuck.is_set()
         await stuck.wait()
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_quiet_subscriber_in_resp2_asks_what_it_may(peer: Peer) -> None:
+    """PING alone"""
+    link = await peer.connect(resp2_pushes=True)
+    asking = asyncio.create_task(link.is_primary())
+    async with asyncio.timeout(5):
+        await peer.reader.readexactly(28)
+        await peer.say(b"+PONG\r\n" + MASTER)
+        assert await asking is True
+        assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(("first", "told"), [(MASTER, [(None, "READONLY it has become a replica")]), (REPLICA, [])])
+async def test_a_link_to_a_replica_is_unfit_if_that_was_a_primary(peer: Peer, first: bytes, told: list[Any]) -> None:
+    link = await peer.connect()
+    unfit: list[Any] = []
+    asking = asyncio.create_task(link.is_primary())
+    async with asyncio.timeout(5):
+        await peer.reader.readexactly(28)
+        await peer.say(b"+PONG\r\n" + first)
+        await asking
+        link.on_unfit = lambda command, refusal: unfit.append((command, refusal))
+        for _ in range(2):
+            assert await peer.reader.read(1000) == b"*1\r\n$4\r\nROLE\r\n"
+            await peer.say(REPLICA)
+        await peer.reader.read(1000)
+    assert unfit == told
 
 
 @pytest.mark.usefixtures("hurried")

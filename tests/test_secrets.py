@@ -280,7 +280,10 @@ NOT_ENCODED = [
     "redis://h/x?password=Zq7",
     "redis://h/x?password=Zq7@v9%",
     "redis://h/x#Zq7",
+    "redis://h/x?password=\nZq7",
     "redis://h?password=Zq7#v9%",
+    "redis://u:Zq7@v9%?password=x@h",
+    "redis://?password=Zq7@v9%",
     "redis://h?db=Zq7",
     "redis://:Zq7@h\ud800",
     "unix://?password=Zq7",
@@ -396,6 +399,7 @@ async def test_a_wrong_url_on_the_command_line(option: str, where: str, mark: st
         ),
         ("redis://h/x?password=Zq7", "must name its database by a number, not 'redis://h/x'"),
         ("redis://h?password=Zq7#v9%", "must have no #"),
+        ("redis://:7788", "must name a host before its port"),
         ("http://user:Zq7@h:1?x=y", "must be a URL that begins with redis://, rediss://, valkey://, valkeys:// or unix://"),
         ("localhost:6379", "must be a URL that begins with redis://, rediss://, valkey://, valkeys:// or unix://"),
         ("unix://run/redis.sock", "must name a socket, as in unix:///run/redis.sock, not 'unix://run/redis.sock'"),
@@ -406,9 +410,28 @@ def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
         beequeue.address.check_redis_url(url)
 
 
-@pytest.mark.parametrize("url", ["redis://:%40%2F%3F%23@h", "redis://h?username=a@b&password=c@d", "redis://:p@", "redis://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:%40%2F%3F%23@h",
+        "redis://h?username=a@b&password=c@d",
+        "unix:///s?password=c@d",
+        "redis://:p@",
+        "redis://",
+        "REDIS://h",
+    ],
+)
 def test_a_url_that_is_written_well(url: str) -> None:
     beequeue.address.check_redis_url(url)
+
+
+@pytest.mark.parametrize("password", ["Zq7\\v9%", b"Zq7v9%"], ids=repr)
+def test_an_error_that_quotes_the_password(password: str | bytes) -> None:
+    """as it is written in a program: a backslash twice"""
+    address = Address({"host": "h", "password": password})
+    text = password.decode() if isinstance(password, bytes) else password
+    for error in (KeyError(text), OSError(f"no {text}"), RuntimeError(repr(password))):
+        assert_kept(address._without_secrets(error))
 
 
 async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) -> None:
