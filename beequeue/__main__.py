@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import importlib
 import json
 import logging
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from beequeue.address import Address, check_redis_url
-from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut
+from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut, said
 from beequeue.fsck import Finding, Report, check, counts, repair
 from beequeue.job import Job
 from beequeue.link import settle
@@ -104,7 +105,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object, with every finding")
     add("--repair", action="store_true", help="repair what is found; without it nothing is changed")
     old = "also name active jobs that were created this long ago, when no stall check is in force"
-    add("--older-than", metavar="SECONDS", type=_at_least_one, help=old)
+    add("--older-than", metavar="SECONDS", type=_seconds, help=old)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {_one_line(message)}\n")
 
 
+MOST_SECONDS = (2**53 - 1) // 1000
+"""So many are a number of ms that Node can tell, too."""
 _OPTION = re.compile("--?[a-z]+(-[a-z]+)*")
 
 
@@ -126,6 +129,13 @@ def _at_least_one(value: str) -> int:
     if len(value) > 15:
         raise argparse.ArgumentTypeError(f"must have at most 15 digits, not {value!r}")
     return int(value)
+
+
+def _seconds(value: str) -> int:
+    seconds = _at_least_one(value)
+    if seconds > MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_SECONDS}, not {value!r}")
+    return seconds
 
 
 def _text(value: str) -> str:
@@ -204,7 +214,7 @@ async def _work(options: argparse.Namespace) -> None:
     settings: Any = {name: value for name, value in vars(options).items() if name in QueueOptions.__annotations__}
     queue = Queue(options.queue, options.redis, get_events=False, store_jobs=False, **settings)
     queue.on("ready", lambda: log.info("connected"))
-    queue.on("error", lambda error: log.warning("%s: %s", type(error).__name__, _one_line(error)))
+    queue.on("error", lambda error: log.warning("%s: %s", type(error).__name__, _one_line(said(error))))
     handler = _told(queue, options.handler) if options.verbose else options.handler
     running = asyncio.create_task(queue.run(handler, options.concurrency))
     for number in SIGNALS:
@@ -331,6 +341,7 @@ def _told(queue: Queue, handler: Handler) -> Handler:
     """`handler`, of the same kind, for jobs of which one line tells what became of each and how long its handler took."""
     spans: dict[Job, list[float]] = {}
 
+    @functools.wraps(handler)
     async def run_async(job: Job) -> Any:
         span = spans[job] = [time.perf_counter()]
         try:
@@ -338,6 +349,7 @@ def _told(queue: Queue, handler: Handler) -> Handler:
         finally:
             span.append(time.perf_counter())
 
+    @functools.wraps(handler)
     def run_plain(job: Job) -> Any:
         span = spans[job] = [time.perf_counter()]
         try:

@@ -125,14 +125,14 @@ class Address:
                 if driver._writer is not None:
                     driver._writer.transport.abort()
                 connecting.cancel()
-                await asyncio.wait((connecting,))
-                _ = connecting.cancelled() or connecting.exception()
+                await asyncio.wait((connecting,), timeout=limit)  # a credential provider may swallow it, too
+                connecting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             if driver._writer is not None:
                 writer = _disown(driver)  # kept until it is closed, or it warns
                 writer.transport.abort()
             if timed_out:
                 failure = NoAnswer(f"{self}: no answer within {limit:g} s", maybe_applied=False)
-            elif isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and not _is_being_cancelled()):
+            elif isinstance(error, Exception) or not (_is_being_cancelled() or _ends_all(error, connecting)):
                 failure = _translated(error, self, protocol)
             else:
                 raise
@@ -248,6 +248,12 @@ def _end_of(driver: Any) -> str | None:
     if reader._buffer or (isinstance(kept := getattr(parser, "_reader", None), hiredis.Reader) and kept.has_data()):
         return "a reply came to no command"
     return None
+
+
+def _ends_all(error: BaseException, connecting: asyncio.Task[Any]) -> bool:
+    """Whether the program is to end, or its loop is closed; not so where a credential provider has raised what means that."""
+    raised = not connecting.cancelled() and connecting.done() and connecting.exception() is error
+    return isinstance(error, (KeyboardInterrupt, SystemExit)) or not (raised or isinstance(error, asyncio.CancelledError))
 
 
 def _is_being_cancelled() -> bool:
@@ -369,7 +375,7 @@ def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
     try:
         _check(arguments)
     except (TypeError, ValueError) as error:
-        return {}, f"must be a URL: {str(error).removeprefix('redis: ').rpartition(', not ')[0]}"
+        return {}, f"must be a URL: {re.split(', not |: ', str(error).removeprefix('redis: '))[0]}"
     return arguments, None
 
 
@@ -432,6 +438,7 @@ def _translated(error: BaseException, address: Address, protocol: int) -> BeeQue
         cause = cause.__cause__ or cause.__context__
     if (
         isinstance(cause, _FOR_NOW)
+        or str(cause).startswith("BUSY ")
         or isinstance(error, redis.exceptions.BusyLoadingError)
         or "max number of clients" in message
     ):

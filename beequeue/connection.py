@@ -283,7 +283,10 @@ class Connection:
             pause_ms: Any = self._reconnect(attempt)
             if isinstance(pause_ms, bool) or not isinstance(pause_ms, (int, float)) or not 0 <= pause_ms < math.inf:
                 raise TypeError(f"it must return milliseconds, at least 0, not {pause_ms!r}")
-        except Exception as error:
+            return float(pause_ms)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
             if not self._backoff_is_wrong:
                 self._backoff_is_wrong = True
                 what = f"reconnect({attempt}) raised {type(error).__name__}: {error}"
@@ -291,7 +294,6 @@ class Connection:
                 failure.__cause__ = error
                 self._report(failure)
             return linear_backoff(attempt)
-        return float(pause_ms)
 
     def _go_up(self, link: Link) -> None:
         self._live = self.link = link

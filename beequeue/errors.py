@@ -113,3 +113,10 @@ class ListenerFailed(BeeQueueError):
 
 class TaskFailed(BeeQueueError):
     """A background task of the library raised an error that its code does not expect, `__cause__`; it begins anew."""
+
+
+def said(error: BaseException) -> str:
+    """What an error says, and what Redis, or the connection to it, said that led to it."""
+    cause = error.__cause__
+    tells_more = isinstance(cause, BeeQueueError) and str(cause) not in str(error)
+    return f"{error}: {cause}" if tells_more else str(error)

@@ -19,6 +19,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import hiredis
@@ -88,13 +89,20 @@ class Command:
         self.script = script
         self.resend = resend
 
-    def answer(self, reply: Any) -> None:
-        """Hands the reply on. What that raises is a fault of ours, and the replies behind this one must not suffer."""
+    def answer(self, reply: Any) -> bool:
+        """Hands the reply on; False when it was none that this command can have.
+
+        The asker then gets `ConnectionLost`: a reply too many, say, would give each command behind it another one's reply.
+        """
         try:
             self.on_reply(reply)
         except Exception as error:
             context = {"message": f"handling the reply to {self.args[0]!r}", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
+            with suppress(Exception):  # what it has done already it may refuse to do again
+                self.on_reply(ConnectionLost("what Redis answered is no answer to this command", maybe_applied=True))
+            return False
+        return True
 
 
 class Link(asyncio.Protocol):
@@ -184,7 +192,7 @@ class Link(asyncio.Protocol):
     def drop(self, reason: str) -> None:
         """Cuts the socket; `lost` completes soon."""
         self._reason = reason
-        self._transport.abort()
+        self._abort()
 
     def leave(self, reason: str) -> None:
         """Cuts the socket when every command in flight has its reply; the owner sends no more."""
@@ -194,7 +202,15 @@ class Link(asyncio.Protocol):
 
     def _drop_when_left(self) -> None:
         if self._leaving and not self._in_flight:
-            self._transport.abort()
+            self._abort()
+
+    def _abort(self) -> None:
+        """Ends the socket, also the copy of a forked child that lives on: Redis would give it jobs."""
+        own = self._transport.get_extra_info("socket")
+        if own is not None and not self.down:
+            with suppress(OSError, AttributeError), socket.socket(own.family, own.type, fileno=os.dup(own.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
+        self._transport.abort()
 
     def orphans(self) -> tuple[list[Command], list[Command]]:
         """Of a lost link: the commands that got no reply, and those that were never written."""
@@ -233,8 +249,9 @@ class Link(asyncio.Protocol):
                     self._refused(command, str(reply))
                 elif kind is list and reply and type(reply[0]) is hiredis.ReplyError and UNFIT.match(str(reply[0])):
                     self._refused(command, str(reply[0]))  # a script that has caught the refusal of its first write
-                else:
-                    command.answer(reply)
+                elif not command.answer(reply):
+                    self.drop(f"what Redis answered is no answer to {command.args[0]!r}")
+                    break
         except hiredis.HiredisError as error:
             self.drop(f"what Redis sent could not be read: {error}")
         except Exception as error:

@@ -18,7 +18,7 @@ from typing import Any, Self, Unpack
 from beequeue.address import Address, RedisSetting
 from beequeue.calls import Calls
 from beequeue.connection import Connection
-from beequeue.consumer import Consumer
+from beequeue.consumer import GRACE_S, Consumer
 from beequeue.decisions import message_of
 from beequeue.errors import (
     BeeQueueError,
@@ -31,6 +31,7 @@ from beequeue.errors import (
     TaskFailed,
     UnreadableData,
     WrongLoop,
+    said,
 )
 from beequeue.events import Emitter, Registry
 from beequeue.forks import process
@@ -385,7 +386,7 @@ class Queue(Emitter):
         """Emits `error`; without a listener it is logged."""
         if not self.emit("error", error):
             trace = error.__cause__ if isinstance(error, TaskFailed) else None
-            log.error("queue %s: %s: %s", self.name, type(error).__name__, error, exc_info=trace)
+            log.error("queue %s: %s: %s", self.name, type(error).__name__, said(error), exc_info=trace)
 
     def _listener_failed(self, event: str, error: BaseException) -> None:
         if event == "error":  # not in circles
@@ -542,7 +543,9 @@ class Queue(Emitter):
         for task in unfinished:
             task.cancel()
         if unfinished:
-            await asyncio.wait(unfinished)
+            _, left = await asyncio.wait(unfinished, timeout=GRACE_S)
+            if left:
+                log.warning("queue %s: %d listeners go on, although they were cancelled", self.name, len(left))
         if failures:
             raise failures[0]
 

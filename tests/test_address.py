@@ -28,6 +28,13 @@ PASSWORD = "Zq7/k@v9%#x"
 # --- wrong arguments ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["unix:///a%00b", "rediss://h?ssl_certfile=a%00", "redis://h%00x:1"])
+def test_a_url_with_a_nul(url: str) -> None:
+    """the part is named, and not shown: it may be a piece of a password"""
+    with pytest.raises(ValueError, match=r"redis must be a URL: \w+ must have no NUL, and has one$"):
+        Queue("q", url)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Literal
 
 import pytest
 import uvloop
 from redis.asyncio import Redis
 from redis.credentials import CredentialProvider
+from redis.exceptions import ResponseError
 
 import beequeue.connection
 import beequeue.link
@@ -80,7 +82,11 @@ class TokenService(CredentialProvider):
         return ("default", "secret")
 
 
-@pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError])
+class OwnKind(BaseException):
+    """As some libraries have."""
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError, OwnKind])
 async def test_a_credential_provider_that_fails_for_a_while(make_queue: MakeQueue, failure: type[BaseException]) -> None:
     """at the first connect, and at a later one"""
     with running_server(find_server({}), "--requirepass", "secret") as server:
@@ -98,6 +104,79 @@ async def test_a_credential_provider_that_fails_for_a_while(make_queue: MakeQueu
         assert service.failures == []
         await queue.close()
         make_queue.errors.clear()
+
+
+class Stubborn(CredentialProvider):
+    """Has no answer, and does not let itself be cancelled, the first time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.end = asyncio.Event()
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        self.asked += 1
+        while self.asked == 1 and not self.end.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.end.wait()
+        return ("default", "secret")
+
+
+async def test_a_credential_provider_that_is_not_cancelled(make_queue: MakeQueue) -> None:
+    """the next attempt follows all the same"""
+    with running_server(find_server({}), "--requirepass", "secret") as server:
+        service = Stubborn()
+        arguments = {"path": str(server.socket), "credential_provider": service, "socket_connect_timeout": 0.1}
+        queue = make_queue(redis=arguments, is_worker=False, get_events=False, reconnect=soon)
+        async with asyncio.timeout(10):
+            await queue.create_job({}).save()
+        await queue.close()
+        service.end.set()
+        await until(lambda: "beequeue connecting" not in beequeue_tasks())
+        make_queue.errors.clear()
+
+
+@pytest.mark.parametrize("wait", [GeneratorExit, OverflowError, OwnKind])
+async def test_a_reconnect_that_raises_anything(make_queue: MakeQueue, own_server: Server, wait: type[BaseException]) -> None:
+    def reconnect(attempt: int) -> int:
+        if wait is OverflowError:
+            return 10**400
+        raise wait
+
+    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=reconnect).ready()
+    own_server.stop()
+    await until(lambda: make_queue.claim(ConnectionLost))
+    own_server.start()
+    async with asyncio.timeout(10):
+        await queue.create_job({}).save()
+    await queue.close()
+    assert any("linear_backoff takes its place" in str(error) for error in make_queue.errors)
+    make_queue.errors.clear()
+
+
+async def test_a_redis_that_runs_a_long_script_is_waited_for(make_queue: MakeQueue) -> None:
+    """also where the driver asks it for a database first"""
+    with running_server(find_server({}), "--busy-reply-threshold", "1") as server:
+        redis: Any
+        async with Redis.from_url(server.url) as redis, Redis.from_url(server.url) as other:
+            running = asyncio.create_task(redis.eval("while true do end", 0))
+
+            async def is_busy() -> bool:
+                try:
+                    await other.ping()
+                except ResponseError as error:
+                    return "BUSY" in str(error)
+                return False
+
+            await until(is_busy)
+            queue = make_queue(redis={"path": str(server.socket), "db": 1}, is_worker=False, reconnect=soon)
+            saving = asyncio.create_task(queue.create_job({}).save())
+            await until(lambda: queue.client.connection._failures >= 2)
+            assert not saving.done()
+            await other.script_kill()
+            assert (await saving).id == "1"
+            await queue.close()
+            await asyncio.wait((running,))
+            assert isinstance(running.exception(), ResponseError)
 
 
 @pytest.mark.parametrize("at", ["first", "later"])
@@ -349,29 +428,29 @@ async def test_a_refused_save_is_taken_back_while_others_wait_for_an_answer(
     make_queue.claim(ConnectionLost)
 
 
-@pytest.mark.parametrize(("calm_s", "expected"), [(60, [1, 2, 3, 4, 5]), (0, [1] * 5)], ids=["at once", "after a while"])
 async def test_the_back_off_to_a_server_that_lets_in_and_refuses(
-    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, calm_s: float, expected: list[int]
+    make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """goes on when the server is unfit at once, and begins anew when it was fit for a while (CLUSTERDOWN: no slot is served)"""
-    monkeypatch.setattr(beequeue.connection, "CALM_S", calm_s)
-    attempts: list[int] = []
+    for calm_s, expected in ((60.0, [1, 2, 3, 4, 5]), (0.0, [1] * 5)):  # one after the other: both would have one cluster port
+        monkeypatch.setattr(beequeue.connection, "CALM_S", calm_s)
+        attempts: list[int] = []
 
-    def reconnect(attempt: int) -> int:
-        attempts.append(attempt)
-        return 5
+        def reconnect(attempt: int, attempts: list[int] = attempts) -> int:
+            attempts.append(attempt)
+            return 5
 
-    with running_server(find_server({}), "--cluster-enabled", "yes") as server:
-        queue = make_queue("{one-slot}", redis=server.url, is_worker=False, get_events=False, reconnect=reconnect)
-        await queue.ready()
-        saving = asyncio.create_task(queue.create_job({}).save())
-        await until(lambda: len(attempts) >= 5)
-        redis: Any = Redis.from_url(server.url)
-        async with redis:
-            await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16_384))
-        assert (await saving).id == "1"
-        await queue.close()
-    assert attempts[:5] == expected
+        with running_server(find_server({}), "--cluster-enabled", "yes") as server:
+            queue = make_queue("{one-slot}", redis=server.url, is_worker=False, get_events=False, reconnect=reconnect)
+            await queue.ready()
+            saving = asyncio.create_task(queue.create_job({}).save())
+            await until(lambda attempts=attempts: len(attempts) >= 5)  # type: ignore[misc]
+            redis: Any = Redis.from_url(server.url)
+            async with redis:
+                await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16_384))
+            assert (await saving).id == "1"
+            await queue.close()
+        assert attempts[:5] == expected
     make_queue.claim(ConnectionLost)
 
 

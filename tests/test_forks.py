@@ -7,12 +7,15 @@ import json
 import os
 import warnings
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from beequeue import Client, Job, Queue, connect
-from tests.conftest import MakeQueue, until
+from harness.server import Server
+from tests.conftest import MakeQueue, echo, until
+from tests.observe import present
 from tests.relay import Relay
 
 OPENED = "was opened before a fork and is used in the child: make one there"
@@ -140,3 +143,24 @@ async def test_a_shared_connection_of_the_parent(url: str, name: str) -> None:
     async with await connect(url) as client:
         assert in_a_child(lambda: asyncio.run(use(client))) == [f"WrongLoop: {client!r} {OPENED}"] * 2
         await client.ping()
+
+
+async def test_a_child_that_lives_on_keeps_no_connection_open(own_server: Server, make_queue: MakeQueue) -> None:
+    """Redis would give its copy of a take a job"""
+    queue = await make_queue(redis=own_server.url).ready()
+    queue.process(echo)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.read(reading, 1)  # until the parent has closed its end
+        os._exit(0)
+    try:
+        await queue.close()
+        await until(partial(present, own_server, 0))
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(child, 0)  # noqa: ASYNC222 - it ends now

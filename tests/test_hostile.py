@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from beequeue import Job, JobFailed, ListenerFailed, UnreadableData
+from beequeue import (
+    CommandError,
+    ConnectionLost,
+    Job,
+    JobFailed,
+    LateFinish,
+    ListenerFailed,
+    OutcomeNotRecorded,
+    OutcomeUnknown,
+    UnreadableData,
+)
 from beequeue.tracker import Tracker
-from tests.conftest import MakeQueue, Seen, until
+from tests.conftest import MakeQueue, Seen, echo, until
+from tests.observe import soon
+from tests.relay import Relay
 
 DEEP = "[" * 990 + "]" * 990
 
@@ -102,3 +115,25 @@ async def test_a_listener_takes_no_other_jobs_events_with_it(
     assert [str(failure) for failure in failures] == (
         ["a listener of 'succeeded of job 1' raised Unspeakable: Unspeakable"] if raised is Unspeakable else []
     )
+
+
+@pytest.mark.parametrize("role", ["take", "event", "command"])
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b":1\r\n", b"*1\r\n:1\r\n"])
+async def test_a_reply_too_many_ends_its_connection_alone(make_queue: MakeQueue, url: str, role: str, reply: bytes) -> None:
+    """it makes each reply behind it another command's; the next connection works"""
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, reconnect=soon, stall_interval=500).ready()
+        queue.process(echo, 2)
+        await until(lambda: any(b"BRPOPLPUSH" in line.said for line in relay.lines))
+        await next(line for line in relay.lines if line.role == role).pass_back(reply)
+        for number in range(3):
+            async with asyncio.timeout(10):
+                with suppress(ConnectionLost, OutcomeUnknown):
+                    job = await queue.create_job(number).save()
+                    assert await job.result() == number
+        async with asyncio.timeout(10):
+            assert await (await queue.create_job("next").save()).result() == "next"
+        await queue.close()
+    for kind in (ConnectionLost, OutcomeNotRecorded, LateFinish, CommandError):
+        make_queue.claim(kind)

@@ -167,19 +167,28 @@ async def test_what_cannot_be_read_ends_the_link(peer: Peer, garbage: bytes) -> 
         assert "could not be read" in await link.lost
 
 
-async def test_a_callback_that_fails_does_not_stop_the_others(peer: Peer) -> None:
+async def test_a_reply_that_cannot_be_its_commands_ends_the_link(peer: Peer) -> None:
+    """who asked hears of it; what follows might be another command's, too, and is not handed on"""
     link = await peer.connect()
     problems: list[Any] = []
+    heard: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context["exception"]))
 
     def fails(reply: Any) -> None:
+        heard.append(reply)
         raise RuntimeError("mine")
 
     link.send(Command((b"X",), fails))
-    peer.send(b"X")
+    peer.send(b"Y")
     await peer.say(b":1\r\n:2\r\n")
-    assert await peer.logs(1) == [2]
+    async with asyncio.timeout(5):
+        assert "no answer to b'X'" in await link.lost
+    assert heard[0] == 1
+    assert isinstance(heard[1], ConnectionLost)
+    assert heard[1].maybe_applied
     assert [str(problem) for problem in problems] == ["mine"]
+    assert peer.log == []
+    assert [command.args for command in link.orphans()[0]] == [(b"Y",)]
 
 
 async def test_orphans_are_told_apart(peer: Peer) -> None:
