@@ -13,6 +13,7 @@ import re
 import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -126,10 +127,10 @@ class Address:
                     driver._writer.transport.abort()
                 connecting.cancel()
                 await asyncio.wait((connecting,), timeout=limit)  # a credential provider may swallow it, too
-                connecting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-            if driver._writer is not None:
-                writer = _disown(driver)  # kept until it is closed, or it warns
-                writer.transport.abort()
+            if connecting.done():
+                _give_up(driver, connecting)
+            else:
+                connecting.add_done_callback(partial(_give_up, driver))
             if timed_out:
                 failure = NoAnswer(f"{self}: no answer within {limit:g} s", maybe_applied=False)
             elif isinstance(error, Exception) or not (_is_being_cancelled() or _ends_all(error, connecting)):
@@ -248,6 +249,14 @@ def _end_of(driver: Any) -> str | None:
     if reader._buffer or (isinstance(kept := getattr(parser, "_reader", None), hiredis.Reader) and kept.has_data()):
         return "a reply came to no command"
     return None
+
+
+def _give_up(driver: Any, connecting: asyncio.Task[None]) -> None:
+    """Closes what an attempt that has ended, or was given up, has opened."""
+    _ = connecting.cancelled() or connecting.exception()
+    if driver._writer is not None:
+        writer = _disown(driver)  # kept until it is closed, or it warns
+        writer.transport.abort()
 
 
 def _ends_all(error: BaseException, connecting: asyncio.Task[Any]) -> bool:

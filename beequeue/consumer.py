@@ -71,7 +71,7 @@ class Consumer:
         self._heart = Heart(store, host.name, handler, self._reported, host.settings.stall_interval, host._report)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._intake: Intake[Run] = Intake(store, host, concurrency, self._begin, self._ended, self._changed)
+        self._intake: Intake[Run] = Intake(store, host, concurrency, self._hold, self._begin, self._ended, self._changed)
         self._threads = None if is_async(handler) else Threads(host.name, handler, concurrency, self._intake.release)
 
     def start(self) -> None:
@@ -87,19 +87,22 @@ class Consumer:
 
     # --- a run -----------------------------------------------------------------------------------------------------------
 
-    def _begin(self, taken: list[Taken]) -> None:
-        """Occupies a slot with each job."""
-        for job_id, entry in taken:
-            run = Run(job_id, entry)
-            self._held[run] = None
+    def _hold(self, taken: list[Taken]) -> list[Run]:
+        """Occupies a slot with each job. From now on it is reported, also while a listener or a handler blocks the loop."""
+        runs = [Run(job_id, entry) for job_id, entry in taken]
+        self._held.update(dict.fromkeys(runs))
+        return runs
+
+    def _begin(self, runs: list[Run]) -> None:
+        for run in runs:
             if self._intake.closing:
                 continue  # to be handed back
             run.under_way = True
             try:
-                run.job = self._host._decode_job(job_id, entry)
+                run.job = self._host._decode_job(run.id, run.entry)
             except UnreadableData as unreadable:
                 self._host._report(unreadable)
-                self._settle(run, Settlement("failed", entry, b""))
+                self._settle(run, Settlement("failed", run.entry, b""))
                 continue
             self.running += 1
             self._start(run, run.job)

@@ -8,7 +8,7 @@ Shape of the hot path, because speed is decided here:
 - the next take is issued when the runs that have just begun have made their first step. What they have settled by then goes in
   front of it, in the same write. Behind a take that is open a settlement would be stuck; then it has the command connection.
 
-Knows nothing of handlers: `begin` gets the jobs, `ended` each run whose settlement was answered.
+Knows nothing of handlers: `hold` makes runs of jobs, `begin` starts them, `ended` gets each whose settlement was answered.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Intake(Generic[AnySettling]):
         store: Store,
         host: Host,
         slots: int,
-        begin: Callable[[list[Taken]], None],
+        hold: Callable[[list[Taken]], list[AnySettling]],
+        begin: Callable[[list[AnySettling]], None],
         ended: Callable[[AnySettling, bool | BeeQueueError], None],
         changed: asyncio.Event,
     ) -> None:
@@ -76,6 +77,7 @@ class Intake(Generic[AnySettling]):
         self._free = slots
         self._store = store
         self._host = host
+        self._hold = hold
         self._begin = begin
         self._ended = ended
         self._changed = changed
@@ -203,15 +205,19 @@ class Intake(Generic[AnySettling]):
         self._unanswered -= 1
         if refused := isinstance(reply, BeeQueueError):
             self._stop_if_cut_off(reply)
-        for index, run in enumerate(runs):
-            self._ended(run, reply if refused else self._store.settled_by(reply[index]))
-            run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
-        self._free += slots
+        taken: list[Taken] = []
         if not refused and len(reply) > len(runs):
             if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
                 self._host._report(refusal)
                 reply.pop()
-            self._fill(self._store.taken_from(reply, len(runs)))
+            taken = self._store.taken_from(reply, len(runs))
+        held = self._hold(taken) if taken else []  # before any listener may block the loop
+        for index, run in enumerate(runs):
+            self._ended(run, reply if refused else self._store.settled_by(reply[index]))
+            run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
+        self._free += slots - len(held)
+        if held:
+            self._begin(held)
         self.pump_soon()
         if self.closing:
             self._changed.set()
@@ -225,7 +231,7 @@ class Intake(Generic[AnySettling]):
     def _fill(self, taken: list[Taken]) -> None:
         if taken:
             self._free -= len(taken)
-            self._begin(taken)
+            self._begin(self._hold(taken))
 
     def _refused(self, error: BeeQueueError) -> None:
         """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import re
 import socket
 import sys
@@ -206,11 +205,19 @@ class Link(asyncio.Protocol):
 
     def _abort(self) -> None:
         """Ends the socket, also the copy of a forked child that lives on: Redis would give it jobs."""
-        own = self._transport.get_extra_info("socket")
-        if own is not None and not self.down:
-            with suppress(OSError, AttributeError), socket.socket(own.family, own.type, fileno=os.dup(own.fileno())) as same:
-                same.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._on_socket(lambda own: own.shutdown(socket.SHUT_RDWR))
         self._transport.abort()
+
+    def _on_socket(self, work: Callable[[socket.socket], None]) -> None:
+        """Does what uvloop's own object for the socket refuses; raises `OSError`."""
+        told = self._transport.get_extra_info("socket")
+        if told is not None and told.fileno() >= 0:
+            own = socket.socket(told.family, told.type, fileno=told.fileno())
+            try:
+                work(own)
+            finally:
+                own.detach()
 
     def orphans(self) -> tuple[list[Command], list[Command]]:
         """Of a lost link: the commands that got no reply, and those that were never written."""
@@ -301,9 +308,8 @@ class Link(asyncio.Protocol):
         own = self._transport.get_extra_info("socket")
         if own is None or own.family not in (socket.AF_INET, socket.AF_INET6) or self._transport.get_extra_info("sslcontext"):
             return False
-        try:  # a duplicate, since uvloop's own object refuses this
-            with socket.socket(own.family, own.type, fileno=os.dup(own.fileno())) as same:
-                same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        try:
+            self._on_socket(lambda own: own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size))
         except OSError:
             return False
         return True

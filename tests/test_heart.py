@@ -130,7 +130,7 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
     assert blocked.startswith(f"queue {name}: the handler {named} of job 2 has blocked the event loop for 0.")
     assert f", in {__file__}:" in blocked
     assert back.startswith(f"queue {name}: the event loop is back after ")
-    assert len(hearts()) == 1
+    await until(lambda: len(hearts()) == 1)
     await queue.close()
     assert hearts() == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -136,3 +137,21 @@ async def test_replies_in_single_bytes_come_through(url: str, make_queue: MakeQu
         relay.split("take")
         for number in range(5):
             await saved(queue, number)
+
+
+async def test_it_needs_no_descriptor_that_may_be_missing(
+    url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """the limit is lowered again where the process has opened all the files it may"""
+    async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
+        ended = Seen()
+        queue.on("succeeded", ended)
+        queue.process(echo, concurrency=2)
+        await saved(queue, "first")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            await queue.create_job("last").save()
+            await ended.reaches(2, 3)  # the take by itself ends after 5 s
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

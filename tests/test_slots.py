@@ -306,3 +306,30 @@ async def test_the_script_behind_a_take_reads_no_more_than_it_needs(make_queue: 
         await done.reaches(1)
         assert 5_000 < heard < 50_000
         await queue.close()
+
+
+async def test_jobs_that_come_together_are_reported_before_the_first_one_begins(make_queue: MakeQueue) -> None:
+    """its handler may block the loop"""
+    queue, begun = make_queue(), Seen()
+
+    async def handler(job: Job) -> None:
+        assert queue._consumer is not None
+        begun(sorted(run.id for run in queue._consumer._reported()))
+
+    await queue.save_all(queue.create_job(number) for number in range(5))
+    queue.process(handler, 5)
+    assert (await begun.reaches(5))[0] == (["1", "2", "3", "4", "5"],)
+
+
+async def test_a_job_that_a_settlement_brings_is_reported_before_its_listeners_hear(make_queue: MakeQueue) -> None:
+    """one of them may block the loop"""
+    queue, told = make_queue(), Seen()
+
+    def listen(job: Job, result: Any) -> None:
+        assert queue._consumer is not None
+        told(job.id, sorted(run.id for run in queue._consumer._reported()))
+
+    queue.on("succeeded", listen)
+    await queue.save_all(queue.create_job(number) for number in range(2))
+    queue.process(Seen())
+    assert await told.reaches(2) == [("1", ["2"]), ("2", [])]
