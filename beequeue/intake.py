@@ -27,6 +27,9 @@ UNBLOCK_EVERY_S = 0.05
 LONGEST_REFUSAL_DELAY_MS = 15_000
 AT_ONCE = 64
 """How many runs one script settles at most, so that it does not hold Redis up."""
+LEAST_LOT, MOST_LOT = 4, 16
+"""Of the runs that end in one step, half of the slots are settled at once, but not fewer or more: small ones cost more writes,
+large ones more waiting."""
 MOST_UNANSWERED = 8
 """How many of these scripts Redis owes an answer at most: however many runs end together, heartbeats and other commands of the
 queue do not wait behind all of them."""
@@ -86,6 +89,7 @@ class Intake(Generic[AnySettling]):
         self._taken_id: Any = None
         self._reading: list[bytes] = []
         self._pump_is_due = False
+        self._lot = min(max(slots // 2, LEAST_LOT), MOST_LOT)
         self._settling: list[AnySettling] = []
         self._unanswered = 0
         self._refused_in_a_row = 0
@@ -111,13 +115,16 @@ class Intake(Generic[AnySettling]):
         self._pump_is_due = False
         finishes = []
         while self._may_settle():
-            runs = self._settling[:AT_ONCE]
-            del self._settling[:AT_ONCE]
-            finishes.append(self._finish(runs))
+            finishes.append(self._finish_next())
         if self._free and not (self._take or self._reading or self._refusal_timer or self.closing):
             self._take = self._store.take_blocking(finishes, self._free - 1, self._answered, self._read_behind)
         elif finishes:
             self._store.settle(finishes)
+
+    def _finish_next(self) -> Command:
+        runs = self._settling[:AT_ONCE]
+        del self._settling[:AT_ONCE]
+        return self._finish(runs)
 
     def _finish(self, runs: list[AnySettling]) -> Command:
         settlements = [(run.id, run.entry, cast(Settlement, run.settlement)) for run in runs]
@@ -130,9 +137,14 @@ class Intake(Generic[AnySettling]):
         return finish
 
     def settle(self, run: AnySettling) -> None:
-        """Settles a run that has its settlement, with all others that end in the same step."""
+        """Settles a run that has its settlement, with others that end in the same step; a lot at a time, which Redis has while
+        the next ones run."""
         self._settling.append(run)
-        self.pump_soon()
+        if len(self._settling) >= self._lot and self._may_settle():
+            self._store.settle([self._finish_next()])
+            self._store.flush()
+        else:
+            self.pump_soon()
 
     def withdraw(self, runs: Collection[AnySettling], held: Collection[AnySettling]) -> list[AnySettling]:
         """Takes back the settlements of `runs` that have not been sent; returns the runs whose were. `held` has all runs."""

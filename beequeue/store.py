@@ -419,6 +419,10 @@ class Store:
         """Sends what `finish` has made, in one write."""
         self._commands.send_all(finishes)
 
+    def flush(self) -> None:
+        """Writes what `settle` has sent, without waiting for the loop's next turn."""
+        self._commands.flush()
+
     def heartbeat(self, job_ids: Iterable[str]) -> asyncio.Future[Any]:
         """Reports running jobs: takes their ids out of `stalling`. When this returns, the command is written."""
         answered = asyncio.get_running_loop().create_future()

@@ -10,7 +10,7 @@ import pytest
 
 from beequeue import Job, OperationTimedOut, OutcomeNotRecorded, Queue
 from beequeue.heart import REPORTED_AT_ONCE
-from beequeue.intake import AT_ONCE, MOST_UNANSWERED
+from beequeue.intake import AT_ONCE, MOST_LOT, MOST_UNANSWERED
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
 from tests.relay import Relay
@@ -62,7 +62,7 @@ async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url:
         spoken = Spoken(relay)
         relay.hold("command")
         crowd.gate.set()
-        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * AT_ONCE)  # type: ignore[union-attr]
+        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
         await until(lambda: len(spoken.commands) == MOST_UNANSWERED)
         beyond = asyncio.ensure_future(until(lambda: len(spoken.commands) > MOST_UNANSWERED, 0.3))
         assert isinstance((await asyncio.gather(beyond, return_exceptions=True))[0], TimeoutError)
@@ -103,7 +103,7 @@ async def test_a_close_tells_of_each_that_could_not_be_settled(make_queue: MakeQ
         await crowd.gather()
         relay.hold("command")
         crowd.gate.set()
-        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * AT_ONCE)  # type: ignore[union-attr]
+        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
         with pytest.raises(OperationTimedOut):
             await queue.close(100)
         make_queue.queues.remove(queue)
