@@ -482,6 +482,8 @@ class Queue(Emitter):
         call raises `QueueClosed`; those under way have the rest of `timeout` to be answered, unless a connection is down.
         5. The connections are closed. 6. Raises `OperationTimedOut` when handlers had to be cancelled, or Redis did not answer;
         `ConnectionRefused` when it had never let the queue in. From a handler of its own it raises at once.
+
+        A job that is arriving is waited for past `timeout`, as long as its data moves: cutting the connection would lose it.
         """
         timeout_ms = milliseconds("timeout", timeout) or 5_000
         if self._consumer is not None and self._consumer.owns_current_task():
