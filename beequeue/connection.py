@@ -240,12 +240,14 @@ class Connection:
             if error.code in ("NOAUTH", "NOPERM", "WRONGPASS"):
                 raise ConnectionRefused(f"{self.address}: {error}") from None
             raise
-        except ConnectionLost:
+        except ConnectionLost as error:
             link.drop("set-up ended")
             # TLS 1.3 lets a client in first, and asks for its certificate then
             if (refusal := refusal_in(link.error, self.address)) is not None:
                 raise refusal from None
-            raise
+            if str(self.address) in str(error):
+                raise
+            raise ConnectionLost(f"{self.address}: {error}", maybe_applied=False) from None
         except BaseException:
             link.drop("set-up ended")
             raise

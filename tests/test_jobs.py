@@ -682,13 +682,15 @@ async def test_calls_of_save_all_let_others_have_their_turn(
         await queue.close()
 
 
-async def test_save_all_without_time_is_sent(make_queue: MakeQueue) -> None:
+async def test_save_all_without_time_is_sent(make_queue: MakeQueue, url: str) -> None:
     """and not waited for"""
-    queue = await make_queue(is_worker=False).ready()
-    job = queue.create_job({})
-    errors = await queue._producer.save_all([job], 0)
-    assert [isinstance(error, ConnectionLost) and error.maybe_applied for error in errors.values()] == [True]
-    await until(lambda: job.id == "1")
+    async with Relay(url) as relay, make_queue(redis=relay.url, is_worker=False) as queue:
+        relay.hold("event")
+        job = queue.create_job({})
+        errors = await queue._producer.save_all([job], 0)
+        assert [isinstance(error, ConnectionLost) and error.maybe_applied for error in errors.values()] == [True]
+        relay.release("event")
+        await until(lambda: job.id == "1")
 
 
 async def test_save_all_of_many(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
