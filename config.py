@@ -18,7 +18,7 @@ from typing import NoReturn
 from dotenv import dotenv_values
 
 from beequeue import check_redis_url
-from beequeue.shown import OneLine, shown
+from beequeue.escape import OneLine, escape
 
 
 @dataclass(frozen=True)
@@ -133,5 +133,5 @@ def log_to_stderr() -> None:
 
 def fail(line: str, code: int = 1) -> NoReturn:
     """Ends the program with one line."""
-    print(shown(line), file=sys.stderr)
+    print(escape(line), file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,6 @@
 """bee-queue 2.0.0's job queue for asyncio, on the same keys and messages in Redis."""
 
-from beequeue.address import check_redis_url
+from beequeue.connections import connect
 from beequeue.errors import (
     BeeQueueError,
     CommandError,
@@ -23,8 +23,9 @@ from beequeue.errors import (
 from beequeue.job import Job
 from beequeue.queue import Queue
 from beequeue.settings import QueueSettings, linear_backoff
-from beequeue.sharing import Client, connect
-from beequeue.store import Health
+from beequeue.store.store import Health
+from beequeue.wire.address import check_redis_url
+from beequeue.wire.client import Client
 
 __all__ = [
     "BeeQueueError",

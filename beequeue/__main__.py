@@ -28,15 +28,15 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from beequeue.address import Address, check_redis_url
 from beequeue.errors import BeeQueueError, ConnectionLost, OperationTimedOut, said
-from beequeue.fsck import Finding, Report, check, counts, repair
+from beequeue.escape import OneLine, escape
+from beequeue.fsck.findings import Finding, Report, check, counts, repair
 from beequeue.job import Job
-from beequeue.link import settle
 from beequeue.queue import Queue
-from beequeue.run import Handler, is_async
 from beequeue.settings import QueueOptions, QueueSettings, linear_backoff
-from beequeue.shown import OneLine, shown
+from beequeue.wire.address import Address, check_redis_url
+from beequeue.wire.link import settle
+from beequeue.worker.attempt import Handler, is_async
 
 log = logging.getLogger("beequeue")
 
@@ -188,7 +188,7 @@ def _place(error: BaseException) -> str:
 
 
 def _one_line(what: object) -> str:
-    return shown(" ".join(str(what).split())) or type(what).__name__
+    return escape(" ".join(str(what).split())) or type(what).__name__
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from beequeue.shown import shown
+from beequeue.escape import escape
 
 
 class BeeQueueError(Exception):
@@ -18,7 +18,7 @@ class BeeQueueError(Exception):
     """
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escape(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (type(self), self.args), self.__dict__

@@ -15,11 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from beequeue.address import Address, RedisSetting
-from beequeue.calls import Calls
-from beequeue.connection import Connection
-from beequeue.consumer import GRACE_S, Consumer
-from beequeue.decisions import message_of
+from beequeue.connections import command_client
 from beequeue.errors import (
     BeeQueueError,
     CommandError,
@@ -34,16 +30,21 @@ from beequeue.errors import (
     said,
 )
 from beequeue.events import Emitter, Registry
-from beequeue.forks import process
 from beequeue.job import BUILT_IN_STRATEGIES, Job, Strategy
-from beequeue.link import UNFIT, Link
-from beequeue.maintenance import DelayedActivator, StallChecker
-from beequeue.producer import Producer
-from beequeue.run import Handler
+from beequeue.producer.producer import Producer
+from beequeue.producer.tracker import Tracker
 from beequeue.settings import Duration, QueueOptions, QueueSettings, milliseconds, text, whole_number
-from beequeue.sharing import Client
-from beequeue.store import Health, Store
-from beequeue.tracker import Tracker
+from beequeue.store.store import Health, Store
+from beequeue.tasks import Calls
+from beequeue.wire.address import RedisSetting
+from beequeue.wire.client import Client
+from beequeue.wire.connection import Connection
+from beequeue.wire.forks import process
+from beequeue.wire.link import UNFIT, Link
+from beequeue.worker.attempt import Handler
+from beequeue.worker.clocks import DelayedActivator, StallChecker
+from beequeue.worker.consumer import GRACE_S, Consumer
+from beequeue.worker.outcome import message_of
 
 log = logging.getLogger("beequeue")
 
@@ -109,7 +110,7 @@ class Queue(Emitter):
         if isinstance(redis, Client):
             self.client = redis
         else:
-            self.client = Client(Address(redis), reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
+            self.client = command_client(redis, reconnect=settings.reconnect, ensure_scripts=settings.ensure_scripts)
         connection = functools.partial(
             Connection, self.client.address, reconnect=settings.reconnect, report=self._report, group=self.client.group
         )

@@ -24,12 +24,12 @@ from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from beequeue.address import RedisSetting
 from beequeue.errors import BeeQueueError, ConnectionLost, QueueClosed
 from beequeue.job import Job
 from beequeue.queue import Queue as AsyncQueue
 from beequeue.settings import Duration, QueueOptions, milliseconds
-from beequeue.store import Health
+from beequeue.store.store import Health
+from beequeue.wire.address import RedisSetting
 
 log = logging.getLogger("beequeue")
 

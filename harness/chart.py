@@ -18,7 +18,7 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beequeue.shown import shown
+from beequeue.escape import escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,7 @@ def read(argument: str, interval_s: float) -> Log:
     for time, line in list(zip(times, lines, strict=True))[-2:-1]:
         if abs(line["elapsed_s"] / time - 1) > 0.1:
             took = f"line {len(lines) - 1} came after {line['elapsed_s']:.3g} s by its throughput, not {time:g} s"
-            print(f"{shown(path)}: {took}: is the interval {interval_s:g} s right, and the log whole?", file=sys.stderr)
+            print(f"{escape(path)}: {took}: is the interval {interval_s:g} s right, and the log whole?", file=sys.stderr)
     return Log(name, lines, times)
 
 
@@ -131,7 +131,7 @@ def run(arguments: Sequence[str], output: str, interval: str) -> None:
             draw(logs, float(interval)).savefig(output, dpi=PIXELS_PER_INCH)
         except OSError as error:
             raise NoChart(f"{output}: {error.strerror}") from None
-    print(shown(output))
+    print(escape(output))
 
 
 def draw(logs: Sequence[Log], interval_s: float) -> Figure:

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import config
 from beequeue import BeeQueueError, Queue
-from beequeue.address import Address, BlockingConnection
-from beequeue.shown import shown
+from beequeue.escape import escape
+from beequeue.wire.address import Address, BlockingConnection
 from harness import original, report
 from harness.member import Member
 from harness.server import redis_url
@@ -82,7 +82,7 @@ async def run(plan: Plan, settings: config.Config, environment: Mapping[str, str
     if plan.json:
         print(json.dumps(findings))
     else:
-        print(report.table(rows), "", ", ".join(map(shown, conditions.values())), findings["verdict"], sep="\n")
+        print(report.table(rows), "", ", ".join(map(escape, conditions.values())), findings["verdict"], sep="\n")
     return int(findings["exitCode"])
 
 

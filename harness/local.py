@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import TextIO
 
-from beequeue.shown import shown
+from beequeue.escape import escape
 from harness.member import Listener, Member
 from harness.server import redis_url
 
@@ -32,7 +32,7 @@ async def run(workers: int, environment: Mapping[str, str]) -> int:
 
         def show(line: str) -> None:
             try:
-                print(prefix + shown(line), file=stream, flush=True)
+                print(prefix + escape(line), file=stream, flush=True)
             except BrokenPipeError:
                 # whatever is printed from now on, and at the interpreter's last flush, goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

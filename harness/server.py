@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from beequeue import BeeQueueError
-from beequeue.address import Address, BlockingConnection
+from beequeue.wire.address import Address, BlockingConnection
 from harness.children import end_with_parent
 
 START_S = 10

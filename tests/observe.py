@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError
 
 from beequeue import Queue
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
 from harness.server import Server
 from tests.relay import Line, Relay
 

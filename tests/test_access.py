@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-import beequeue.link
-import beequeue.store
+import beequeue.store.store
+import beequeue.wire.link
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, OperationTimedOut, Queue
-from beequeue.fsck import KINDS, check, repair
+from beequeue.fsck.findings import KINDS, check, repair
 from beequeue.job import now_ms
 from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, echo, until
@@ -282,7 +282,7 @@ async def test_a_producer_may_neither_take_jobs_nor_destroy_the_queue(access: Ac
 @pytest.mark.parametrize("missing", ["+client|id", "+client|unblock", None])
 async def test_closing_with_an_open_take(access: Access, monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
     """Redis is asked to end it; if that is refused it runs its course. A job that comes meanwhile is handed back."""
-    monkeypatch.setattr(beequeue.store, "TAKE_WAIT_S", 1 if missing else 3_600)
+    monkeypatch.setattr(beequeue.store.store, "TAKE_WAIT_S", 1 if missing else 3_600)
     await access.allow("worker", missing)
     producer = await access.other_side(is_worker=False).ready()
     queue = access.queue(get_events=False)
@@ -316,7 +316,7 @@ async def refused_some(access: Access) -> bool:
 @pytest.mark.parametrize("right", ["ping", "role"])
 async def test_without_these_a_quiet_connection_stays(access: Access, monkeypatch: pytest.MonkeyPatch, right: str) -> None:
     await access.allow("producer", without=f"+{right}")
-    monkeypatch.setattr(beequeue.link, "TICK_S", 0.01)
+    monkeypatch.setattr(beequeue.wire.link, "TICK_S", 0.01)
     queue = await access.queue(is_worker=False).ready()
     await until(lambda: refused_some(access))
     assert await access.refused() == {right}

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 import beequeue
 from beequeue import ConnectionLost, ConnectionRefused, Queue, QueueSettings
-from beequeue.address import Address, BlockingConnection
+from beequeue.wire.address import Address, BlockingConnection
 from harness.server import Server, find_server, running_server
 from tests.conftest import until
 

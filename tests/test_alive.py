@@ -14,11 +14,11 @@ from redis.asyncio import Redis
 from redis.credentials import CredentialProvider
 from redis.exceptions import ResponseError
 
-import beequeue.connection
-import beequeue.link
-import beequeue.supervised
+import beequeue.tasks
+import beequeue.wire.connection
+import beequeue.wire.link
 from beequeue import BeeQueueError, ConnectionLost, Job, Queue, QueueClosed, TaskFailed
-from beequeue.connection import MOST_LOSSES
+from beequeue.wire.connection import MOST_LOSSES
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, soon, thaw
@@ -32,7 +32,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link is looked into when nothing has moved for 0.3 s."""
-    monkeypatch.setattr(beequeue.link, "TICK_S", TICK_S)
+    monkeypatch.setattr(beequeue.wire.link, "TICK_S", TICK_S)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ async def test_a_set_up_that_fails_is_reported_and_tried_again(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """what nobody expects ends no keeper, and leaves no connection open"""
-    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     queue = make_queue(is_worker=False, auto_connect=False, reconnect=soon)
     assert queue._subscription is not None
     set_up, failures = queue._subscription._set_up, [RuntimeError("nobody expects this")]
@@ -433,7 +433,7 @@ async def test_the_back_off_to_a_server_that_lets_in_and_refuses(
 ) -> None:
     """goes on when the server is unfit at once, and begins anew when it was fit for a while (CLUSTERDOWN: no slot is served)"""
     for calm_s, expected in ((60.0, [1, 2, 3, 4, 5]), (0.0, [1] * 5)):  # one after the other: both would have one cluster port
-        monkeypatch.setattr(beequeue.connection, "CALM_S", calm_s)
+        monkeypatch.setattr(beequeue.wire.connection, "CALM_S", calm_s)
         attempts: list[int] = []
 
         def reconnect(attempt: int, attempts: list[int] = attempts) -> int:
@@ -497,13 +497,13 @@ async def _refusals(redis: Any, code: str, count: int) -> bool:
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What connections beside a link that stands still have told."""
     told: list[bool] = []
-    ask = beequeue.connection.answers
+    ask = beequeue.wire.connection.answers
 
     async def answers(*args: Any) -> bool:
         told.append(await ask(*args))
         return told[-1]
 
-    monkeypatch.setattr(beequeue.connection, "answers", answers)
+    monkeypatch.setattr(beequeue.wire.connection, "answers", answers)
     return told
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from beequeue import Job, OperationTimedOut, OutcomeNotRecorded, Queue
-from beequeue.heart import REPORTED_AT_ONCE
-from beequeue.intake import AT_ONCE, MOST_LOT, MOST_UNANSWERED
+from beequeue.worker.exchange import AT_ONCE, MOST_LOT, MOST_UNANSWERED
+from beequeue.worker.heartbeat import REPORTED_AT_ONCE
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
 from tests.relay import Relay

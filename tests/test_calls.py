@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import ConnectionLost, Job, OperationTimedOut, Queue, QueueClosed
-from beequeue.saving import AT_ONCE
+from beequeue.producer.saver import AT_ONCE
 from harness.server import Server
 from tests.conftest import MakeQueue, until
 from tests.observe import Spoken, soon

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import beequeue
-import beequeue.supervised
+import beequeue.tasks
 from beequeue import (
     CommandError,
     ConnectionLost,
@@ -26,11 +26,12 @@ from beequeue import (
     Queue,
     QueueClosed,
     TaskFailed,
-    maintenance,
 )
 from beequeue.job import now_ms
-from beequeue.maintenance import EagerTimer
-from beequeue.store import SCRIPTS, Store
+from beequeue.store.scripts import SCRIPTS
+from beequeue.store.store import Store
+from beequeue.worker import clocks
+from beequeue.worker.clocks import EagerTimer
 from harness.children import end_with_parent
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import said
@@ -327,8 +328,8 @@ async def test_delay_until_has_a_range(make_queue: MakeQueue, when: Any) -> None
 async def test_now_is_the_clock_of_the_client(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """QK-64: for raising and for retries"""
     ahead = 3_600_000
-    monkeypatch.setattr("beequeue.maintenance.now_ms", lambda: now_ms() + ahead)
-    monkeypatch.setattr("beequeue.consumer.now_ms", lambda: now_ms() + ahead)
+    monkeypatch.setattr("beequeue.worker.clocks.now_ms", lambda: now_ms() + ahead)
+    monkeypatch.setattr("beequeue.worker.consumer.now_ms", lambda: now_ms() + ahead)
     queue = make_queue()
     failing = Seen()
 
@@ -377,8 +378,8 @@ async def test_a_look_that_fails_is_reported_and_repeated(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DL-14, QK-59, QK-60, ER-03: the first one too, after a pause each time"""
-    assert maintenance.RETRY_S == 1
-    monkeypatch.setattr(maintenance, "RETRY_S", 0.03)
+    assert clocks.RETRY_S == 1
+    monkeypatch.setattr(clocks, "RETRY_S", 0.03)
     activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, auto_connect=False)
     failures, raised = _failures(activator), Seen()
     activator.on("raised jobs", raised)
@@ -395,7 +396,7 @@ async def test_a_look_that_fails_is_reported_and_repeated(
 
 async def test_failing_looks_end_with_the_queue(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """QK-60"""
-    monkeypatch.setattr(maintenance, "RETRY_S", 0.03)
+    monkeypatch.setattr(clocks, "RETRY_S", 0.03)
     queue, other = [
         make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, auto_connect=False) for _ in range(2)
     ]
@@ -415,7 +416,7 @@ async def test_a_shared_connection_that_is_closed_ends_the_looks(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QK-60: after one error, however many notices come"""
-    monkeypatch.setattr(maintenance, "RETRY_S", 0.01)
+    monkeypatch.setattr(clocks, "RETRY_S", 0.01)
     client = await beequeue.connect(make_queue.url)
     queue = await make_queue(redis=client, is_worker=False, get_events=False, activate_delayed_jobs=True).ready()
     other = await make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True).ready()
@@ -976,7 +977,7 @@ async def test_an_unexpected_error_does_not_end_the_looks(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """it is reported, and what was due is raised, without another notice"""
-    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, near_term_window=3_600_000)
     raised = Seen()
     activator.on("raised jobs", raised)
@@ -995,7 +996,7 @@ async def test_an_unexpected_error_does_not_end_the_looks(
 async def test_an_unexpected_error_does_not_end_the_checks(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     queue = make_queue(stall_interval=10)
     stalled = Seen()
     queue.on("stalled", stalled)

@@ -17,7 +17,7 @@ import pytest
 from redis.asyncio import Redis
 
 import beequeue
-import beequeue.consumer
+import beequeue.worker.consumer
 from beequeue import (
     BeeQueueError,
     CommandError,
@@ -29,10 +29,10 @@ from beequeue import (
     Queue,
     QueueClosed,
 )
-from beequeue.connection import Connection
-from beequeue.consumer import Consumer
 from beequeue.job import now_ms
 from beequeue.queue import first_error_wins
+from beequeue.wire.connection import Connection
+from beequeue.worker.consumer import Consumer
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
@@ -450,7 +450,7 @@ async def test_close_ends_soon_although_redis_is_away(
     own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, phase: str, away: str
 ) -> None:
     """QK-32: in each phase of a worker"""
-    monkeypatch.setattr(beequeue.consumer, "GRACE_S", 0.1)
+    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.1)
     work, loop, end_of_thread = Work(), asyncio.get_running_loop(), threading.Event()
 
     def in_thread(job: Job) -> None:
@@ -496,7 +496,7 @@ async def test_close_ends_soon_although_a_job_that_was_taken_is_not_answered(
     make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QK-32: Redis is silent; the job stays in active, for the stall check"""
-    monkeypatch.setattr(beequeue.consumer, "GRACE_S", 0.1)
+    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.1)
     async with Relay(url) as relay:
         worker, producer, work = make_queue(redis=relay.url, get_events=False), make_queue(is_worker=False), Work()
         worker.process(work)

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from redis.asyncio import Redis
 
-import beequeue.store
+import beequeue.store.store
 from beequeue import (
     CommandError,
     ConnectionLost,
@@ -25,9 +25,9 @@ from beequeue import (
     Queue,
     QueueClosed,
 )
-from beequeue.address import Address
-from beequeue.connection import MOST_WAITING
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.wire.address import Address
+from beequeue.wire.connection import MOST_WAITING
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.observe import said
@@ -318,7 +318,7 @@ async def test_a_take_that_brings_no_job_ends_a_row_of_refusals(
     make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RC-03: refusals that are hours apart do not add up"""
-    monkeypatch.setattr(beequeue.store, "TAKE_WAIT_S", 0.05)
+    monkeypatch.setattr(beequeue.store.store, "TAKE_WAIT_S", 0.05)
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, initial_redis_failure_retry_delay=20)
         times: list[float] = []

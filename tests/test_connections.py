@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 import beequeue
-import beequeue.consumer
+import beequeue.worker.consumer
 from beequeue import (
     Client,
     CommandError,
@@ -214,7 +214,7 @@ async def test_a_closed_queue_does_not_reconnect(
     own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RC-06: closed while Redis is down, while a handler runs; nothing of it comes back with Redis"""
-    monkeypatch.setattr(beequeue.consumer, "GRACE_S", 0.05)
+    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.05)
     queue = make_queue(redis=own_server.url, reconnect=soon)
     gate, started = asyncio.Event(), Seen()
 

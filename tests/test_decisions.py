@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from beequeue import Job, JobTimeout, QueueSettings
-from beequeue.decisions import fail, fail_as_stored, message_of, retry_delay, stack_trace, succeed
 from beequeue.job import BUILT_IN_STRATEGIES, Strategy
-from beequeue.store import Settlement
+from beequeue.store.store import Settlement
+from beequeue.worker.outcome import fail, fail_as_stored, message_of, retry_delay, stack_trace, succeed
 
 
 class NoQueue:

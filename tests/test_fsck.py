@@ -15,8 +15,9 @@ import pytest
 from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, Job, Queue, fsck
-from beequeue.fsck import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, _read, check, repair, suspects
-from beequeue.fsck_store import FsckStore
+from beequeue.fsck import findings
+from beequeue.fsck.findings import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, _read, check, repair, suspects
+from beequeue.fsck.store import FsckStore
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.relay import Line, Relay
@@ -328,7 +329,7 @@ async def test_strange_ids(queue: Queue, redis: Any) -> None:
 
 async def test_many(queue: Queue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """more than a page, and than a script gets; in lists that a script reads piece by piece"""
-    monkeypatch.setattr(fsck, "MOST_AT_ONCE", 1_500)
+    monkeypatch.setattr(findings, "MOST_AT_ONCE", 1_500)
     jobs = queue.to_key("jobs")
     ids = [str(number) for number in range(6_500)]
     good, ghosts, orphans, twice = (ids[start::4] for start in range(4))
@@ -431,7 +432,7 @@ async def test_no_false_alarm_under_load(make_queue: MakeQueue, remove: bool) ->
 
 
 async def first_look(queue: Queue) -> int:
-    snapshot = await fsck._read(await fsck._store_of(queue))
+    snapshot = await findings._read(await findings._store_of(queue))
     return sum(len(job_ids) for job_ids in suspects(snapshot).values())
 
 

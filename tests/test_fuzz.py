@@ -17,12 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beequeue import Queue
-from beequeue.connection import Connection
 from beequeue.errors import CommandError, UnreadableData
 from beequeue.events import Event, load_json
 from beequeue.job import Job
-from beequeue.link import Command, Link
 from beequeue.settings import linear_backoff
+from beequeue.wire.connection import Connection
+from beequeue.wire.link import Command, Link
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
 

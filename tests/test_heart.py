@@ -20,10 +20,10 @@ import redis as sync_redis
 import trustme
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue, TaskFailed
-from beequeue import heart as heart_module
-from beequeue import supervised as supervised_module
-from beequeue.address import Address, BlockingConnection
-from beequeue.heart import Heart
+from beequeue import tasks as supervised_module
+from beequeue.wire.address import Address, BlockingConnection
+from beequeue.worker import heartbeat as heart_module
+from beequeue.worker.heartbeat import Heart
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.observe import freeze, said, thaw

@@ -19,7 +19,7 @@ from beequeue import (
     OutcomeUnknown,
     UnreadableData,
 )
-from beequeue.tracker import Tracker
+from beequeue.producer.tracker import Tracker
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import soon
 from tests.relay import Relay

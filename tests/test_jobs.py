@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OperationTimedOut, OutcomeUnknown, QueueClosed
-from beequeue import saving as saving_module
 from beequeue.job import now_ms
-from beequeue.saving import IN_A_CALL
+from beequeue.producer import saver as saving_module
+from beequeue.producer.saver import IN_A_CALL
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Spoken, assert_says, keys, nested
 from tests.relay import Line, Relay

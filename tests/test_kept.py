@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-import beequeue.supervised
-from beequeue import CommandError, Job, TaskFailed, tracker
+import beequeue.tasks
+from beequeue import CommandError, Job, TaskFailed
 from beequeue.events import encode_event
+from beequeue.producer import tracker
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Spoken
 from tests.relay import Relay
@@ -216,7 +217,7 @@ class Fails:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.001)
 
 
 def assert_reported(make_queue: MakeQueue, task: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import beequeue.link
+import beequeue.wire.link
 from beequeue.errors import CommandError, ConnectionLost
-from beequeue.link import QUIET_TICKS, REPLY_TICKS, Command, Link, settle
+from beequeue.wire.link import QUIET_TICKS, REPLY_TICKS, Command, Link, settle
 from tests.test_fuzz import BROKEN
 
 
@@ -260,7 +260,7 @@ async def test_a_call_ends_with_the_link(peer: Peer) -> None:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.link, "TICK_S", 0.01)
+    monkeypatch.setattr(beequeue.wire.link, "TICK_S", 0.01)
 
 
 @pytest.mark.usefixtures("hurried")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import beequeue.link
+import beequeue.wire.link
 from beequeue import LateFinish, Queue
-from beequeue.link import Link
+from beequeue.wire.link import Link
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.relay import Relay
 from tests.test_tls import Files, files
@@ -85,7 +85,7 @@ async def test_the_kernel_holds_replies_back_only_on_a_plain_socket(
 ) -> None:
     if sys.platform != "linux":
         skip("other kernels are not asked to")
-    monkeypatch.setattr(beequeue.link, "LONE_REPLY_S", LONG_S)
+    monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)
     async with place(kind, url, request) as redis, Queue(name, redis) as queue:
         queue.process(echo, concurrency=2)
         assert low_water(queue) == 1
@@ -104,7 +104,7 @@ async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monk
         received(link, data)
 
     monkeypatch.setattr(Link, "data_received", counted)
-    monkeypatch.setattr(beequeue.link, "LONE_REPLY_S", LONG_S)  # a busy machine may come back to it late
+    monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)  # a busy machine may come back to it late
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         queue.process(echo, concurrency=2)
         await saved(queue, "first")
@@ -118,7 +118,7 @@ async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monk
 async def test_close_does_not_wait_for_what_the_kernel_holds_back(
     url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beequeue.link, "LONE_REPLY_S", LONG_S)
+    monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         ended = Seen()
         queue.on("succeeded", ended)

@@ -24,10 +24,11 @@ from beequeue import (
     QueueClosed,
     QueueSettings,
     UnreadableData,
-    tracker,
 )
 from beequeue.job import now_ms
-from beequeue.store import KEYS, SCRIPTS
+from beequeue.producer import tracker
+from beequeue.store.scripts import SCRIPTS
+from beequeue.store.store import KEYS
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Heard, Spoken, assert_says, keys, nested
 from tests.relay import Line, Relay

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Job, Queue, QueueClosed, QueueSettings
 from beequeue.job import BUILT_IN_STRATEGIES, now_ms
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import ONLOOKER, beequeue_tasks, calls_of, clients, freeze, present, soon, thaw

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from beequeue.events import encode_event
 from beequeue.job import Job
-from beequeue.tracker import Tracker
+from beequeue.producer.tracker import Tracker
 
 NEXT_READ = "next read"
 FOREIGN = "foreign"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from beequeue import Queue
-from beequeue.address import Address
 from beequeue.events import Event
-from beequeue.link import Command, Link
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.wire.address import Address
+from beequeue.wire.link import Command, Link
 from harness.children import end_with_parent
 from harness.server import find_server, running_server
 

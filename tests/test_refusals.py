@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from beequeue import CommandError, Queue
-from beequeue.link import named
-from beequeue.store import RUN_ARGS, SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.store.store import RUN_ARGS
+from beequeue.wire.link import named
 from harness.server import Server, find_server, running_server
 
 OWN = {name: script for name, script in SCRIPTS.items() if not name.startswith("fsck")}

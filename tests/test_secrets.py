@@ -22,12 +22,12 @@ import trustme
 from redis.asyncio import Redis
 
 import beequeue
-import beequeue.address
-import beequeue.connection
 import beequeue.sync
+import beequeue.wire.address
+import beequeue.wire.connection
 import config
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Queue
-from beequeue.address import Address
+from beequeue.wire.address import Address
 from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, skip, until
 from tests.observe import freeze, soon, thaw
@@ -216,7 +216,7 @@ async def test_a_redis_that_goes_and_comes_back(log: pytest.LogCaptureFixture) -
 
 
 async def test_more_commands_than_wait(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.connection, "MOST_WAITING", 0)
+    monkeypatch.setattr(beequeue.wire.connection, "MOST_WAITING", 0)
     with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server:
         queue = await Queue("q", with_password(server)).ready()
         server.stop()
@@ -366,7 +366,7 @@ async def test_a_password_wherever_it_may_stand(where: str, log: pytest.LogCaptu
         except ValueError as error:
             told += [str(error), *traceback.format_exception(error)]
             with pytest.raises(ValueError, match=r"^must be .*|^must "):
-                beequeue.address.check_redis_url(url)
+                beequeue.wire.address.check_redis_url(url)
         for text in told:
             assert not [piece for piece in pieces if piece in text], (url, text)
     assert refused
@@ -407,7 +407,7 @@ async def test_a_wrong_url_on_the_command_line(option: str, where: str, mark: st
 )
 def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
-        beequeue.address.check_redis_url(url)
+        beequeue.wire.address.check_redis_url(url)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
     ],
 )
 def test_a_url_that_is_written_well(url: str) -> None:
-    beequeue.address.check_redis_url(url)
+    beequeue.wire.address.check_redis_url(url)
 
 
 @pytest.mark.parametrize("password", ["Zq7\\v9%", b"Zq7v9%"], ids=repr)

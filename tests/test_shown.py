@@ -17,8 +17,8 @@ import beequeue.errors
 import config
 from beequeue import BeeQueueError, JobFailed
 from beequeue.__main__ import _lines, _one_line, _Parser
-from beequeue.fsck import Finding, Report
-from beequeue.shown import OneLine, shown
+from beequeue.escape import OneLine, escape
+from beequeue.fsck.findings import Finding, Report
 from harness.member import Member
 from tests.conftest import MakeQueue, Seen
 from tests.observe import soon
@@ -36,10 +36,10 @@ def assert_safe(text: str) -> None:
 
 
 def test_shown() -> None:
-    assert shown(HOSTILE).isprintable()
-    assert shown("é ü 漢字 😀 \\n") == "é ü 漢字 😀 \\n"
-    assert shown("a\nb\x1b\u2028\ud800") == "a\\nb\\x1b\\u2028\\ud800"
-    assert shown(5) == "5"
+    assert escape(HOSTILE).isprintable()
+    assert escape("é ü 漢字 😀 \\n") == "é ü 漢字 😀 \\n"
+    assert escape("a\nb\x1b\u2028\ud800") == "a\\nb\\x1b\\u2028\\ud800"
+    assert escape(5) == "5"
 
 
 KINDS = [kind for kind in vars(beequeue.errors).values() if isinstance(kind, type) and issubclass(kind, BeeQueueError)]
@@ -50,10 +50,10 @@ AS_IS = (JobFailed, beequeue.errors.JobTimeout, beequeue.errors.JobStalled)
 def test_an_error_as_text(kind: type[BeeQueueError]) -> None:
     """one line; but what a job failed with is what its worker wrote"""
     error = kind(HOSTILE)
-    assert str(error) == (HOSTILE if kind in AS_IS else shown(HOSTILE))
+    assert str(error) == (HOSTILE if kind in AS_IS else escape(HOSTILE))
     assert error.args == (HOSTILE,)
     lost = beequeue.errors.ConnectionLost(HOSTILE, maybe_applied=True)
-    assert str(lost) == str(beequeue.errors.CommandError(HOSTILE)) == shown(HOSTILE)
+    assert str(lost) == str(beequeue.errors.CommandError(HOSTILE)) == escape(HOSTILE)
 
 
 def _raise_two() -> None:

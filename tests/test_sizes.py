@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import pytest
 from redis.asyncio import Redis
 
-from beequeue import Job, OutcomeUnknown, UnreadableData, tracker
+from beequeue import Job, OutcomeUnknown, UnreadableData
 from beequeue.events import encode_event
+from beequeue.producer import tracker
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, skip, until
 from tests.observe import calls_of

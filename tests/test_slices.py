@@ -13,10 +13,10 @@ import pytest
 import redis as sync_redis
 from redis.asyncio import Redis
 
-import beequeue.store
+import beequeue.store.store
 from beequeue import CommandError, ConnectionLost, Job, LateFinish, Queue
 from beequeue.job import now_ms
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import soon
@@ -27,7 +27,7 @@ AT_ONCE = 10
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.store, "CHECKED_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(beequeue.store.store, "CHECKED_AT_ONCE", AT_ONCE)
 
 
 def entry(job_id: str) -> str:
@@ -265,7 +265,7 @@ async def test_however_many_are_double_each_is_marked_and_stays_once(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """ST-14: doubles in a long active; what is taken out of the part that is marked already hides no other one"""
-    monkeypatch.setattr(beequeue.store, "CHECKED_AT_ONCE", 50)
+    monkeypatch.setattr(beequeue.store.store, "CHECKED_AT_ONCE", 50)
     chance = random.Random(seed)
     queue = await make_queue().ready()
     ids = numbers(600)
@@ -401,7 +401,7 @@ async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, 
     elif place is not None:
         await redis.lpush(queue.to_key(place), "1")
     replies = Seen()
-    settlement = beequeue.store.Settlement("succeeded", entry("1").encode(), b"")
+    settlement = beequeue.store.store.Settlement("succeeded", entry("1").encode(), b"")
     queue._store.settle([queue._store.finish([("1", entry("1").encode(), settlement)], take=0, on_reply=replies)])
     assert await replies.reaches(1) == [([0],)]
     waiting, active, stalling = await look(redis, queue)

@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 
 import beequeue
 from beequeue import CommandError, ConnectionLost, Job, OperationTimedOut, OutcomeNotRecorded, Queue, QueueClosed
-from beequeue.consumer import Consumer
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.worker.consumer import Consumer
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken, soon, takes_no_more

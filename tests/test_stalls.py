@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from beequeue import CommandError, Job, JobFailed, JobStalled, OperationTimedOut, Queue, UnreadableData
 from beequeue.job import now_ms
-from beequeue.store import STALLS_KEPT_MS, Taken
+from beequeue.store.store import STALLS_KEPT_MS, Taken
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import assert_says

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-import beequeue.intake
+import beequeue.worker.exchange
 from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, connect
-from beequeue.strangers import is_same_job
+from beequeue.worker.strangers import is_same_job
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import soon, takes_no_more
@@ -83,7 +83,7 @@ async def test_a_settlement_that_waits_for_redis_is_withheld(
     own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """the handler ended while Redis was away; when it is back, another worker runs the new job already. Redis owes no answer"""
-    monkeypatch.setattr(beequeue.intake, "MOST_UNANSWERED", 1)
+    monkeypatch.setattr(beequeue.worker.exchange, "MOST_UNANSWERED", 1)
     stage = Stage()
     async with Relay(own_server.url) as relay:
         worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()

@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 import pytest
 
-import beequeue.supervised
+import beequeue.tasks
 from beequeue import BeeQueueError, TaskFailed
-from beequeue.supervised import supervised
+from beequeue.tasks import supervised
 from tests.conftest import Seen
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beequeue.supervised, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(beequeue.supervised, "LONGEST_PAUSE_S", 0.002)
+    monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(beequeue.tasks, "LONGEST_PAUSE_S", 0.002)
 
 
 def failing(calls: list[int], *raised: BaseException) -> Callable[[], asyncio.Future[None]]:

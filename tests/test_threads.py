@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from beequeue import Job, JobFailed, JobTimeout, LateFinish, OperationTimedOut, threads
+from beequeue import Job, JobFailed, JobTimeout, LateFinish, OperationTimedOut
+from beequeue.worker import threads
 from tests.conftest import MakeQueue, Seen, until
 
 SPARE = 3

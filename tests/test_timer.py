@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from beequeue.maintenance import EagerTimer
+from beequeue.worker.clocks import EagerTimer
 
 START = 10
 

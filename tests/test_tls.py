@@ -19,7 +19,7 @@ import uvloop
 from cryptography.hazmat.primitives import serialization
 
 from beequeue import ConnectionLost, ConnectionRefused, Queue
-from beequeue.address import Address, BlockingConnection, refusal_in
+from beequeue.wire.address import Address, BlockingConnection, refusal_in
 from harness.server import running_server
 from tests.conftest import skip, until
 from tests.test_address import RUNS, free_port

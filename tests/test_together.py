@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from beequeue import CommandError, Job, LateFinish, OutcomeNotRecorded, Queue
-from beequeue import intake as intake_module
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.worker import exchange as intake_module
 from client import Chains
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from beequeue import Job, UnreadableData, tracker
+from beequeue import Job, UnreadableData
 from beequeue.events import encode_event
-from beequeue.store import Found
-from beequeue.tracker import LARGE_BYTES, SWEEP_PAUSE_S, Complaints, Tracker
+from beequeue.producer import tracker
+from beequeue.producer.tracker import LARGE_BYTES, SWEEP_PAUSE_S, Complaints, Tracker
+from beequeue.store.store import Found
 
 
 class Host:

@@ -28,10 +28,10 @@ from beequeue import (
     Queue,
     UnreadableData,
 )
-from beequeue import intake as intake_module
 from beequeue.job import now_ms
-from beequeue.run import Handler
-from beequeue.store import SCRIPTS
+from beequeue.store.scripts import SCRIPTS
+from beequeue.worker import exchange as intake_module
+from beequeue.worker.attempt import Handler
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import said
@@ -1395,7 +1395,7 @@ async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
     make_queue: MakeQueue, own_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stood in front of the take in one write, and is repeated on the connection that does not block."""
-    monkeypatch.setattr("beequeue.store.TAKE_WAIT_S", 3_600)
+    monkeypatch.setattr("beequeue.store.store.TAKE_WAIT_S", 3_600)
     worker = await make_queue(redis=own_server.url, get_events=False).ready()
     producer = await make_queue(redis=own_server.url, is_worker=False).ready()
     worker.process(echo, 2)

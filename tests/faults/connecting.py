@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-import beequeue.link
+import beequeue.wire.link
 from beequeue import CommandError, Job, Queue, TaskFailed
 from beequeue.job import now_ms
 from harness.server import Server
@@ -21,10 +21,10 @@ from tests.faults.provider import FAILURES, with_provider
 from tests.faults.worker import TICK_S
 from tests.observe import answers, freeze, soon, thaw
 
-DEADLINE_S = beequeue.link.REPLY_TICKS * TICK_S
+DEADLINE_S = beequeue.wire.link.REPLY_TICKS * TICK_S
 """How long a connection may be silent before it is looked at, in the field's hurry: a fifth of the usual."""
 LONG_S = 2.5 * DEADLINE_S
-FORGET_S = 3 * beequeue.link.QUIET_TICKS * TICK_S
+FORGET_S = 3 * beequeue.wire.link.QUIET_TICKS * TICK_S
 SLOW_RATE = 1_000_000
 BIG = 3_000_000
 """Bytes of a job that takes a slow link longer than `DEADLINE_S`, as 15 MB take it longer than the usual 10 s."""

@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Job, Queue
 from beequeue.events import load_json
-from beequeue.fsck import check
+from beequeue.fsck.findings import check
 from beequeue.job import now_ms
 from harness.server import Server, find_server, running_server
 from tests.conftest import until

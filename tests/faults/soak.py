@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import beequeue.link
+import beequeue.wire.link
 from config import fail
 from tests.faults import worker
 from tests.faults.field import Field, with_password
@@ -199,7 +199,7 @@ def main() -> int:
         plan = Plan.read(os.environ)
     except ValueError as error:
         fail(str(error), code=2)
-    beequeue.link.TICK_S = worker.TICK_S  # the field's producer, like its workers, finds a silent connection soon
+    beequeue.wire.link.TICK_S = worker.TICK_S  # the field's producer, like its workers, finds a silent connection soon
     logging.getLogger("beequeue").setLevel(logging.ERROR)  # each attempt to connect
     figures, wrong = Figures(), []
     try:

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-import beequeue.link
+import beequeue.wire.link
 from tests.faults import worker
 from tests.faults.field import Field
 from tests.faults.scenarios import FAULTS
@@ -45,7 +45,7 @@ MIXED = 4
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The producer too finds a silent connection soon."""
-    monkeypatch.setattr(beequeue.link, "TICK_S", worker.TICK_S)
+    monkeypatch.setattr(beequeue.wire.link, "TICK_S", worker.TICK_S)
 
 
 async def suffer(name: str, seed: int, faults: list[str], times: int = 1) -> None:

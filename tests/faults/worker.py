@@ -23,8 +23,8 @@ from typing import Any
 
 import uvloop
 
-import beequeue.link
-import beequeue.store
+import beequeue.store.store
+import beequeue.wire.link
 from beequeue import CommandError, Job, Queue
 from tests.faults.provider import with_provider
 
@@ -39,8 +39,8 @@ HOUR_S = 3_600
 
 def hurry() -> None:
     """Finds a silent connection within 2 s instead of 10 s (a take: that it is idle, after 1 s instead of 5 s)."""
-    beequeue.link.TICK_S = TICK_S
-    beequeue.store.TAKE_WAIT_S = TAKE_WAIT_S
+    beequeue.wire.link.TICK_S = TICK_S
+    beequeue.store.store.TAKE_WAIT_S = TAKE_WAIT_S
 
 
 def soon(attempt: int) -> int:

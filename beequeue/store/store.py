@@ -45,21 +45,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from beequeue.address import BlockingConnection
-from beequeue.connection import Answer, Connection
 from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
-from beequeue.link import Command, Link, Packed
-from beequeue.link import settle as complete
+from beequeue.store.scripts import SCRIPTS
+from beequeue.wire.address import BlockingConnection
+from beequeue.wire.connection import Answer, Connection
+from beequeue.wire.link import Command, Link, Packed
+from beequeue.wire.link import settle as complete
 
 TAKE_WAIT_S = 5
 """How long Redis holds a take open: finite, so that a half-open socket is noticed."""
@@ -68,27 +67,6 @@ STALLS_KEPT_MS = 7 * 24 * 3_600_000
 """How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
 Reply = Callable[[Any], None]
-
-
-class Script(NamedTuple):
-    """A Lua script; `sha` is how Redis knows it. `keys` are those of its header, below the queue's prefix, in order."""
-
-    text: str
-    sha: str
-    keys: tuple[str, ...]
-
-    def head(self, key: Callable[[str], str]) -> tuple[bytes, ...]:
-        """A call of it (EVALSHA) up to its arguments, encoded once; `key` gives a key's full name."""
-        return (b"EVALSHA", self.sha.encode(), str(len(self.keys)).encode(), *(key(name).encode() for name in self.keys))
-
-
-def _read(path: Path) -> Script:
-    text = path.read_text(encoding="utf-8")
-    sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    return Script(text, sha, tuple(re.findall(r"^-- KEYS\[\d+\] (\w+)", text, re.MULTILINE)))
-
-
-SCRIPTS = {path.stem: _read(path) for path in sorted((Path(__file__).parent / "lua").glob("*.lua"))}
 
 
 class Settlement(NamedTuple):
@@ -484,8 +462,3 @@ class Store:
         args = (*self._heads["raise_delayed_jobs"], now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
         return raised, float(look_again)
-
-
-async def load_scripts(link: Link) -> None:
-    """Makes the server know every script (`SCRIPT LOAD`), in one round trip."""
-    await asyncio.gather(*(link.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))

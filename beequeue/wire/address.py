@@ -28,7 +28,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry as BlockingRetry
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused
-from beequeue.url import as_redis, is_host, wrong_with
+from beequeue.wire.url import as_redis, is_host, wrong_with
 
 RedisSetting = str | Mapping[str, Any] | Redis | None
 """A URL, redis-py's connection arguments, a client to take the settings of, or None for 127.0.0.1:6379."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
-from beequeue.calls import Calls
 from beequeue.errors import BeeQueueError, ConnectionLost
 from beequeue.job import Job, id_from
-from beequeue.link import Command, settle
-from beequeue.store import Store
+from beequeue.store.store import Store
+from beequeue.tasks import Calls
+from beequeue.wire.link import Command, settle
 
 AT_ONCE = 1_000
 """How many jobs a bulk save has in flight."""

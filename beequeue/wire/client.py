@@ -12,13 +12,12 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-from beequeue.address import Address, RedisSetting
-from beequeue.connection import Connection, Group
 from beequeue.errors import BeeQueueError, WrongLoop
-from beequeue.forks import process
-from beequeue.link import Link
-from beequeue.settings import Backoff, QueueSettings, linear_backoff
-from beequeue.store import load_scripts
+from beequeue.settings import Backoff, linear_backoff
+from beequeue.wire.address import Address
+from beequeue.wire.connection import Connection, Group
+from beequeue.wire.forks import process
+from beequeue.wire.link import Link
 
 log = logging.getLogger("beequeue")
 
@@ -34,14 +33,14 @@ class Client:
     closed, unless their `quit_command_client` is True.
     """
 
-    def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> None:
+    def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, set_up: OnLink | None = None) -> None:
         self.address = address
         self.group = Group()
         """The connections of all queues that share this one: they speak to one server."""
         self.connection = Connection(
             address, "command", reconnect=reconnect, report=self._report, group=self.group, set_up=self._set_up
         )
-        self._ensure_scripts = ensure_scripts
+        self._first = set_up
         self._queues: dict[Report, OnLink] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = 0
@@ -92,8 +91,8 @@ class Client:
         del self._queues[report]
 
     async def _set_up(self, link: Link) -> None:
-        if self._ensure_scripts:
-            await load_scripts(link)
+        if self._first is not None:
+            await self._first(link)
         for on_link in list(self._queues.values()):
             await on_link(link)
 
@@ -102,19 +101,3 @@ class Client:
             report(error)
         if not self._queues:
             log.error("%s", error)
-
-
-async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_backoff, ensure_scripts: bool = True) -> Client:
-    """A command connection for many queues: `Queue("a", redis=client)`.
-
-    `redis`, `reconnect` and `ensure_scripts` are as in `Queue`. Waits for a Redis that is not up yet. Raises `ValueError` or
-    `TypeError` naming a wrong argument, `ConnectionRefused` when Redis says no.
-    """
-    QueueSettings(reconnect=reconnect, ensure_scripts=ensure_scripts)  # checks them
-    client = Client(Address(redis), reconnect=reconnect, ensure_scripts=ensure_scripts)
-    try:
-        await client.open()
-    except BaseException:
-        await client.close()
-        raise
-    return client

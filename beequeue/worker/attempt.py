@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from beequeue.job import Job
-from beequeue.link import Command
-from beequeue.store import Settlement
+from beequeue.store.store import Settlement
+from beequeue.wire.link import Command
 
 Handler = Callable[[Job], Any]
 """An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""

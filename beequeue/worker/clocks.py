@@ -12,12 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from beequeue.decisions import fail, fail_as_stored
 from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableData
 from beequeue.job import Job, now_ms
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement, Store, Taken
-from beequeue.supervised import supervised
+from beequeue.store.store import Settlement, Store, Taken
+from beequeue.tasks import supervised
+from beequeue.worker.outcome import fail, fail_as_stored
 
 RETRY_S = 1.0
 """How long to wait before asking again after Redis refused."""

@@ -26,8 +26,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, TaskFailed
-from beequeue.run import name_of
-from beequeue.store import Store
+from beequeue.store.store import Store
+from beequeue.worker.attempt import name_of
 
 log = logging.getLogger("beequeue")
 
@@ -43,7 +43,7 @@ LONGEST_CALL_S = 2.0
 """How long a thread waits for Redis."""
 PAUSE_S = 1.0
 """How long the watch leaves a loop alone after an error that nobody expected."""
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 """Below these a frame tells less than the one that called it."""
 

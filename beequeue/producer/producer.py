@@ -11,15 +11,15 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
-from beequeue.calls import Calls
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.job import Job, id_from, now_ms
-from beequeue.link import settle
-from beequeue.saving import Saver, late
+from beequeue.producer.saver import Saver, late
+from beequeue.producer.tracker import Tracker, summary
 from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
-from beequeue.store import Store
-from beequeue.tracker import Tracker, summary
+from beequeue.store.store import Store
+from beequeue.tasks import Calls
+from beequeue.wire.link import settle
 
 AT_ONCE = 1_000
 """How many entries one read asks for."""

@@ -11,10 +11,14 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from beequeue.connection import Connection
 from beequeue.errors import BeeQueueError, CommandError
 from beequeue.job import id_as_bytes, id_as_text, now_ms
-from beequeue.store import KEYS, SCRIPTS
+from beequeue.store.scripts import scripts_beside
+from beequeue.store.store import KEYS
+from beequeue.wire.connection import Connection
+
+SCRIPTS = scripts_beside(__file__)
+"""One for each kind of damage. Redis is told one at its first call."""
 
 PAGE = 1_000
 """How many ids or entries one read asks for; a scan may return some more."""
@@ -111,19 +115,19 @@ class FsckStore:
 
     async def ghosts(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
         """Ids without data; takes them out of every list and set."""
-        return await self._run("fsck_ghosts", repair, job_ids)
+        return await self._run("ghosts", repair, job_ids)
 
     async def orphans(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
         """Ids with data that stand nowhere; puts them in `waiting`, `delayed`, `succeeded` or `failed`."""
-        return await self._run("fsck_orphans", repair, job_ids, now_ms())
+        return await self._run("orphans", repair, job_ids, now_ms())
 
     async def doubles(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
         """Ids that stand in two states or twice in one list; leaves them in one place."""
-        return await self._run("fsck_doubles", repair, job_ids)
+        return await self._run("doubles", repair, job_ids)
 
     async def silent(self, job_ids: Sequence[str], created_until: int | None, *, repair: bool) -> list[Verdict]:
         """Ids in `active` that no worker reports, or whose jobs were created until then (epoch ms); moves them to `waiting`."""
-        return await self._run("fsck_silent", repair, job_ids, "" if created_until is None else created_until)
+        return await self._run("silent", repair, job_ids, "" if created_until is None else created_until)
 
     async def _run(self, script: str, repair: bool, job_ids: Sequence[str], *args: Any) -> list[Verdict]:
         mode = b"repair" if repair else b"look"

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from beequeue.errors import UnreadableData
 from beequeue.events import load_json
-from beequeue.fsck_store import FsckStore, Verdict
+from beequeue.fsck.store import FsckStore, Verdict
 from beequeue.job import now_ms
 from beequeue.queue import Queue
 from beequeue.settings import Duration, milliseconds

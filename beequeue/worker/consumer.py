@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from beequeue.decisions import fail, fail_as_stored, retry_delay, succeed
 from beequeue.errors import (
     BeeQueueError,
     JobTimeout,
@@ -27,16 +26,17 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.heart import Heart
-from beequeue.intake import Intake
 from beequeue.job import Job, Strategy, now_ms
-from beequeue.link import Link
-from beequeue.run import Handler, Run, is_async
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement, Store, Taken
-from beequeue.strangers import strangers
-from beequeue.supervised import supervised
-from beequeue.threads import Threads
+from beequeue.store.store import Settlement, Store, Taken
+from beequeue.tasks import supervised
+from beequeue.wire.link import Link
+from beequeue.worker.attempt import Handler, Run, is_async
+from beequeue.worker.exchange import Intake
+from beequeue.worker.heartbeat import Heart
+from beequeue.worker.outcome import fail, fail_as_stored, retry_delay, succeed
+from beequeue.worker.strangers import strangers
+from beequeue.worker.threads import Threads
 
 log = logging.getLogger("beequeue")
 

@@ -19,9 +19,9 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
-from beequeue.link import UNFIT, Command
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement, Store, Taken
+from beequeue.store.store import Settlement, Store, Taken
+from beequeue.wire.link import UNFIT, Command
 
 UNBLOCK_EVERY_S = 0.05
 LONGEST_REFUSAL_DELAY_MS = 15_000

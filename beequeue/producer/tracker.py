@@ -19,8 +19,8 @@ from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClose
 from beequeue.events import ENDS, Event, Registry, peek
 from beequeue.job import Job
 from beequeue.settings import MAX_EVENT_BYTES
-from beequeue.store import Found
-from beequeue.supervised import supervised
+from beequeue.store.store import Found
+from beequeue.tasks import supervised
 
 LOOK_UP_AT_ONCE = 100
 """How many jobs are asked about in one call of a script."""

@@ -10,7 +10,7 @@ import logging
 import traceback
 
 
-def shown(what: object) -> str:
+def escape(what: object) -> str:
     """`what` as text in which control characters, line breaks, bidi marks and lone surrogates are escaped as in `repr`."""
     text = str(what)
     if text.isprintable():
@@ -18,14 +18,14 @@ def shown(what: object) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def shown_traceback(error: BaseException | None) -> str:
+def escaped_traceback(error: BaseException | None) -> str:
     """The traceback of an error and of those that led to it, the newest first; each line of it is safe to show."""
     lines: list[str] = []
     told: set[int] = set()
     while error is not None and id(error) not in told:
         told.add(id(error))
-        lines += map(shown, "".join(traceback.format_tb(error.__traceback__)).rstrip("\n").split("\n"))
-        lines.append(f"{type(error).__qualname__}: {shown(error)}")
+        lines += map(escape, "".join(traceback.format_tb(error.__traceback__)).rstrip("\n").split("\n"))
+        lines.append(f"{type(error).__qualname__}: {escape(error)}")
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
         if error is not None:
             lines.append("caused by:")
@@ -41,9 +41,9 @@ class OneLine(logging.Filter):
         except Exception:  # wrong arguments: the handler reports them
             return True
         if not message.isprintable():
-            record.msg, record.args = shown(message), ()
+            record.msg, record.args = escape(message), ()
         if record.exc_info and record.exc_info[1] is not None:
-            record.exc_text = shown_traceback(record.exc_info[1])  # which a formatter then takes
+            record.exc_text = escaped_traceback(record.exc_info[1])  # which a formatter then takes
         return True
 
 

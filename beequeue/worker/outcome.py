@@ -15,9 +15,9 @@ from typing import Any
 from beequeue.events import encode_event
 from beequeue.job import Job, Strategy
 from beequeue.settings import QueueSettings
-from beequeue.store import Settlement
+from beequeue.store.store import Settlement
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def retry_delay(job: Job, strategies: Mapping[str, Strategy]) -> int | None:

@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import beequeue.link as link_module
-from beequeue.address import Address, NoAnswer, NotLetIn, refusal_in
+import beequeue.wire.link as link_module
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
-from beequeue.link import Command, Link, settle
 from beequeue.settings import Backoff, linear_backoff
-from beequeue.supervised import supervised
+from beequeue.tasks import supervised
+from beequeue.wire.address import Address, NoAnswer, NotLetIn, refusal_in
+from beequeue.wire.link import Command, Link, settle
 
 log = logging.getLogger("beequeue")
 

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from beequeue.job import Job
-from beequeue.run import Handler, in_thread, name_of
+from beequeue.worker.attempt import Handler, in_thread, name_of
 
 log = logging.getLogger("beequeue")
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 from beequeue.errors import CommandError, UnreadableData
 from beequeue.events import load_json
-from beequeue.link import Link
-from beequeue.store import Store
+from beequeue.store.store import Store
+from beequeue.wire.link import Link
 
 log = logging.getLogger("beequeue")
 

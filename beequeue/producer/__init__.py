@@ -1,0 +1,1 @@
+"""A producer: it saves, fetches and tracks jobs, and delivers their events."""

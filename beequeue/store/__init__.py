@@ -1,0 +1,1 @@
+"""Everything said to Redis: keys, scripts and decoded replies."""

@@ -1,0 +1,1 @@
+"""A worker: it takes jobs, runs attempts, settles them, reports a heartbeat, and keeps the two clocks."""
