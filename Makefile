@@ -40,7 +40,7 @@ audit: $(VENV)/.audit ## known vulnerabilities of what is installed with the lib
 	@$(VENV)/bin/python -m tests.audit
 
 proof: $(VENV)/.test ## a million saves, with and without io-threads: is a reply ever behind its job's event
-	ROUNDS=$${ROUNDS:-1000000} $(VENV)/bin/python -m pytest tests/test_proof.py
+	ROUNDS=$${ROUNDS:-1000000} $(VENV)/bin/python -m pytest tests/producer/test_proof.py
 
 faults: $(VENV)/.test ## nothing is lost when workers, Redis and connections fail: SEED=1 ROUNDS=10 TIMES=3 FAULTS="kill-workers"
 	SEED=$${SEED:-189} ROUNDS=$${ROUNDS:-10} TIMES=$${TIMES:-3} FAULTS="$(FAULTS)" $(VENV)/bin/python -m pytest -s tests/faults

@@ -1,7 +1,7 @@
 """Which of bee-queue's behaviours the tests cover: `python -m tests.behaviours`, `-v` for all of them.
 
 `behaviours.txt` lists them and says how it is written. A test covers those that its docstring names: the function's own, on
-the top level of a `tests/test_*.py`. Sources are read, not imported, so nothing has to run for this.
+the top level of a `test_*.py` below `tests/`. Sources are read, not imported, so nothing has to run for this.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _line(behaviour: Behaviour) -> str:
 
 def of_this_project() -> Coverage:
     """The list beside this file, and the tests beside it."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(HERE.glob("test_*.py"))}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(HERE.rglob("test_*.py"))}
     return cover(parse((HERE / "behaviours.txt").read_text(encoding="utf-8")), sources)
 
 

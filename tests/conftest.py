@@ -19,9 +19,9 @@ from harness.server import Server, find_server, redis_url, running_server
 from tests.loops import use_loop
 
 ALONE = {
-    "containers": ("tests/test_compose.py",),
-    "harness": ("tests/test_harness.py", "tests/test_harness_faults.py", "tests/test_compare.py", "tests/test_bench.py"),
-    "faults": ("tests/faults/", "tests/test_soak.py", "tests/test_proof.py", "tests/test_sizes.py"),
+    "containers": ("tests/harness/test_compose.py",),
+    "harness": ("tests/harness/", "tests/bench/"),
+    "faults": ("tests/faults/", "tests/producer/test_proof.py", "tests/wire/test_sizes.py"),
 }
 """Tests that load the machine: those of one group never run beside each other. pytest-xdist starts with the groups."""
 KEYS = {"id", "jobs", "waiting", "active", "succeeded", "failed", "delayed", "stalling", "stallBlock", "stalls"}

@@ -35,19 +35,21 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 MODULES = {
-    "decisions": "test_decisions",
+    "worker.outcome": "worker/test_outcome",
     "settings": "test_settings",
-    "events": "test_events test_job_events",
-    "saving": "test_jobs test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
-    " test_sync::test_a_save_with_a_time_out_while_redis_is_silent test_connection test_queue"
-    " test_alive::test_a_refused_save_that_is_cancelled_is_not_made"
-    " test_alive::test_a_bulk_save_that_is_cancelled_is_not_made",
-    "tracker": "test_tracker test_job_events test_race test_kept test_hostile test_lookup test_orders test_connection"
-    " test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
-    " test_sizes::test_messages_that_cannot_be_read_are_counted",
-    "fsck": "test_fsck",
+    "events": "test_events producer/test_job_events",
+    "producer.saver": "producer/test_jobs producer/test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
+    " test_sync::test_a_save_with_a_time_out_while_redis_is_silent wire/test_connection test_queue"
+    " wire/test_alive::test_a_refused_save_that_is_cancelled_is_not_made"
+    " wire/test_alive::test_a_bulk_save_that_is_cancelled_is_not_made",
+    "producer.tracker": "producer/test_tracker producer/test_job_events producer/test_race producer/test_kept"
+    " wire/test_hostile producer/test_lookup producer/test_orders wire/test_connection"
+    " wire/test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
+    " wire/test_sizes::test_messages_that_cannot_be_read_are_counted",
+    "fsck.findings": "fsck/test_fsck",
 }
 """The modules, and the test files, or tests, that see each: the soonest to notice first."""
 OPERATORS = [
@@ -158,7 +160,7 @@ class Copy:
 
     def passes(self, module: str, text: str, longest_s: float) -> bool:
         """Whether the module's tests pass with this text, and in time."""
-        file = self._directory / "beequeue" / f"{module}.py"
+        file = self._directory / source_of(module)
         whole = file.read_text()
         file.write_text(text)
         try:
@@ -181,7 +183,12 @@ class Copy:
 
 def tests_of(module: str) -> list[str]:
     """What pytest is to run for a module."""
-    return [re.sub(r"^(\w+)", r"tests/\1.py", name) for name in MODULES[module].split()]
+    return [re.sub(r"^([\w/]+)", r"tests/\1.py", name) for name in MODULES[module].split()]
+
+
+def source_of(module: str) -> Path:
+    """A module's file, below the project's top folder."""
+    return Path("beequeue", *module.split(".")).with_suffix(".py")
 
 
 def serve() -> None:
@@ -247,7 +254,7 @@ class Journal:
 
     def __init__(self) -> None:
         files = sorted(
-            [*(ROOT / "beequeue").rglob("*.py"), *(ROOT / "beequeue").rglob("*.lua"), *(ROOT / "tests").glob("*.py")]
+            [*(ROOT / "beequeue").rglob("*.py"), *(ROOT / "beequeue").rglob("*.lua"), *(ROOT / "tests").rglob("*.py")]
         )
         self._base = hashlib.sha256(b"".join(file.read_bytes() for file in files if file != Path(__file__)))
         lines = JOURNAL.read_text().splitlines() if JOURNAL.exists() else []
@@ -302,7 +309,7 @@ class Judge:
 
     def is_enough(self, module: str, sample: int | None) -> bool:
         """Tries the mutants of a module; whether enough of them are noticed."""
-        text = (ROOT / "beequeue" / f"{module}.py").read_text()
+        text = (ROOT / source_of(module)).read_text()
         longest_s = self._longest_s(module, text)
         made = list(mutants(text))
         known = {change for of, change in explained() if of == module}

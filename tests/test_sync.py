@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,10 +31,10 @@ from beequeue import (
 )
 from beequeue.sync import Queue
 from harness.server import Server, find_server, running_server
+from tests import ROOT
 from tests.conftest import MakeQueue, sync_threads
 from tests.observe import freeze, thaw
 
-ROOT = Path(__file__).parent.parent
 STRICT = ("-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning")  # forks with threads are meant
 
 MakeSync = Callable[..., Queue]

@@ -178,7 +178,10 @@ def counts(findings: Iterable[Finding]) -> dict[str, int]:
 
 async def _store_of(queue: Queue) -> FsckStore:
     await queue._usable()
-    return FsckStore(queue.key_prefix, queue.client.connection)
+    store = FsckStore(queue.key_prefix, queue.client.connection)
+    if queue.settings.ensure_scripts:
+        await store.load_scripts()
+    return store
 
 
 async def _read(store: FsckStore) -> Snapshot:

@@ -18,7 +18,7 @@ from beequeue.store.store import KEYS
 from beequeue.wire.connection import Connection
 
 SCRIPTS = scripts_beside(__file__)
-"""One for each kind of damage. Redis is told one at its first call."""
+"""One for each kind of damage."""
 
 PAGE = 1_000
 """How many ids or entries one read asks for; a scan may return some more."""
@@ -57,6 +57,10 @@ class FsckStore:
 
     def _key(self, suffix: str) -> str:
         return self._prefix + suffix
+
+    async def load_scripts(self) -> None:
+        """Makes Redis know the scripts (`SCRIPT LOAD`)."""
+        await asyncio.gather(*(self._commands.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))
 
     async def exists(self) -> bool:
         """Whether the queue has any key (`EXISTS`)."""

@@ -23,12 +23,12 @@ import trustme
 from beequeue import BeeQueueError, ConnectionLost, Job, Queue
 from harness.children import end_with_parent
 from harness.server import find_server, running_server
+from tests import ROOT
 from tests.conftest import skip, until
 from tests.faults.connecting import free_ports
 from tests.observe import beequeue_tasks
 from tests.relay import Relay
 
-ROOT = Path(__file__).parent.parent.parent
 WORKERS, PRODUCERS = 12, 4
 PATIENCE_S = 60
 APP = """

@@ -22,7 +22,7 @@ from beequeue import ConnectionLost, ConnectionRefused, Queue
 from beequeue.wire.address import Address, BlockingConnection, refusal_in
 from harness.server import running_server
 from tests.conftest import skip, until
-from tests.test_address import RUNS, free_port
+from tests.wire.test_address import RUNS, free_port
 
 PASSPHRASE = "Zq7-pass-phrase"
 

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +18,10 @@ from beequeue.fsck import findings
 from beequeue.fsck.findings import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, _read, check, repair, suspects
 from beequeue.fsck.store import FsckStore
 from harness.server import Server, find_server, running_server
+from tests import ROOT
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.relay import Line, Relay
 
-ROOT = Path(__file__).parent.parent
 LATER = 4_000_000_000_000
 
 
@@ -143,7 +142,8 @@ async def test_orphans(queue: Queue, redis: Any, data: str, place: str) -> None:
 
 
 async def test_an_orphan_that_is_delayed_wakes_who_raises(make_queue: MakeQueue, queue: Queue, redis: Any) -> None:
-    due = int((await redis.time())[0] * 1000) + 1_000
+    seconds, microseconds = await redis.time()
+    due = seconds * 1000 + microseconds // 1000 + 2_000
     await redis.hset(queue.to_key("jobs"), "orphan", entry(delay=due))
     raises = make_queue(activate_delayed_jobs=True)
     raises.on("raised jobs", raised := Seen())

@@ -16,8 +16,8 @@ import pytest
 
 from client import COUNTERS, stats
 from harness import chart
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMPOSE_V1 = "\x1b[33mclient_1  |\x1b[0m "
 COMPOSE_V2 = "\x1b[36missue-189_client_1  | \x1b[0m"
 PREFIXES = {

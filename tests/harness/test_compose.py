@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.conftest import skip
 from tests.faults.harness import LOOK
-from tests.test_harness import CHAINS, check_stats, until
+from tests.harness.test_harness import CHAINS, check_stats, until
 
-ROOT = Path(__file__).parent.parent
 CLIENT = "issue-189_client_1"
 V1, V2 = ["docker-compose"], ["docker", "compose"]
 VARIABLES = {"ORDERED_EVENTS": "true", "EXTENDED_STATS": "true", "STATS_INTERVAL": "1"}

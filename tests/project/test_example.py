@@ -41,9 +41,8 @@ from beequeue import (
     connect,
     linear_backoff,
 )
+from tests import ROOT
 from tests.conftest import Seen
-
-ROOT = Path(__file__).parent.parent
 
 
 async def test_a_queues_life(url: str, name: str) -> None:
@@ -126,7 +125,7 @@ async def test_a_worker_in_threads(url: str, name: str) -> None:
 async def test_without_a_loop(url: str, name: str) -> None:
     async with Queue(name, url) as worker:
         worker.process(lambda job: job.data)
-        script = f"from tests.test_example import in_a_script; in_a_script({url!r}, {name!r})"
+        script = f"from tests.project.test_example import in_a_script; in_a_script({url!r}, {name!r})"
         process = await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", script, cwd=ROOT)
         assert await process.wait() == 0
         await worker.destroy()

@@ -37,7 +37,7 @@ from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
 from tests.relay import Relay
-from tests.test_opening import every_call
+from tests.wire.test_opening import every_call
 
 TOO_LONG_MS = 2**31 + 1_000
 """What Node's timers take for 1 ms."""

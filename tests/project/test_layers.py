@@ -11,8 +11,9 @@ import pytest
 from beequeue.fsck import store as fsck_store
 from beequeue.store.scripts import SCRIPTS
 from beequeue.store.store import KEYS
+from tests import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "beequeue"
+PACKAGE = ROOT / "beequeue"
 FLOORS = [
     {"__main__"},
     {"fsck", "sync"},

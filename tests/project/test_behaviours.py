@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.behaviours import Behaviour, cover, named, of_this_project, parse, report
 
 LIST = """\
@@ -105,7 +105,7 @@ def test_nothing_is_missing_when_all_are_named() -> None:
 
 def test_the_command_says_by_its_status_whether_all_is_covered() -> None:
     command = [sys.executable, "-m", "tests.behaviours"]
-    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     coverage = of_this_project()
     assert ended.returncode == (1 if coverage.missing or coverage.unknown else 0)
     assert ended.stdout.splitlines() == list(report(coverage))

@@ -7,17 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection
-from pathlib import Path
 
 from beequeue import Job, Queue
 from config import Config
+from tests import ROOT
 from tests.conftest import MakeQueue
 from tests.faults.scenarios import FAULTS
 from tests.faults.test_proxy import FRONTS
-from tests.test_example import public
-from tests.test_harness_faults import FAULTS as HARNESS_FAULTS
+from tests.harness.test_harness_faults import FAULTS as HARNESS_FAULTS
+from tests.project.test_example import public
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

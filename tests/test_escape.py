@@ -20,10 +20,10 @@ from beequeue.__main__ import _lines, _one_line, _Parser
 from beequeue.escape import OneLine, escape
 from beequeue.fsck.findings import Finding, Report
 from harness.member import Member
+from tests import ROOT
 from tests.conftest import MakeQueue, Seen
 from tests.observe import soon
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = "a\x1b[2Jb\nc\rd\x00e\x7ff\x9bg\u2028h\u2029i\u202ej\u2066k\u200bl\x85m\ttab"
 ENCODABLE = "\x1b[2J\n\u2028\u202e\x9b"
 

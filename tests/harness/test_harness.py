@@ -16,8 +16,8 @@ import pytest
 import redis as sync_redis
 
 from harness.server import Server
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 KEYS = [
     "numJobSaveSuccess",
     "numJobSaveError",

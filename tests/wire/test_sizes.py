@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,10 +21,10 @@ from beequeue import Job, OutcomeUnknown, UnreadableData
 from beequeue.events import encode_event
 from beequeue.producer import tracker
 from harness.server import Server, find_server, running_server
+from tests import ROOT
 from tests.conftest import MakeQueue, Seen, skip, until
 from tests.observe import calls_of
 
-ROOT = Path(__file__).parent.parent
 MB = 1_000_000
 
 LISTENER = """

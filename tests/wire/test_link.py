@@ -13,7 +13,7 @@ import pytest
 import beequeue.wire.link
 from beequeue.errors import CommandError, ConnectionLost
 from beequeue.wire.link import QUIET_TICKS, REPLY_TICKS, Command, Link, settle
-from tests.test_fuzz import BROKEN
+from tests.wire.test_fuzz import BROKEN
 
 
 class Peer:

@@ -17,7 +17,7 @@ from beequeue import LateFinish, Queue
 from beequeue.wire.link import Link
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.relay import Relay
-from tests.test_tls import Files, files
+from tests.wire.test_tls import Files, files
 
 __all__ = ["files"]
 LONG_S = 600.0

@@ -22,9 +22,8 @@ from bench.programs import Failed, Program
 from bench.summary import Summary, paired_ratios, summarise
 from harness.original import NoOriginal, install
 from harness.server import NoServer, wheel_server
+from tests import ROOT
 from tests.conftest import skip
-
-ROOT = Path(__file__).parent.parent
 
 
 async def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,7 @@ import pytest
 
 import config
 from config import Config, parse
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def test_defaults() -> None:

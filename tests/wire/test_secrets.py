@@ -29,10 +29,10 @@ import config
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Queue
 from beequeue.wire.address import Address
 from harness.server import Server, find_server, running_server
+from tests import ROOT
 from tests.conftest import Seen, skip, until
 from tests.observe import freeze, soon, thaw
 
-ROOT = Path(__file__).parent.parent
 PASSWORD = "Zq7/k@v9%#x"
 ENCODED = quote(PASSWORD, safe="")
 MARKS = ("Zq7", "v9%", PASSWORD, ENCODED, quote(ENCODED, safe=""), PASSWORD.encode().hex())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.test_readme import table
+from tests import ROOT
+from tests.project.test_readme import table
 
-ROOT = Path(__file__).parent.parent
 LISTED = {row[0].split(",")[0]: row[1] for row in table("## Licences", "package")}
 PINNED = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 

@@ -18,9 +18,8 @@ import pytest
 import beequeue.__main__
 from beequeue import JobFailed
 from harness.server import Server, find_server, running_server
+from tests import ROOT
 from tests.conftest import MakeQueue, Seen, until
-
-ROOT = Path(__file__).parent.parent
 
 APP = """
 import asyncio, os, time

@@ -165,5 +165,5 @@ def test_removed_on_failure(job: Job) -> None:
 def test_a_trace_names_where_it_was_raised() -> None:
     trace = stack_trace(raised(JobTimeout("Job 1 timed out (10 ms)")))
     assert trace.startswith("Traceback ")
-    assert "test_decisions.py" in trace
+    assert "test_outcome.py" in trace
     assert trace.endswith("Job 1 timed out (10 ms)\n")

@@ -6,15 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.faults.harness import CHAINS
 from tests.faults.scenarios import FAULTS
 from tests.faults.soak import SOAKED, Figures
-
-ROOT = Path(__file__).parent.parent
 
 
 def soak(**variables: str) -> subprocess.CompletedProcess[str]:

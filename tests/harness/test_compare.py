@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,7 @@ from harness.member import Member
 from harness.original import NoOriginal, install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict
 from harness.server import Server
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def run(jobs: int = 10_000, lost: int = 0, per_s: int = 1000, rss_kb: int = 31_000) -> Run:
