@@ -35,7 +35,7 @@ from beequeue.job import Job
 from beequeue.queue import Queue
 from beequeue.settings import QueueOptions, QueueSettings, linear_backoff
 from beequeue.wire.address import Address, check_redis_url
-from beequeue.wire.link import settle
+from beequeue.wire.link import complete
 from beequeue.worker.attempt import Handler, is_async
 
 log = logging.getLogger("beequeue")
@@ -267,12 +267,12 @@ async def _look_over(options: argparse.Namespace) -> tuple[Report | None, Report
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def give_up(attempt: int) -> int:
-        settle(lost, ConnectionLost(f"the connection to {address} was lost before it was ready", maybe_applied=False))
+        complete(lost, ConnectionLost(f"the connection to {address} was lost before it was ready", maybe_applied=False))
         return linear_backoff(attempt)
 
     settings = QueueOptions(prefix=options.prefix, is_worker=False, get_events=False, store_jobs=False, reconnect=give_up)
     queue = Queue(options.name, options.redis, **settings)
-    queue.on("error", lambda error: settle(lost, error))
+    queue.on("error", lambda error: complete(lost, error))
     looking = asyncio.create_task(_check_and_repair(queue, options))
     try:
         await asyncio.wait((looking, lost), return_when=asyncio.FIRST_COMPLETED)

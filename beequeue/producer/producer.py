@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
+from beequeue.host import Host
 from beequeue.job import Job, id_from, now_ms
 from beequeue.producer.saver import Saver, late
 from beequeue.producer.tracker import Tracker, summary
-from beequeue.settings import Duration, QueueSettings, milliseconds, whole_number
+from beequeue.settings import Duration, milliseconds, whole_number
 from beequeue.store.store import Store
-from beequeue.tasks import Calls
-from beequeue.wire.link import settle
+from beequeue.wire.link import complete
 
 AT_ONCE = 1_000
 """How many entries one read asks for."""
@@ -27,18 +27,6 @@ AT_ONCE = 1_000
 ENDED = ("succeeded", "failed")
 LISTED = ("waiting", "active", "delayed", *ENDED)
 HOLDING_IDS = (*LISTED, "stalling")
-
-
-class Host(Protocol):
-    """What a producer asks of its queue."""
-
-    settings: QueueSettings
-    _calls: Calls
-
-    async def _usable(self) -> Store: ...
-    def _job_is_due(self, when: float) -> None: ...
-    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
-    def _report(self, error: Exception) -> None: ...
 
 
 class Producer:
@@ -93,11 +81,11 @@ class Producer:
             if answered.done():  # cancelled: a job that nobody gets must not be bound
                 return
             try:
-                settle(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
+                complete(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
             except UnreadableData as error:
-                settle(answered, error)
+                complete(answered, error)
             except Exception as error:  # whatever is wrong with it, the caller must hear of it
-                settle(answered, UnreadableData(f"the stored job {job_id} cannot be read: {type(error).__name__}: {error}"))
+                complete(answered, UnreadableData(f"the stored job {job_id} cannot be read: {type(error).__name__}: {error}"))
 
         with self._calls:
             return await store.wait(store.get(job_id, on_reply), answered)
@@ -151,7 +139,7 @@ class Producer:
             if not isinstance(reply, BeeQueueError):
                 # here: the reply to a save under the same id may stand right behind it
                 self._tracker.forget(job_id, "it was removed")
-            settle(answered, reply)
+            complete(answered, reply)
 
         try:
             async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000) as limit:
@@ -184,7 +172,7 @@ class Producer:
                 self._tracker.retried(job_id)
                 if self._ordered:  # whatever tells of the run before has been read already
                     self._bind_again(job)
-            settle(answered, reply)
+            complete(answered, reply)
 
         bound = not self._ordered and self._bind_again(job)
         command = store.retry(job_id, on_reply)

@@ -10,13 +10,13 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from beequeue.errors import BeeQueueError, ConnectionLost
+from beequeue.host import Host
 from beequeue.job import Job, id_from
 from beequeue.store.store import Store
-from beequeue.tasks import Calls
-from beequeue.wire.link import Command, settle
+from beequeue.wire.link import Command, complete
 
 AT_ONCE = 1_000
 """How many jobs a bulk save has in flight."""
@@ -25,15 +25,6 @@ IN_A_CALL, BYTES_IN_A_CALL = 100, 2**16
 
 Outcome = bool | BeeQueueError
 """Of one save: whether the job was stored, or what went wrong."""
-
-
-class Host(Protocol):
-    """What saving asks of the queue."""
-
-    _calls: Calls
-
-    async def _usable(self) -> Store: ...
-    def _job_is_due(self, when: float) -> None: ...
 
 
 class Saver:
@@ -55,7 +46,7 @@ class Saver:
             job.saving = False
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        command = store.add(form.id, form.entry, form.delay, lambda reply: settle(answered, self._outcome(job, form, reply)))
+        command = store.add(form.id, form.entry, form.delay, lambda reply: complete(answered, self._outcome(job, form, reply)))
         with self._calls:
             try:
                 was_stored = await answered
@@ -104,7 +95,7 @@ class Saver:
                     errors[job] = outcome
             unanswered -= 1
             if not unanswered:
-                settle(all_answered, None)
+                complete(all_answered, None)
 
         calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClosed, UnreadableData
 from beequeue.events import ENDS, Event, Registry, peek
+from beequeue.host import Host
 from beequeue.job import Job
 from beequeue.settings import MAX_EVENT_BYTES
 from beequeue.store.store import Found
@@ -40,14 +40,6 @@ LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
 """From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
 WhichEnded = Callable[[Sequence[tuple[str, str]]], Awaitable[set[str]]]
 """From ids and timestamps of jobs to the ids of those that have ended, or are other jobs' now; ordered likewise."""
-
-
-class Host(Protocol):
-    """What the tracker asks of its queue."""
-
-    def emit(self, event: str, *args: Any) -> bool: ...
-    def _listens_to(self, event: str) -> bool: ...
-    def _report(self, error: Exception) -> None: ...
 
 
 class Tracker:

@@ -57,8 +57,7 @@ from beequeue.job import id_as_text as _text
 from beequeue.store.scripts import SCRIPTS
 from beequeue.wire.address import BlockingConnection
 from beequeue.wire.connection import Answer, Connection
-from beequeue.wire.link import Command, Link, Packed
-from beequeue.wire.link import settle as complete
+from beequeue.wire.link import Command, Link, Packed, complete
 
 TAKE_WAIT_S = 5
 """How long Redis holds a take open: finite, so that a half-open socket is noticed."""

@@ -23,7 +23,7 @@ from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, Connect
 from beequeue.settings import Backoff, linear_backoff
 from beequeue.tasks import supervised
 from beequeue.wire.address import Address, NoAnswer, NotLetIn, refusal_in
-from beequeue.wire.link import Command, Link, settle
+from beequeue.wire.link import Command, Link, complete
 
 log = logging.getLogger("beequeue")
 
@@ -152,7 +152,7 @@ class Connection:
         """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
         future = asyncio.get_running_loop().create_future()
         repeat = args if repeatable else None
-        command = Command(args, lambda reply: settle(future, reply), repeat=repeat, script=script)
+        command = Command(args, lambda reply: complete(future, reply), repeat=repeat, script=script)
         self.send(command)
         return await self.wait(command, future)
 

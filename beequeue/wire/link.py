@@ -389,7 +389,7 @@ class Link(asyncio.Protocol):
     async def call(self, *args: Any) -> Any:
         """Issues one command and waits for its reply; raises `CommandError` or `ConnectionLost`."""
         future = self._loop.create_future()
-        self.send(Command(args, lambda reply: settle(future, reply)))
+        self.send(Command(args, lambda reply: complete(future, reply)))
         await asyncio.wait((future, self.lost), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             raise ConnectionLost(f"the connection was lost: {self.lost.result()}", maybe_applied=True)
@@ -416,7 +416,7 @@ def named(message: str, script: str | None) -> str:
     return f"{message} ({' or '.join(commands)})" if commands else message
 
 
-def settle(future: asyncio.Future[Any], reply: Any) -> None:
+def complete(future: asyncio.Future[Any], reply: Any) -> None:
     """Completes `future` with a reply, or with the exception that came instead."""
     if future.done():  # cancelled by whoever waited
         return

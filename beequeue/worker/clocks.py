@@ -10,27 +10,16 @@ import asyncio
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableData
-from beequeue.job import Job, now_ms
-from beequeue.settings import QueueSettings
+from beequeue.host import Host
+from beequeue.job import now_ms
 from beequeue.store.store import Settlement, Store, Taken
 from beequeue.tasks import supervised
 from beequeue.worker.outcome import fail, fail_as_stored
 
 RETRY_S = 1.0
 """How long to wait before asking again after Redis refused."""
-
-
-class Host(Protocol):
-    """What the clocks ask of their queue."""
-
-    settings: QueueSettings
-
-    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
-    def emit(self, event: str, *args: Any) -> bool: ...
-    def _report(self, error: Exception) -> None: ...
 
 
 class EagerTimer:

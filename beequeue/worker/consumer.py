@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from beequeue.errors import (
     BeeQueueError,
@@ -26,8 +26,8 @@ from beequeue.errors import (
     QueueClosed,
     UnreadableData,
 )
-from beequeue.job import Job, Strategy, now_ms
-from beequeue.settings import QueueSettings
+from beequeue.host import Host
+from beequeue.job import Job, now_ms
 from beequeue.store.store import Settlement, Store, Taken
 from beequeue.tasks import supervised
 from beequeue.wire.link import Link
@@ -42,18 +42,6 @@ log = logging.getLogger("beequeue")
 
 GRACE_S = 1.0
 """How long a close past its time-out waits for what it has cancelled, and for Redis."""
-
-
-class Host(Protocol):
-    """What a worker asks of its queue."""
-
-    name: str
-    settings: QueueSettings
-    backoff_strategies: dict[str, Strategy]
-
-    def _decode_job(self, job_id: str, entry: bytes) -> Job: ...
-    def emit(self, event: str, *args: Any) -> bool: ...
-    def _report(self, error: Exception) -> None: ...
 
 
 class Consumer:

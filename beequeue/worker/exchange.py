@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
-from beequeue.settings import QueueSettings
+from beequeue.host import Host
 from beequeue.store.store import Settlement, Store, Taken
 from beequeue.wire.link import UNFIT, Command
 
@@ -36,14 +36,6 @@ queue do not wait behind all of them."""
 
 Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
 """Waits until a condition holds, or until a deadline in the loop's time."""
-
-
-class Host(Protocol):
-    """What the intake asks of its queue."""
-
-    settings: QueueSettings
-
-    def _report(self, error: Exception) -> None: ...
 
 
 class Settling(Protocol):

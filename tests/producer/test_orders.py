@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
 import pytest
@@ -116,7 +116,7 @@ class Host:
 async def read(plan: Plan, *, ordered: bool) -> tuple[dict[str, list[str]], set[str]]:
     """Lets a tracker read a plan; returns what each job heard, and the ids that stay bound."""
     host = Host()
-    tracker = Tracker(host, ordered=ordered)
+    tracker = Tracker(cast(Any, host), ordered=ordered)
     jobs = {item.job_id: Job(host, job_id=item.job_id) for item in plan if isinstance(item, Item) and item.job_id != FOREIGN}
     heard: dict[str, list[str]] = {job_id: [] for job_id in jobs}
     for job_id, job in jobs.items():
@@ -176,7 +176,7 @@ def test_without_its_other_half_one_socket_loses_too(binding: str) -> None:
 
     async def read_and_bind_late() -> tuple[list[str], set[str]]:
         host, heard = Host(), []
-        tracker = Tracker(host, ordered=True)
+        tracker = Tracker(cast(Any, host), ordered=True)
         job = Job(host, job_id="0")
         job.on("succeeded", lambda data: heard.append("succeeded"))
         if binding == "late":

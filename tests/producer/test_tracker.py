@@ -57,7 +57,7 @@ def bound(tracker: Tracker, *job_ids: str) -> list[Job]:
 
 
 async def test_a_job_is_unbound_and_no_other() -> None:
-    subject = Tracker(Host(), ordered=False)
+    subject = Tracker(cast(Any, Host()), ordered=False)
     older, newer = bound(subject, "1", "1")
     subject.unbind(older, "1")
     assert subject.jobs.get("1") is newer
@@ -69,7 +69,7 @@ async def test_a_job_is_unbound_and_no_other() -> None:
 async def test_the_largest_message_that_is_read(beyond: int, reported: int) -> None:
     message = encode_event("1", "progress", "x" * LARGE_BYTES)
     host = Host()
-    subject = Tracker(host, ordered=False, max_event_bytes=len(message) - beyond)
+    subject = Tracker(cast(Any, host), ordered=False, max_event_bytes=len(message) - beyond)
     bound(subject, "1")
     subject.read(message)
     assert len(host.errors) == reported
@@ -82,7 +82,7 @@ async def test_the_largest_message_that_is_read(beyond: int, reported: int) -> N
 )
 async def test_only_an_end_that_is_too_large_has_its_job_looked_up(job_id: str, event: str, looked_up: list[str]) -> None:
     host = Host("job " + event)
-    subject = Tracker(host, ordered=False, max_event_bytes=LARGE_BYTES)
+    subject = Tracker(cast(Any, host), ordered=False, max_event_bytes=LARGE_BYTES)
     redis = Redis(subject)
     bound(subject, "1")
     subject.read(encode_event(job_id, event, "x" * LARGE_BYTES))
@@ -95,7 +95,7 @@ async def test_only_an_end_that_is_too_large_has_its_job_looked_up(job_id: str, 
 
 async def test_nothing_is_looked_up_any_more() -> None:
     """behind `stop_looking`, whatever is read or awaited"""
-    subject = Tracker(Host(), ordered=True, max_event_bytes=LARGE_BYTES)
+    subject = Tracker(cast(Any, Host()), ordered=True, max_event_bytes=LARGE_BYTES)
     Redis(subject)
     await subject.stop_looking()
     [job] = bound(subject, "1")
@@ -110,7 +110,7 @@ async def test_nothing_is_looked_up_any_more() -> None:
 
 @pytest.mark.parametrize(("ended", "rests"), [((), True), (("1",), True), (("1", "2"), False), (("1", "2", "3"), False)])
 async def test_a_sweep_rests_unless_most_of_what_it_found_has_ended(ended: tuple[str, ...], rests: bool) -> None:
-    subject = Tracker(Host(), ordered=False)
+    subject = Tracker(cast(Any, Host()), ordered=False)
     Redis(subject, *ended)
     bound(subject, "1", "2", "3")
     rest_s = await subject._let_go(["1", "2", "3", "4"])
@@ -120,7 +120,7 @@ async def test_a_sweep_rests_unless_most_of_what_it_found_has_ended(ended: tuple
 
 
 async def test_a_half_is_not_most() -> None:
-    subject = Tracker(Host(), ordered=False)
+    subject = Tracker(cast(Any, Host()), ordered=False)
     Redis(subject, "1")
     bound(subject, "1", "2")
     assert await subject._let_go(["1", "2"]) >= SWEEP_PAUSE_S

@@ -20,6 +20,7 @@ FLOORS = [
     {"__init__"},
     {"queue", "connections"},
     {"producer", "worker"},
+    {"host"},
     {"store"},
     {"job", "events"},
     {"wire"},

@@ -12,7 +12,7 @@ import pytest
 
 import beequeue.wire.link
 from beequeue.errors import CommandError, ConnectionLost
-from beequeue.wire.link import QUIET_TICKS, REPLY_TICKS, Command, Link, settle
+from beequeue.wire.link import QUIET_TICKS, REPLY_TICKS, Command, Link, complete
 from tests.wire.test_fuzz import BROKEN
 
 
@@ -469,7 +469,7 @@ async def test_an_error_whose_waiter_was_cancelled_meanwhile_is_not_complained_o
     complaints: list[Any] = []
     loop.set_exception_handler(lambda loop, context: complaints.append(context))
     future = loop.create_future()
-    settle(future, CommandError("ERR no"))
+    complete(future, CommandError("ERR no"))
     del future
     gc.collect()
     assert complaints == []
