@@ -50,13 +50,13 @@ async def stop_a_worker(field: Field) -> None:
     """SIGSTOP until its jobs have been brought back, then SIGCONT: it finishes late. One job is removed meanwhile."""
     worker = field.chance.choice(field.crew.alive)
     while True:
+        stalled = field.crew.look().stalled.copy()  # on a busy machine a job may be brought back before its worker stops
         await field.until(lambda: len(worker.running()) > 1)
         await worker.stop()
         if len(held := worker.running()) > 1:
             break
         worker.go_on()
     late = field.crew.notes.errors["LateFinish"]
-    stalled = field.crew.look().stalled.copy()
     removed_id, removed = held.pop()
     await field.producer.remove_job(removed_id)
     field.ledger.removed.add(removed)
