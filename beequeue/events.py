@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, overload
 import orjson
 
 from beequeue.errors import JobFailed, UnreadableData
+from beequeue.wire.node_json import dump_json, load_json
 
 Listener = TypeVar("Listener", bound=Callable[..., Any])
 
@@ -80,58 +80,6 @@ def encode_event(job_id: str, name: str, data: Any = None) -> bytes:
     if data is not None:
         message["data"] = data
     return dump_json(message)
-
-
-def dump_json(value: Any) -> bytes:
-    """JSON as Node writes it, lone surrogates too (as escapes); raises `TypeError` when JSON cannot carry `value`."""
-    try:
-        return orjson.dumps(value)
-    except TypeError as refused:
-        if not str(refused).endswith(("surrogates not allowed", "Recursion limit reached")):
-            raise
-    try:
-        text = _dump(value)
-        if "NaN" in text or "Infinity" in text:  # which may stand in a string
-            text = _dump(json.loads(text, parse_constant=lambda name: None))
-    except (ValueError, RecursionError) as error:
-        raise TypeError(f"JSON cannot carry it: {error}") from None
-    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_as_plain)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _as_plain(value: Any) -> Any:
-    """What `json` does not know, as orjson writes it."""
-    return orjson.loads(orjson.dumps(value))
-
-
-def load_json(text: bytes, what: str) -> Any:
-    """Reads JSON as Node writes it, lone surrogates too; raises `UnreadableData` naming `what`.
-
-    The error has the beginning of the text and no more: whoever keeps it does not keep the text.
-    """
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(text, parse_int=_int_or_float)
-    except (ValueError, RecursionError) as error:
-        unreadable = UnreadableData(f"a {what} is not JSON ({error}): {text[:200]!r}")
-    del text
-    # behind the handlers: the reader's own error has the whole text, and would be its context
-    raise unreadable
-
-
-def _int_or_float(digits: str) -> int | float:
-    """A number as orjson reads it: beyond 64 bits a float, as all are in Node."""
-    number = int(digits)
-    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 class Emitter:

@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, OutcomeUnknown, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, dump_json, load_json
+from beequeue.events import ENDS, Emitter, Event
 from beequeue.settings import Duration, PointInTime, milliseconds
+from beequeue.wire.node_json import dump_json, load_json
 
 Strategy = Callable[["Job"], int | float | None]
 """From a job whose attempt failed to the ms before the next one; None or a negative number: do not retry."""

@@ -41,6 +41,7 @@ MODULES = {
     "worker.outcome": "worker/test_outcome",
     "settings": "test_settings",
     "events": "test_events producer/test_job_events",
+    "wire.node_json": "wire/test_node_json",
     "producer.saver": "producer/test_jobs producer/test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
     " test_sync::test_a_save_with_a_time_out_while_redis_is_silent wire/test_connection test_queue"
     " wire/test_alive::test_a_refused_save_that_is_cancelled_is_not_made"

@@ -7,14 +7,13 @@ import gc
 import math
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, Registry, dump_json, encode_event, load_json, peek
+from beequeue.events import ENDS, Emitter, Event, Registry, encode_event, peek
 
 
 def test_messages_as_node_writes_them() -> None:
@@ -80,28 +79,18 @@ async def test_an_error_that_is_reported_keeps_no_message() -> None:
     assert sys.getrefcount(payload) == before
 
 
+def test_an_error_quotes_only_the_beginning_of_a_message() -> None:
+    with pytest.raises(UnreadableData) as caught:
+        Event.decode(b'{"event":"x","data":"' + b"x" * 1000 + b'"}')
+    quoted = repr(b'{"event":"x","data":"' + b"x" * 179)
+    assert str(caught.value) == f"a message on the events channel names no job or no event: {quoted}"
+
+
 def test_encoding_keeps_the_order_of_members() -> None:
     assert encode_event("1", "progress", {"b": 1, "a": "ü"}) == '{"id":"1","event":"progress","data":{"b":1,"a":"ü"}}'.encode()
     assert encode_event("1", "succeeded") == b'{"id":"1","event":"succeeded"}'
     assert encode_event("1", "succeeded", float("nan")) == b'{"id":"1","event":"succeeded","data":null}'
-
-
-def test_what_is_no_number_is_null_beside_lone_surrogates_too() -> None:
-    """as Node writes it; text that says so is text"""
-    value = {
-        "\ud800": [math.nan, math.inf, {"a": -math.inf}],
-        "NaN": "-Infinity",
-        "at": datetime(2026, 1, 2, tzinfo=UTC),
-        "big": 2**70,
-    }
-    written = dump_json(value)
-    told = b'{"\\ud800":[null,null,{"a":null}],"NaN":"-Infinity","at":"2026-01-02T00:00:00+00:00","big":1180591620717411303424}'
-    assert written == told
     assert encode_event("1", "succeeded", ["\ud800", math.nan]) == b'{"id":"1","event":"succeeded","data":["\\ud800",null]}'
-    circle: list[Any] = ["\ud800", math.nan]
-    circle.append(circle)
-    with pytest.raises(TypeError, match="^JSON cannot carry it: Circular reference detected$"):
-        dump_json(circle)
 
 
 class Collecting(Emitter):
@@ -213,70 +202,6 @@ def test_a_listener_that_cannot_be_called_is_refused() -> None:
         Collecting().on("x", 3)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="the listener of 'x' must be callable, not 3"):
         Collecting().once("x", 3)  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        ({"ü": ["\ud83d\u2028", 5]}, '{"ü":["\\ud83d\u2028",5]}'),
-        (["\udc00", datetime(2020, 1, 1, tzinfo=UTC)], '["\\udc00","2020-01-01T00:00:00+00:00"]'),
-        (float("nan"), "null"),
-    ],
-)
-def test_json_as_node_writes_it(value: Any, written: str) -> None:
-    assert dump_json(value) == written.encode()
-
-
-def test_json_nested_deep_or_in_circles() -> None:
-    deep: Any = None
-    for _ in range(500):
-        deep = [deep]
-    assert load_json(dump_json(deep), "test") == deep
-    circle: list[Any] = []
-    circle.append(circle)
-    with pytest.raises(TypeError, match="JSON cannot carry it: Circular reference detected"):
-        dump_json(circle)
-
-
-def test_json_of_nodes_that_the_fast_reader_refuses() -> None:
-    assert load_json(b'[100000000000000000000,-9223372036854775808,"\\ud83d"]', "test") == [1e20, -(2**63), "\ud83d"]
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"), [(2**64 - 1, int), (2**64, float), (-(2**63), int), (-(2**63) - 1, float), (0, int)]
-)
-def test_numbers_beside_a_lone_surrogate_are_read_as_without_it(number: int, kind: type) -> None:
-    """beyond 64 bits a float"""
-    for text in (f"[{number}]", f'[{number},"\\ud83d"]'):
-        (read, *_) = load_json(text.encode(), "test")
-        assert type(read) is kind
-        assert read == kind(number)
-
-
-def test_what_is_not_json_is_quoted_in_part() -> None:
-    text = b'{"a":' + b"x" * 1000
-    with pytest.raises(UnreadableData) as caught:
-        load_json(text, "test")
-    quoted = repr(text[:200])
-    assert str(caught.value) == f"a test is not JSON (Expecting value: line 1 column 6 (char 5)): {quoted}"
-    with pytest.raises(UnreadableData) as caught:
-        Event.decode(b'{"event":"x","data":"' + b"x" * 1000 + b'"}')
-    quoted = repr(b'{"event":"x","data":"' + b"x" * 179)
-    assert str(caught.value) == f"a message on the events channel names no job or no event: {quoted}"
-
-
-def test_what_json_cannot_carry() -> None:
-    with pytest.raises(TypeError, match="^Type is not JSON serializable: object$"):
-        dump_json(object())
-    with pytest.raises(TypeError, match="^JSON cannot carry it: "):
-        dump_json(_deep(100_000))
-
-
-def _deep(levels: int) -> Any:
-    value: Any = None
-    for _ in range(levels):
-        value = [value]
-    return value
 
 
 @pytest.mark.parametrize(

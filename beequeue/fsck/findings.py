@@ -33,11 +33,11 @@ from itertools import chain
 from typing import NamedTuple
 
 from beequeue.errors import UnreadableData
-from beequeue.events import load_json
 from beequeue.fsck.store import FsckStore, Verdict
 from beequeue.job import now_ms
 from beequeue.queue import Queue
 from beequeue.settings import Duration, milliseconds
+from beequeue.wire.node_json import load_json
 
 KINDS = ("ghost", "orphan", "two-states", "too-old", "unreadable")
 """The kinds of findings, in the order in which they are looked for and repaired; one id can be of several."""

@@ -12,9 +12,9 @@ from collections.abc import Collection
 from typing import Any, Protocol, TypeVar
 
 from beequeue.errors import CommandError, UnreadableData
-from beequeue.events import load_json
 from beequeue.store.store import Store
 from beequeue.wire.link import Link
+from beequeue.wire.node_json import load_json
 
 log = logging.getLogger("beequeue")
 

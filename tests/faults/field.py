@@ -21,9 +21,9 @@ from typing import Any, Self
 from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Job, Queue
-from beequeue.events import load_json
 from beequeue.fsck.findings import check
 from beequeue.job import now_ms
+from beequeue.wire.node_json import load_json
 from harness.server import Server, find_server, running_server
 from tests.conftest import until
 from tests.faults.crew import Crew

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from beequeue import Queue
 from beequeue.errors import CommandError, UnreadableData
-from beequeue.events import Event, load_json
+from beequeue.events import Event
 from beequeue.job import Job
 from beequeue.settings import linear_backoff
 from beequeue.wire.connection import Connection
 from beequeue.wire.link import Command, Link
+from beequeue.wire.node_json import load_json
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
 
