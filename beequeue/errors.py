@@ -1,7 +1,8 @@
-"""What a caller of beequeue can catch.
+"""The errors that a caller of beequeue can catch.
 
-One root, `BeeQueueError`; the first docstring line of each class says when it is raised.
-Wrong arguments are not here: they raise `ValueError` or `TypeError` that name the argument.
+They share one root, `BeeQueueError`. Those that Redis causes, or the connection to it, share the parent `RedisFailure`. The
+first line of each docstring says when the error is raised. Wrong arguments raise `ValueError` or `TypeError`, which name the
+argument.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from beequeue.escape import escape
 
 
 class BeeQueueError(Exception):
-    """The root of every error that beequeue raises by itself. Each can be copied and pickled.
+    """The root of all errors that beequeue defines. Each of them can be copied and pickled.
 
-    Its text is one line that is safe to show, whatever ids and replies are in it; `args` has them as they are.
+    Its text is one line that is safe to show, even if it quotes ids and replies that others wrote; `args` holds them
+    unchanged.
     """
 
     def __str__(self) -> str:
@@ -36,7 +38,7 @@ class QueueClosed(BeeQueueError):
 
 
 class NotConnected(BeeQueueError):
-    """A queue made with `auto_connect=False` was used before `connect()`."""
+    """A queue with `auto_connect=False` was used before `connect()`."""
 
 
 class WrongLoop(BeeQueueError):
@@ -50,14 +52,22 @@ class OperationTimedOut(BeeQueueError):
         super().__init__("Operation timed out.")
 
 
-class ConnectionRefused(BeeQueueError):
-    """Redis answered, and said no: password, permission, database, certificate, or no RESP3."""
+class RedisFailure(BeeQueueError):
+    """Redis refused something or could not be reached.
+
+    Catch this class to handle `ConnectionRefused`, `ConnectionLost` and `CommandError` alike. It is no relative of redis-py's
+    `RedisError`; redis-py's own exceptions never reach a caller.
+    """
 
 
-class ConnectionLost(BeeQueueError):
-    """The connection went down before Redis answered.
+class ConnectionRefused(RedisFailure):
+    """Redis did not let us in: wrong password, missing permission, unknown database, bad certificate, or no RESP3."""
 
-    `maybe_applied` is False when the command certainly did not happen, True when it may have.
+
+class ConnectionLost(RedisFailure):
+    """The connection went down before Redis answered, or Redis did not answer within a time-out.
+
+    `maybe_applied` is False when the command certainly had no effect, and True when it may have had one.
     """
 
     def __init__(self, message: str, *, maybe_applied: bool) -> None:
@@ -65,7 +75,7 @@ class ConnectionLost(BeeQueueError):
         self.maybe_applied = maybe_applied
 
 
-class CommandError(BeeQueueError):
+class CommandError(RedisFailure):
     """Redis refused a command; `code` is the first word of its reply, such as `OOM` or `NOPERM`."""
 
     def __init__(self, message: str) -> None:
@@ -74,49 +84,49 @@ class CommandError(BeeQueueError):
 
 
 class JobFailed(BeeQueueError):
-    """A job failed on its worker; the message is the worker's error message, as it is."""
+    """A job failed on its worker; the message is the worker's error message, unchanged."""
 
     __str__ = Exception.__str__
 
 
 class JobTimeout(BeeQueueError):
-    """A handler ran longer than its job's `timeout`; its job fails with this message."""
+    """A handler ran longer than its job's `timeout`; the job fails with this message."""
 
     __str__ = Exception.__str__
 
 
 class JobStalled(BeeQueueError):
-    """A job lost its worker more often than `max_stalls` allows; it failed with this message."""
+    """A job lost its worker more often than `max_stalls` allows; the job failed with this message."""
 
     __str__ = Exception.__str__
 
 
 class OutcomeUnknown(BeeQueueError):
-    """A job has ended, or its entry is gone, and nobody can tell how."""
+    """A job has ended or its entry is gone, and nothing says how it ended."""
 
 
 class LateFinish(BeeQueueError):
-    """A handler ended, but its job had been settled, removed or handed on meanwhile; nothing was written."""
+    """A handler ended after its job had been settled, removed or given to another worker; nothing was written."""
 
 
 class OutcomeNotRecorded(BeeQueueError):
-    """Redis could not be told what became of a job, or refused; what is still in `active` comes back by the stall check."""
+    """A job's outcome could not be written to Redis. If the job is still in `active`, the stall check brings it back."""
 
 
 class UnreadableData(BeeQueueError):
-    """A stored job or a received message is not what bee-queue writes; it was set aside."""
+    """A stored job or a received message is not in bee-queue's format; it was set aside."""
 
 
 class ListenerFailed(BeeQueueError):
-    """A listener raised; `__cause__` is what it raised."""
+    """A listener raised an exception, which is the `__cause__`."""
 
 
 class TaskFailed(BeeQueueError):
-    """A background task of the library raised an error that its code does not expect, `__cause__`; it begins anew."""
+    """A background task of the library raised an unexpected exception, which is the `__cause__`; the task starts again."""
 
 
 def said(error: BaseException) -> str:
-    """What an error says, and what Redis, or the connection to it, said that led to it."""
+    """The text of `error`, followed by the text of the beequeue error that caused it, unless the first quotes the second."""
     cause = error.__cause__
     tells_more = isinstance(cause, BeeQueueError) and str(cause) not in str(error)
     return f"{error}: {cause}" if tells_more else str(error)

@@ -207,7 +207,7 @@ class Job(Emitter):
 
         When its own id is in use nothing is written; `id` is None then, except on a job that was saved before, which keeps it.
         Raises `TypeError` when JSON cannot carry the job (nothing was sent), `BeeQueueError` when it is being saved already,
-        `ConnectionLost`, `CommandError`, `QueueClosed`. When it is cancelled before it was sent, it is not sent later.
+        `RedisFailure`, `QueueClosed`. When it is cancelled before it was sent, it is not sent later.
         """
         await self.queue._producer.save(self)
         return self
@@ -216,7 +216,7 @@ class Job(Emitter):
         """Publishes `value` (any JSON but null) on the channel `events`; returns how many subscribers it reached.
 
         It is stored with the job when the job is settled. Raises `ValueError` for None, `BeeQueueError` for a job without
-        an id, `TypeError` when JSON cannot carry `value`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        an id, `TypeError` when JSON cannot carry `value`, `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.report_progress(self, value)
 
@@ -224,7 +224,7 @@ class Job(Emitter):
         """Takes the job out of every key (script `remove_job`); returns it. Does nothing when it is gone already.
 
         No event is published; a result that this queue waits for ends as `OutcomeUnknown`. A worker that runs the job reports
-        a late finish. Raises `BeeQueueError` for a job without an id, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        a late finish. Raises `BeeQueueError` for a job without an id, `RedisFailure`, `QueueClosed`.
         """
         if self.id is None:
             raise BeeQueueError("a job without an id cannot be removed: save it first")
@@ -236,7 +236,7 @@ class Job(Emitter):
 
         Returns 1 if it was in `failed`, else 0, and the length of `waiting`. A job that has not ended runs anyway and is left
         alone. The remaining retries stay as they are. Raises `BeeQueueError` for a job without an id or without an entry in
-        `jobs`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        `jobs`, `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.retry(self)
 
@@ -244,7 +244,7 @@ class Job(Emitter):
         """Whether the job's id is in `waiting`, `active`, `succeeded`, `failed`, `delayed` or `stalling`.
 
         The two lists are searched from end to end (`LPOS`, Redis 6.0.6). Raises `ValueError` for another name, `BeeQueueError`
-        for a job without an id, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        for a job without an id, `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.is_in_set(self, name)
 
@@ -252,7 +252,7 @@ class Job(Emitter):
     async def from_id(queue: Owner, job_id: str | int) -> Job | None:
         """The job as it is stored in `jobs` now, or None: a new object, which receives no events.
 
-        Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        Raises `UnreadableData`, `RedisFailure`, `QueueClosed`.
         """
         return await queue._producer.fetch(job_id)
 

@@ -301,7 +301,7 @@ class Queue(Emitter):
     async def save_all(self, jobs: Iterable[Job]) -> dict[Job, Exception]:
         """Saves many jobs of this queue, a thousand in a round trip, each as `Job.save` does; fills in their ids.
 
-        Returns the jobs that could not be saved and what each would have raised: `TypeError`, `ConnectionLost`, `CommandError`.
+        Returns the jobs that could not be saved and what each would have raised: `TypeError`, `RedisFailure`.
         One whose own id is in use is not among them: its `id` is None. Raises, before anything is sent, `TypeError` for what is
         no job, `ValueError` for a job of another queue, `QueueClosed`.
         """
@@ -312,7 +312,7 @@ class Queue(Emitter):
 
         With `store_jobs` it is the very object that `queue.jobs` holds, if it holds one; else a new one, which receives its own
         events from now on, unless it has ended already (`result()` then tells how). An object that is held is not refreshed:
-        `Job.from_id` shows what is stored. Raises `UnreadableData`, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        `Job.from_id` shows what is stored. Raises `UnreadableData`, `RedisFailure`, `QueueClosed`.
         """
         return await self._producer.get(job_id)
 
@@ -324,7 +324,7 @@ class Queue(Emitter):
         the order of time. Of the other two come any `size` jobs. Objects that `jobs` holds are returned themselves; the others
         are new, and receive no events. An entry that cannot be read is reported through `error` and left out.
 
-        Raises `ValueError` or `TypeError` naming a wrong argument, `ConnectionLost`, `CommandError`, `QueueClosed`.
+        Raises `ValueError` or `TypeError` naming a wrong argument, `RedisFailure`, `QueueClosed`.
         """
         return await self._producer.list_jobs(kind, start, end, size)
 
@@ -339,14 +339,14 @@ class Queue(Emitter):
         Those that were created at least `older_than` ms (or a `timedelta`) ago, by `options.timestamp`, since when a job ended
         is not stored; at most `limit` of them, in no particular order. Without this, or `remove_on_success` and
         `remove_on_failure`, ended jobs stay for ever. Raises `ValueError` or `TypeError` naming a wrong argument,
-        `ConnectionLost`, `CommandError`, `QueueClosed`.
+        `RedisFailure`, `QueueClosed`.
         """
         return await self._producer.clean(kind, older_than, limit)
 
     async def check_health(self) -> Health:
         """Counts the jobs of each state, all at one moment (script `check_health`), and reads the last automatic id.
 
-        Raises `ConnectionLost`, `CommandError`, `QueueClosed`.
+        Raises `RedisFailure`, `QueueClosed`.
         """
         store = await self._usable()
         with self._calls:
@@ -356,7 +356,7 @@ class Queue(Emitter):
         """Deletes all keys of the queue, the counter of ids too; returns how many there were.
 
         Stops nothing: workers go on; a job in `jobs` ends as `OutcomeUnknown` when it is next asked about. Raises
-        `ConnectionLost`, `CommandError`, `QueueClosed`.
+        `RedisFailure`, `QueueClosed`.
         """
         store = await self._usable()
         with self._calls:

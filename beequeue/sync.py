@@ -46,11 +46,11 @@ class Queue:
     `ValueError` naming a wrong one. Connects at the first call, or on entry as a context manager. One that saves without ever
     asking for a result needs neither `get_events` nor `store_jobs`.
 
-    Every method that asks Redis waits until that is up, and may raise `ConnectionRefused`, `ConnectionLost`, `CommandError`,
-    `QueueClosed` once the queue has been closed, and `BeeQueueError` when a listener calls it. With a `timeout` (ms or a
-    `timedelta`) it raises `ConnectionLost` when Redis has not answered by then; `maybe_applied` is True when something was sent
-    that changes a job. A wait that is interrupted, as by
-    `KeyboardInterrupt`, cancels the call. What had been sent by then may still happen; nothing is sent later.
+    Every method that asks Redis waits until that is up, and may raise `RedisFailure`, `QueueClosed` once the queue has been
+    closed, and `BeeQueueError` when a listener calls it. With a `timeout` (ms or a `timedelta`) it raises `ConnectionLost` when
+    Redis has not answered by then; `maybe_applied` is True when something was sent that changes a job. A wait that is
+    interrupted, as by `KeyboardInterrupt`, cancels the call. What had been sent by then may still happen; nothing is sent
+    later.
     """
 
     def __init__(self, name: str, redis: RedisSetting = None, **settings: Unpack[QueueOptions]) -> None:

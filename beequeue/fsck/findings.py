@@ -136,7 +136,7 @@ async def check(queue: Queue, *, older_than: Duration | None = None) -> Report:
     `older_than` (ms or a `timedelta`, at least 1 ms) finds more of what is too old. Reads all keys but `id`, about a thousand
     ids in a command; the ids stay in memory meanwhile, the data does not. If anything looks wrong, each script that looks again
     (at up to 10,000 ids) walks through `active` and `waiting`. Raises `ValueError` or `TypeError` naming a wrong argument,
-    `BeeQueueError` naming a key that is of another type than it must be, `ConnectionLost`, `CommandError`, `QueueClosed`.
+    `BeeQueueError` naming a key that is of another type than it must be, `RedisFailure`, `QueueClosed`.
     """
     created_until = None if older_than is None else now_ms() - milliseconds("older_than", older_than, at_least=1)
     store = await _store_of(queue)
@@ -156,7 +156,7 @@ async def repair(queue: Queue, report: Report) -> Report:
 
     What is well by now is left out, so a second call does nothing, and it can run beside workers, those of Node too. Writes all
     keys but `id`, `jobs` and `stallBlock`; tells `earlierDelayed` of a job that comes to `delayed`, and emits `stalled` (id) on
-    the queue for one that was too old. Raises `ConnectionLost`, `CommandError`, `QueueClosed`; what was repaired by then stays.
+    the queue for one that was too old. Raises `RedisFailure`, `QueueClosed`; what was repaired by then stays.
     """
     store = await _store_of(queue)
     done: list[Finding] = []

@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 class FsckStore:
     """One queue's data in Redis, as a whole. Nothing is repeated when the connection is lost: a scan does not outlive it.
 
-    Every method raises `CommandError`, `ConnectionLost`, `QueueClosed`; those that read one key, `BeeQueueError` when that key
+    Every method raises `RedisFailure`, `QueueClosed`; those that read one key, `BeeQueueError` when that key
     has another type than it should.
     """
 

@@ -469,7 +469,7 @@ class BlockingConnection:
         self._driver: Any = None
 
     def call(self, *args: Any) -> Any:
-        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `ConnectionRefused`."""
+        """Issues a command and waits for its reply; raises `RedisFailure`."""
         failure: BeeQueueError
         sent = False
         try:

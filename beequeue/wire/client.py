@@ -55,7 +55,7 @@ class Client:
         await self.connection.open()
 
     async def ping(self) -> None:
-        """Returns when Redis has answered `PING`; raises `ConnectionLost`, `CommandError`, `QueueClosed`."""
+        """Returns when Redis has answered `PING`; raises `RedisFailure`, `QueueClosed`."""
         self._check_process()
         await self.connection.call(b"PING", repeatable=True)
 

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import beequeue.wire.link as link_module
-from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed
+from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed, RedisFailure
 from beequeue.settings import Backoff, linear_backoff
 from beequeue.tasks import supervised
 from beequeue.wire.address import Address, NoAnswer, NotLetIn, refusal_in
@@ -149,7 +149,7 @@ class Connection:
             self.link.flush()
 
     async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
-        """Issues a command and waits for its reply; raises `CommandError`, `ConnectionLost`, `QueueClosed`."""
+        """Issues a command and waits for its reply; raises `RedisFailure`, `QueueClosed`."""
         future = asyncio.get_running_loop().create_future()
         repeat = args if repeatable else None
         command = Command(args, lambda reply: complete(future, reply), repeat=repeat, script=script)
@@ -211,7 +211,7 @@ class Connection:
                     self._first.set_exception(refusal)
                     return
                 self._report(refusal)
-            except (ConnectionLost, CommandError) as error:
+            except RedisFailure as error:
                 pause_ms = self._pause_ms(self._failures + 1)
                 log.warning("%s connection: %s; next attempt in %d ms", self.role, error, pause_ms)
             else:

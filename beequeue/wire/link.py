@@ -387,7 +387,7 @@ class Link(asyncio.Protocol):
             self.on_unfit(None, "READONLY it has become a replica")
 
     async def call(self, *args: Any) -> Any:
-        """Issues one command and waits for its reply; raises `CommandError` or `ConnectionLost`."""
+        """Issues one command and waits for its reply; raises `RedisFailure`."""
         future = self._loop.create_future()
         self.send(Command(args, lambda reply: complete(future, reply)))
         await asyncio.wait((future, self.lost), return_when=asyncio.FIRST_COMPLETED)

@@ -34,6 +34,7 @@ from beequeue import (
     Queue,
     QueueClosed,
     QueueSettings,
+    RedisFailure,
     TaskFailed,
     UnreadableData,
     WrongLoop,
@@ -147,7 +148,8 @@ def in_a_script(url: str, name: str) -> None:
 def test_errors() -> None:
     assert ConnectionLost("down", maybe_applied=True).maybe_applied
     assert CommandError("OOM command not allowed").code == "OOM"
-    others = (ConnectionRefused, JobFailed, JobStalled, JobTimeout, LateFinish, ListenerFailed, NotConnected)
+    assert all(issubclass(error, RedisFailure) for error in (CommandError, ConnectionLost, ConnectionRefused))
+    others = (RedisFailure, JobFailed, JobStalled, JobTimeout, LateFinish, ListenerFailed, NotConnected)
     more = (OperationTimedOut, OutcomeNotRecorded, OutcomeUnknown, QueueClosed, TaskFailed, UnreadableData, WrongLoop)
     assert all(issubclass(error, BeeQueueError) for error in (*others, *more))
 
