@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from beequeue.job import Job, Strategy
+from beequeue.job import Owner
 from beequeue.settings import QueueSettings
 from beequeue.store.store import Store
 from beequeue.tasks import Calls
 
 
-class Host(Protocol):
-    """The queue, as its parts see it."""
+class Host(Owner, Protocol):
+    """The queue, as its parts see it; the owner of the jobs that they decode."""
 
     name: str
     settings: QueueSettings
-    backoff_strategies: dict[str, Strategy]
     _calls: Calls
 
     async def _usable(self) -> Store:
         """The store, when the queue is ready; raises when the queue is closed or belongs to another loop."""
-
-    def _decode_job(self, job_id: str, entry: bytes) -> Job:
-        """Reads an entry of `jobs`; raises `UnreadableData`."""
 
     def _job_is_due(self, when: float) -> None:
         """Tells the clock of delayed jobs that one is due at `when`, epoch ms."""

@@ -64,6 +64,19 @@ def id_from(value: str | int) -> str:
     return job_id
 
 
+def stamp_of(created_at: Any) -> str:
+    """A timestamp as the scripts write it, for `is_same_job`; empty when it is not a number."""
+    return f"{created_at:.0f}" if isinstance(created_at, (int, float)) else ""
+
+
+def is_same_job(stamp: str, other: str) -> bool:
+    """Whether two jobs with one id are the same job: Redis gives an id again when it has come back empty.
+
+    Compares when they were created. An empty stamp tells nothing, so the answer is then yes.
+    """
+    return not stamp or not other or stamp == other
+
+
 class Commands(Protocol):
     """What a job has its queue do in Redis."""
 
@@ -124,7 +137,7 @@ class Job(Emitter):
         if "timestamp" not in self.options:
             self.options["timestamp"] = now_ms()
         self.created_at: Any = self.options["timestamp"]
-        """The timestamp of its entry in `jobs`, which tells it from another job of the same id; `options` may change later."""
+        """The timestamp of its entry in `jobs`, None when that has none; see `is_same_job`. `options` may change later."""
         if type(self.options.get("stacktraces")) is not list:
             self.options["stacktraces"] = []
         self.status = "created"
@@ -314,7 +327,9 @@ class Job(Emitter):
         stored = load_json(entry, f"stored job (id {job_id})")
         if type(stored) is not dict or type(options := stored.get("options", {})) is not dict:
             raise UnreadableData(f"the stored job {job_id} is not an object with data and options: {entry[:200]!r}")
+        created_at = options.get("timestamp")
         job = cls(queue, stored.get("data"), job_id=job_id, options=options)
+        job.created_at = created_at
         job.status = stored.get("status", "created")
         job.progress = stored.get("progress", 0)
         return job

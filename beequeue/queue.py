@@ -127,7 +127,7 @@ class Queue(Emitter):
             )
         commands = self.client.connection
         jobs = self._subscription if settings.ordered and self._subscription is not None else commands
-        self._store = Store(self.key_prefix, commands, self._takes, jobs)
+        self._store: Store = Store(self.key_prefix, commands, self._takes, jobs)
         self._tracker.look_up, self._tracker.which_ended = self._store.look_up, self._store.ended
 
     def __repr__(self) -> str:
@@ -452,10 +452,6 @@ class Queue(Emitter):
             self._stall_checker.repeat(interval)
         self._consumer = Consumer(self._store, self, handler, concurrency)
         self._consumer.start()
-
-    def _decode_job(self, job_id: str, entry: bytes) -> Job:
-        """A job from its entry in `jobs`; raises `UnreadableData`."""
-        return Job.decode(self, job_id, entry)
 
     async def check_stalled_jobs(self, interval: Duration | None = None) -> int:
         """Moves the jobs of silent workers from `active` to `waiting` (`stalled`, id, for each); returns how many.

@@ -14,7 +14,7 @@ from typing import Any
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import Event, encode_event
 from beequeue.host import Host
-from beequeue.job import Job, id_from, now_ms
+from beequeue.job import Job, id_from, is_same_job, now_ms, stamp_of
 from beequeue.producer.saver import Saver, late
 from beequeue.producer.tracker import Tracker, summary
 from beequeue.settings import Duration, milliseconds, whole_number
@@ -94,7 +94,7 @@ class Producer:
         """A new object from a reply to `Store.get`; it knows its end, if that has come."""
         if reply is None:
             return None
-        job = self._host._decode_job(job_id, reply[0])
+        job = Job.decode(self._host, job_id, reply[0])
         job.saved_as = job_id
         if reply[1] == b"failed":
             traces = job.options["stacktraces"]
@@ -107,7 +107,7 @@ class Producer:
     def _read_known(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         """The bound object in place of a new one."""
         job = self._read(job_id, reply)
-        return None if job is None or reply is None else self._known(job, reply[0])
+        return None if job is None else self._known(job)
 
     def _read_and_bind(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
         job = self._read_known(job_id, reply)
@@ -115,15 +115,13 @@ class Producer:
             self._bind_if_open(job)
         return job
 
-    def _known(self, stored: Job, entry: bytes) -> Job:
+    def _known(self, stored: Job) -> Job:
         """The object that is bound to a stored job; that job itself, if none is, or one that is another job."""
         assert stored.id is not None
         bound = self._tracker.jobs.get(stored.id)
         if bound is None:
             return stored
-        # one that is stored without a timestamp has been given that of its reading
-        same = bound.created_at == stored.created_at or b'"timestamp":' not in entry
-        return bound if same else stored
+        return bound if is_same_job(stamp_of(bound.created_at), stamp_of(stored.created_at)) else stored
 
     def _bind_if_open(self, job: Job) -> None:
         assert job.id is not None
@@ -250,7 +248,7 @@ class Producer:
                     if entry is None:  # removed since
                         continue
                     try:
-                        jobs.append(self._known(self._host._decode_job(job_id, entry), entry))
+                        jobs.append(self._known(Job.decode(self._host, job_id, entry)))
                     except UnreadableData as error:
                         self._host._report(error)
             return jobs

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClosed, UnreadableData
 from beequeue.events import ENDS, Event, Registry, peek
 from beequeue.host import Host
-from beequeue.job import Job
+from beequeue.job import Job, is_same_job, stamp_of
 from beequeue.settings import MAX_EVENT_BYTES
 from beequeue.store.store import Found
 from beequeue.tasks import supervised
@@ -219,7 +219,7 @@ class Tracker:
             return 0.0
         now = asyncio.get_running_loop().time
         began_at = now()
-        which = await self.which_ended([(job_id, _stamp(job)) for job, job_id in bound])
+        which = await self.which_ended([(job_id, stamp_of(job.created_at)) for job, job_id in bound])
         rest_s = max(SWEEP_PAUSE_S, 9 * (now() - began_at))
         suspects = [each for each in bound if each[1] in which]
         for job, job_id, found in await self._ended_unseen(suspects, self.look_up):
@@ -329,13 +329,7 @@ class Complaints:
 
 def _is_entry_of(job: Job, found: Found) -> bool:
     """Whether what was found is this job, and not another one that has been given its id since."""
-    stamp = _stamp(job)
-    return not found.timestamp or not stamp or found.timestamp == stamp
-
-
-def _stamp(job: Job) -> str:
-    """The time at which a job was created, as its entry has it; empty when something else stands there."""
-    return f"{job.created_at:.0f}" if isinstance(job.created_at, (int, float)) else ""
+    return is_same_job(stamp_of(job.created_at), found.timestamp)
 
 
 def summary(trace: str) -> str:

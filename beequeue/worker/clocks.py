@@ -13,7 +13,7 @@ from functools import partial
 
 from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableData
 from beequeue.host import Host
-from beequeue.job import now_ms
+from beequeue.job import Job, now_ms
 from beequeue.store.store import Settlement, Store, Taken
 from beequeue.tasks import supervised
 from beequeue.worker.outcome import fail, fail_as_stored
@@ -163,7 +163,7 @@ class StallChecker:
         job, limit = None, self._settings.max_stalls
         error = JobStalled(f"job {taken.id} stalled more than {limit} time{'' if limit == 1 else 's'}")
         try:
-            job = self._host._decode_job(taken.id, taken.entry)
+            job = Job.decode(self._host, taken.id, taken.entry)
             settlement = fail(job, error, None, now_ms(), self._settings)
         except UnreadableData as unreadable:
             self._host._report(unreadable)

@@ -87,7 +87,7 @@ class Consumer:
                 continue  # to be handed back
             run.under_way = True
             try:
-                run.job = self._host._decode_job(run.id, run.entry)
+                run.job = Job.decode(self._host, run.id, run.entry)
             except UnreadableData as unreadable:
                 self._host._report(unreadable)
                 self._settle(run, Settlement("failed", run.entry, b""))
@@ -180,7 +180,7 @@ class Consumer:
             return fail(job, run.error, delay, now_ms(), self._settings)
         except Exception:
             # the handler left something in the job that JSON cannot carry, or spoilt it: it fails for good, as it was stored
-            as_stored = self._host._decode_job(run.id, run.entry)
+            as_stored = Job.decode(self._host, run.id, run.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
         try:
             return fail(job, run.error, None, now_ms(), self._settings)
