@@ -131,9 +131,13 @@ class Job(Emitter):
     ) -> None:
         super().__init__()
         self.queue = queue
+        """The queue that made or fetched the job."""
         self.id = job_id
+        """A string, also where it looks like a number; None until the job is saved."""
         self.data: Any = {} if data is None else data
+        """Any value that JSON carries; a handler reads it."""
         self.options: dict[str, Any] = {} if options is None else options
+        """Stored with the job: `timestamp` (epoch ms of its creation), `stacktraces`, newest first, and what the setters set."""
         if "timestamp" not in self.options:
             self.options["timestamp"] = now_ms()
         self.created_at: Any = self.options["timestamp"]
@@ -141,8 +145,11 @@ class Job(Emitter):
         if type(self.options.get("stacktraces")) is not list:
             self.options["stacktraces"] = []
         self.status = "created"
+        """`created`, `succeeded`, `failed` or `retrying`, as far as this process knows."""
         self.uncertain = False
+        """On a worker: the connection was lost while the outcome was recorded, by this attempt or by another."""
         self.progress: Any = 0
+        """The last value that was reported; 0 before."""
         self.last_event: Event | None = None
         """The event that ended it, as far as this process has heard."""
         self.ended: asyncio.Future[Event] | None = None

@@ -58,6 +58,7 @@ class Finding(NamedTuple):
     kind: str
     """One of `KINDS`."""
     id: str
+    """The job's id."""
     where: tuple[str, ...]
     """The keys where the id stands; a list once for each time."""
     remedy: tuple[str, ...]
@@ -73,6 +74,7 @@ class Report:
     jobs: int = 0
     """How many entries `jobs` has, about, when others work on it."""
     findings: Sequence[Finding] = ()
+    """What is wrong; of `repair`, what was done."""
     created_until: int | None = None
     """With `older_than`: the time, in epoch ms, until which a job must have been created to be too old."""
     at_once: int = MOST_AT_ONCE

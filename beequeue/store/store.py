@@ -103,11 +103,17 @@ class Health(NamedTuple):
     """How many jobs are in each state, and the last automatic id (0: none was given yet)."""
 
     waiting: int
+    """Jobs that wait for a worker."""
     active: int
+    """Jobs that a worker holds."""
     succeeded: int
+    """Jobs that succeeded and were kept."""
     failed: int
+    """Jobs that finally failed and were kept."""
     delayed: int
+    """Jobs whose time is to come."""
     newest_job: int
+    """The last automatic id; 0: none was given yet."""
 
 
 KEYS = ("id", "jobs", "stallBlock", "stalling", "waiting", "active", "succeeded", "failed", "delayed", "stalls")
