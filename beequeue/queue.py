@@ -254,7 +254,7 @@ class Queue(Emitter):
     async def _look_at_held(self, link: Link) -> None:
         """A connection on which jobs are settled is being set up."""
         if self._consumer is not None:
-            await self._consumer.disown_strangers(link)
+            await self._consumer.disown_reused(link)
 
     async def _subscribe(self, link: Link) -> None:
         if self.settings.get_events:

@@ -127,7 +127,7 @@ async def make_queue(name: str, url: str) -> AsyncIterator[MakeQueue]:
     await asyncio.sleep(0)
     left = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("beequeue")]
     assert left == []
-    await until(lambda: "beequeue heart" not in [thread.name for thread in threading.enumerate()])  # it has ended its work
+    await until(lambda: "beequeue heartbeat" not in [thread.name for thread in threading.enumerate()])  # it has ended its work
 
 
 async def echo(job: Job) -> Any:

@@ -59,7 +59,7 @@ async def present(server: Server, count: int) -> bool:
 
 def takes_no_more(queue: Queue) -> bool:
     """Whether a worker that is being closed has come to the end of its intake; `paused` is a few steps ahead of that."""
-    return queue._consumer is not None and queue._consumer._intake.closing
+    return queue._consumer is not None and queue._consumer._exchange.closing
 
 
 async def calls_of(redis: Any, command: str) -> int:

@@ -16,7 +16,7 @@ Handler = Callable[[Job], Any]
 """An `async def` or a plain function, which runs in a thread; what it returns is the job's result."""
 
 
-class Run:
+class Attempt:
     """One job in a worker's hands. Keyed by itself, not by id: one worker can hold an id twice."""
 
     __slots__ = (
@@ -28,9 +28,9 @@ class Run:
         "id",
         "job",
         "result",
+        "reused",
         "settlement",
         "slots",
-        "stranger",
         "task",
         "under_way",
     )
@@ -52,7 +52,7 @@ class Run:
         self.finish: Command | None = None
         self.slots = 1
         """How many slots its end gives back: none while the thread of its handler goes on and keeps its own."""
-        self.stranger = False
+        self.reused = False
         """Its id is another job's now, or nobody's: nothing is said to Redis about it any more."""
 
 

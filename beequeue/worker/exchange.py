@@ -53,7 +53,7 @@ class Settling(Protocol):
 AnySettling = TypeVar("AnySettling", bound=Settling)
 
 
-class Intake(Generic[AnySettling]):
+class Exchange(Generic[AnySettling]):
     """`free` slots, and the take that fills them. A slot is taken up by each job that `begin` gets, and given back when its
     settlement has been answered, or by `release`."""
 
@@ -114,40 +114,40 @@ class Intake(Generic[AnySettling]):
             self._store.settle(finishes)
 
     def _finish_next(self) -> Command:
-        runs = self._settling[:AT_ONCE]
+        attempts = self._settling[:AT_ONCE]
         del self._settling[:AT_ONCE]
-        return self._finish(runs)
+        return self._finish(attempts)
 
-    def _finish(self, runs: list[AnySettling]) -> Command:
-        settlements = [(run.id, run.entry, cast(Settlement, run.settlement)) for run in runs]
-        slots = sum([run.slots for run in runs])
-        on_reply = functools.partial(self._finished, runs, slots)
+    def _finish(self, attempts: list[AnySettling]) -> Command:
+        settlements = [(attempt.id, attempt.entry, cast(Settlement, attempt.settlement)) for attempt in attempts]
+        slots = sum([attempt.slots for attempt in attempts])
+        on_reply = functools.partial(self._finished, attempts, slots)
         finish = self._store.finish(settlements, take=0 if self.closing else slots, on_reply=on_reply)
-        for run in runs:
-            run.finish = finish
+        for attempt in attempts:
+            attempt.finish = finish
         self._unanswered += 1
         return finish
 
-    def settle(self, run: AnySettling) -> None:
+    def settle(self, attempt: AnySettling) -> None:
         """Settles a run that has its settlement, with others that end in the same step; a lot at a time, which Redis has while
         the next ones run."""
-        self._settling.append(run)
+        self._settling.append(attempt)
         if len(self._settling) >= self._lot and self._may_settle():
             self._store.settle([self._finish_next()])
             self._store.flush()
         else:
             self.pump_soon()
 
-    def withdraw(self, runs: Collection[AnySettling], held: Collection[AnySettling]) -> list[AnySettling]:
+    def withdraw(self, attempts: Collection[AnySettling], held: Collection[AnySettling]) -> list[AnySettling]:
         """Takes back the settlements of `runs` that have not been sent; returns the runs whose were. `held` has all runs."""
-        back = [run for run in self._settling if run in runs]
-        self._settling = [run for run in self._settling if run not in runs]
-        for finish in {run.finish for run in runs if run.finish is not None}:
+        back = [attempt for attempt in self._settling if attempt in attempts]
+        self._settling = [attempt for attempt in self._settling if attempt not in attempts]
+        for finish in {attempt.finish for attempt in attempts if attempt.finish is not None}:
             if self._store.withdraw(finish):
                 self._unanswered -= 1
-                together = [run for run in held if run.finish is finish]
-                back += [run for run in together if run in runs]
-                if left := [run for run in together if run not in runs]:
+                together = [attempt for attempt in held if attempt.finish is finish]
+                back += [attempt for attempt in together if attempt in attempts]
+                if left := [attempt for attempt in together if attempt not in attempts]:
                     again = self._finish(left)
                     if finish.repeated:  # it may have been done the first time
                         again.args, again.repeated = again.repeat or again.args, True
@@ -204,21 +204,21 @@ class Intake(Generic[AnySettling]):
         self.pump_soon()
         self._changed.set()
 
-    def _finished(self, runs: list[AnySettling], slots: int, reply: Any) -> None:
+    def _finished(self, attempts: list[AnySettling], slots: int, reply: Any) -> None:
         """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
         self._unanswered -= 1
         if refused := isinstance(reply, BeeQueueError):
             self._stop_if_cut_off(reply)
         taken: list[Taken] = []
-        if not refused and len(reply) > len(runs):
-            if (refusal := self._store.refusal_in(reply, len(runs))) is not None:
+        if not refused and len(reply) > len(attempts):
+            if (refusal := self._store.refusal_in(reply, len(attempts))) is not None:
                 self._host._report(refusal)
                 reply.pop()
-            taken = self._store.taken_from(reply, len(runs))
+            taken = self._store.taken_from(reply, len(attempts))
         held = self._hold(taken) if taken else []  # before any listener may block the loop
-        for index, run in enumerate(runs):
-            self._ended(run, reply if refused else self._store.settled_by(reply[index]))
-            run.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
+        for index, attempt in enumerate(attempts):
+            self._ended(attempt, reply if refused else self._store.settled_by(reply[index]))
+            attempt.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
         self._free += slots - len(held)
         if held:
             self._begin(held)

@@ -59,32 +59,32 @@ class Watch:
     """One thread that looks at hearts, each when it is due, until it has none left."""
 
     def __init__(self) -> None:
-        self._hearts: dict[Heart, float] = {}
+        self._heartbeats: dict[Heartbeat, float] = {}
         """When each is to be looked at."""
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def add(self, heart: Heart) -> None:
+    def add(self, heartbeat: Heartbeat) -> None:
         """Looks at `heart` from now on; raises `RuntimeError` when the system gives no thread."""
         with self._lock:
-            self._hearts[heart] = 0.0
+            self._heartbeats[heartbeat] = 0.0
             if self._thread is None:
-                thread = threading.Thread(target=self._look_at_all, name="beequeue heart", daemon=True)
+                thread = threading.Thread(target=self._look_at_all, name="beequeue heartbeat", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:
-                    del self._hearts[heart]
+                    del self._heartbeats[heartbeat]
                     raise
                 self._thread = thread
         self._changed.set()
 
-    def remove(self, heart: Heart, grace_s: float) -> None:
+    def remove(self, heartbeat: Heartbeat, grace_s: float) -> None:
         """Ends what `add` began; with the last heart the thread ends."""
         with self._lock:
-            self._hearts.pop(heart, None)
+            self._heartbeats.pop(heartbeat, None)
             ending = None
-            if not self._hearts:
+            if not self._heartbeats:
                 ending, self._thread = self._thread, None
         self._changed.set()
         if ending is not None:
@@ -97,31 +97,31 @@ class Watch:
             with self._lock:
                 if self._thread is not threading.current_thread():  # `remove` has taken the last heart
                     return
-                if not self._hearts:  # their loops are closed
+                if not self._heartbeats:  # their loops are closed
                     self._thread = None
                     return
                 now = time.monotonic()
-                due = [heart for heart, due_at in self._hearts.items() if due_at <= now]
-                next_at = min(self._hearts.values())
+                due = [heartbeat for heartbeat, due_at in self._heartbeats.items() if due_at <= now]
+                next_at = min(self._heartbeats.values())
             if not due:
                 self._changed.wait(next_at - now)
                 self._changed.clear()
-            for heart in due:
-                self._look_at(heart)
+            for heartbeat in due:
+                self._look_at(heartbeat)
 
-    def _look_at(self, heart: Heart) -> None:
+    def _look_at(self, heartbeat: Heartbeat) -> None:
         try:
-            due_at = heart.look()
+            due_at = heartbeat.look()
         except Exception as error:  # ours
-            heart.report_soon(error)
+            heartbeat.report_soon(error)
             due_at = time.monotonic() + PAUSE_S
         with self._lock:
-            if heart not in self._hearts:
+            if heartbeat not in self._heartbeats:
                 return
             if due_at is None:
-                del self._hearts[heart]
+                del self._heartbeats[heartbeat]
             else:
-                self._hearts[heart] = due_at
+                self._heartbeats[heartbeat] = due_at
 
 
 _watch = Watch()
@@ -137,7 +137,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class Heart:
+class Heartbeat:
     """Stands in for one worker of the running loop: `held` names its jobs, `handler` is what it runs on them."""
 
     def __init__(
@@ -196,7 +196,7 @@ class Heart:
 
     def _portions(self) -> list[list[str]]:
         """The ids of all jobs that are held, so many together as one command reports."""
-        ids = list({run.id for run in self._held()})
+        ids = list({attempt.id for attempt in self._held()})
         return [ids[at : at + REPORTED_AT_ONCE] for at in range(0, len(ids), REPORTED_AT_ONCE)]
 
     async def stop(self, grace_s: float) -> None:
@@ -232,7 +232,7 @@ class Heart:
             return answer_by
         elif now - asked_at < 2 * self._answer_s:
             self._asked_at = None
-            self._stand_in = threading.Thread(target=self._report_meanwhile, name="beequeue heart", daemon=True)
+            self._stand_in = threading.Thread(target=self._report_meanwhile, name="beequeue heartbeat", daemon=True)
             try:
                 self._stand_in.start()
             except RuntimeError:  # the system gives no thread
@@ -251,7 +251,7 @@ class Heart:
 
     def report_soon(self, error: Exception) -> None:
         """Has the loop report what nobody expected."""
-        failure = TaskFailed(f"heart: {type(error).__name__}: {error}; begun anew in {PAUSE_S:g} s")
+        failure = TaskFailed(f"heartbeat thread: {type(error).__name__}: {error}; begun anew in {PAUSE_S:g} s")
         failure.__cause__ = error
         self._asked_at = None
         if not self._tell_loop(functools.partial(self._tell, failure)):
@@ -297,7 +297,7 @@ class Heart:
     def _what_blocks(self, held: list[Held]) -> str:
         """One line: whose handler it is, for how long, and where it is now."""
         task = asyncio.current_task(self._loop)
-        job = next((run for run in held if run.task is not None and run.task is task), None)
+        job = next((attempt for attempt in held if attempt.task is not None and attempt.task is task), None)
         frames = _inner_frames(sys._current_frames().get(self._loop_thread))
         what = "something" if job is None else f"the handler {name_of(self._handler)} of job {job.id}"
         own = [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]

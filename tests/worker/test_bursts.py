@@ -62,7 +62,7 @@ async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url:
         spoken = Spoken(relay)
         relay.hold("command")
         crowd.gate.set()
-        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
+        await until(lambda: len(queue._consumer._exchange._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
         await until(lambda: len(spoken.commands) == MOST_UNANSWERED)
         beyond = asyncio.ensure_future(until(lambda: len(spoken.commands) > MOST_UNANSWERED, 0.3))
         assert isinstance((await asyncio.gather(beyond, return_exceptions=True))[0], TimeoutError)
@@ -103,7 +103,7 @@ async def test_a_close_tells_of_each_that_could_not_be_settled(make_queue: MakeQ
         await crowd.gather()
         relay.hold("command")
         crowd.gate.set()
-        await until(lambda: len(queue._consumer._intake._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
+        await until(lambda: len(queue._consumer._exchange._settling) == count - MOST_UNANSWERED * MOST_LOT)  # type: ignore[union-attr]
         with pytest.raises(OperationTimedOut):
             await queue.close(100)
         make_queue.queues.remove(queue)

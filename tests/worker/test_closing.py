@@ -410,7 +410,7 @@ async def test_a_worker_that_nobody_closed_fails_no_job(make_queue: MakeQueue, r
     assert await redis.lrange(producer.to_key("active"), 0, -1) == ["2", "1"]
     assert await producer.check_health() == (1, 2, 0, 0, 0, 3)
     assert [json.loads(entry)["status"] for entry in await redis.hvals(producer.to_key("jobs"))] == ["created"] * len(jobs)
-    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "beequeue heart"])
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "beequeue heartbeat"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it has left its sockets open
         gc.collect()

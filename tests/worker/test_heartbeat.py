@@ -22,8 +22,8 @@ import trustme
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue, TaskFailed
 from beequeue import tasks as supervised_module
 from beequeue.wire.address import Address, BlockingConnection
-from beequeue.worker import heartbeat as heart_module
-from beequeue.worker.heartbeat import Heart
+from beequeue.worker import heartbeat as heartbeat_module
+from beequeue.worker.heartbeat import Heartbeat
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
 from tests.observe import freeze, said, thaw
@@ -40,8 +40,8 @@ def wait_blocking(condition: Callable[[], Any], deadline_s: float = 10) -> None:
         time.sleep(0.005)
 
 
-def hearts() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "beequeue heart"]
+def heartbeats() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "beequeue heartbeat"]
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -103,11 +103,11 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
 ) -> None:
     """longer than three stall intervals: it runs once, and the log names it; its neighbour is reported too"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
-    runs: list[Any] = []
+    attempts: list[Any] = []
     both_are_held = asyncio.Event()
 
     async def handler(job: Job) -> str:
-        runs.append(job.data)
+        attempts.append(job.data)
         await both_are_held.wait()
         if job.data == "blocks":
             survives(client, queue, job.id)
@@ -118,11 +118,11 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
         jobs = [queue.create_job(data) for data in ("waits", "blocks")]
         await queue.save_all(jobs)
         queue.process(handler, 2)
-        await until(lambda: len(runs) == 2)
+        await until(lambda: len(attempts) == 2)
         with Other(name, url) as other:
             both_are_held.set()
             assert [await job.result() for job in jobs] == ["done"] * 2
-        assert sorted(runs) == ["blocks", "waits"]
+        assert sorted(attempts) == ["blocks", "waits"]
         assert (other.ran, other.stalled) == ([], [])
     await until(lambda: len(warned(caplog)) == 2)
     blocked, back = warned(caplog)
@@ -130,9 +130,9 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
     assert blocked.startswith(f"queue {name}: the handler {named} of job 2 has blocked the event loop for 0.")
     assert f", in {__file__}:" in blocked
     assert back.startswith(f"queue {name}: the event loop is back after ")
-    await until(lambda: len(hearts()) == 1)
+    await until(lambda: len(heartbeats()) == 1)
     await queue.close()
-    assert hearts() == []
+    assert heartbeats() == []
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.2])
@@ -141,11 +141,11 @@ async def test_a_handler_that_blocks_the_loop_in_pieces_keeps_its_job(
 ) -> None:
     """of some part of a stall interval each: the loop has turns between them, but too few for its own heartbeat"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
-    runs: list[Any] = []
+    attempts: list[Any] = []
     other_checks = asyncio.Event()
 
     async def handler(job: Job) -> str:
-        runs.append(job.data)
+        attempts.append(job.data)
         await other_checks.wait()
         for _ in range(int(6 / share)):
             time.sleep(share * INTERVAL_MS / 1000)  # noqa: ASYNC251  # it blocks
@@ -154,11 +154,11 @@ async def test_a_handler_that_blocks_the_loop_in_pieces_keeps_its_job(
 
     job = await queue.create_job("x").save()
     queue.process(handler)
-    await until(lambda: runs)
+    await until(lambda: attempts)
     with Other(name, url) as other:
         other_checks.set()
         assert await job.result() == "done"
-        assert (runs, other.ran, other.stalled) == (["x"], [], [])
+        assert (attempts, other.ran, other.stalled) == (["x"], [], [])
 
 
 async def test_what_blocks_need_not_be_a_handler(
@@ -203,11 +203,11 @@ async def test_a_loop_that_waits_for_redis_is_not_blocked(
     freeze(own_server)
     try:
         assert queue._consumer is not None
-        heart = queue._consumer._heart
+        heartbeat = queue._consumer._heartbeat
         signs = set[float]()
 
         def another() -> int:
-            signs.add(heart._sign_at)
+            signs.add(heartbeat._sign_at)
             return len(signs)
 
         await until(lambda: another() == 5)  # the loop has been asked, and has answered
@@ -241,7 +241,7 @@ async def test_redis_is_gone_while_the_loop_is_blocked(
     _, *failures = [warning for warning in warned(caplog) if "back after" not in warning]
     assert all(": the heartbeat beside a blocked event loop: " in failure for failure in failures)
     await queue.close()
-    assert hearts() == []
+    assert heartbeats() == []
 
 
 async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server: Server, make_queue: MakeQueue) -> None:
@@ -250,19 +250,19 @@ async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server
     queue.process(lambda job: None)
     await until(lambda: queue._consumer)
     assert queue._consumer is not None
-    heart = queue._consumer._heart
+    heartbeat = queue._consumer._heartbeat
     freeze(own_server)
     try:
-        calling = asyncio.create_task(asyncio.to_thread(queue._store.heartbeat_blocking, heart._connection, ["x"]))
-        await until(lambda: heart._connection._driver is not None or calling.done())
+        calling = asyncio.create_task(asyncio.to_thread(queue._store.heartbeat_blocking, heartbeat._connection, ["x"]))
+        await until(lambda: heartbeat._connection._driver is not None or calling.done())
         start = asyncio.get_running_loop().time()
-        await heart.stop(1)
+        await heartbeat.stop(1)
         assert asyncio.get_running_loop().time() - start < 0.5
         with pytest.raises(Exception):  # noqa: B017, PT011  # whatever the driver makes of it
             await calling
     finally:
         thaw(own_server)
-    assert hearts() == []
+    assert heartbeats() == []
 
 
 def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,12 +271,12 @@ def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: py
     async def main() -> None:
         queue = await Queue(name, url, stall_interval=100, get_events=False).ready()
         queue.process(lambda job: None)
-        await until(hearts)
+        await until(heartbeats)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # that is what it leaves behind
         asyncio.run(main())
-        wait_blocking(lambda: not hearts())
+        wait_blocking(lambda: not heartbeats())
         gc.collect()
     assert [warning for warning in warned(caplog) if "blocked" in warning] == []
     with sync_redis.Redis.from_url(url) as client:
@@ -329,13 +329,13 @@ async def test_one_thread_for_all_workers_of_a_process(make_queue: MakeQueue, na
         _, gate = await hold(queue)
         gate.set()
     with Other(f"{name}-other", url):
-        assert len(hearts()) == 1
+        assert len(heartbeats()) == 1
         await queues[0].close()
         await queues[1].close()
-        assert len(hearts()) == 1
+        assert len(heartbeats()) == 1
         await queues[2].close()
-        assert len(hearts()) == 1
-    assert hearts() == []
+        assert len(heartbeats()) == 1
+    assert heartbeats() == []
     with sync_redis.Redis.from_url(url) as client:
         client.delete(*client.keys(f"bq:{name}-other:*"))
 
@@ -345,14 +345,14 @@ async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
 ) -> None:
     """each is reported, and begins anew"""
     monkeypatch.setattr(supervised_module, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(heart_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(heartbeat_module, "PAUSE_S", 0.01)
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
     job, gate = await hold(queue)
     assert queue._consumer is not None
-    heart = queue._consumer._heart
+    heartbeat = queue._consumer._heartbeat
     looks = [ValueError("look"), None]
     beats = [ValueError("beat"), None]
-    look, sign = heart.look, heart.sign
+    look, sign = heartbeat.look, heartbeat.sign
 
     def next_look() -> float | None:
         if looks and (error := looks.pop(0)):
@@ -364,15 +364,15 @@ async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
         if beats and (error := beats.pop(0)):
             raise error
 
-    monkeypatch.setattr(heart, "look", next_look)
-    monkeypatch.setattr(heart, "sign", next_sign)
+    monkeypatch.setattr(heartbeat, "look", next_look)
+    monkeypatch.setattr(heartbeat, "sign", next_sign)
     await until(lambda: not looks and not beats)
     await redis.sadd(queue.to_key("stalling"), str(job.id))
     await until(lambda: redis_is_empty(redis, queue))
-    assert len(hearts()) == 1
+    assert len(heartbeats()) == 1
     failures = make_queue.claim(TaskFailed)
     assert sorted(str(failure) for failure in failures) == [
-        "heart: ValueError: look; begun anew in 0.01 s",
+        "heartbeat thread: ValueError: look; begun anew in 0.01 s",
         "heartbeat: ValueError: beat; begun anew in 0.01 s",
     ]
     gate.set()
@@ -396,8 +396,8 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
         with sync_redis.Redis.from_url(url) as client:
             client.sadd(queue.to_key("stalling"), str(job.id))
             assert queue._consumer is not None
-            heart, looks = queue._consumer._heart, 0
-            look = heart.look
+            heartbeat, looks = queue._consumer._heartbeat, 0
+            look = heartbeat.look
 
             def count() -> float | None:
                 nonlocal looks
@@ -405,12 +405,12 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
                 return look()
 
             stood_in: list[bool] = []
-            heart._report_meanwhile = lambda: stood_in.append(True)  # type: ignore[method-assign]
-            heart.look = count  # type: ignore[method-assign]
+            heartbeat._report_meanwhile = lambda: stood_in.append(True)  # type: ignore[method-assign]
+            heartbeat.look = count  # type: ignore[method-assign]
             wait_blocking(lambda: looks >= 4)
             assert client.exists(queue.to_key("stalling"))
             assert stood_in == []
-            begun = threading.Thread(target=heart._until_it_is_back, daemon=True)  # the loop went while it was blocked
+            begun = threading.Thread(target=heartbeat._until_it_is_back, daemon=True)  # the loop went while it was blocked
             begun.start()
             begun.join(5)
             assert not begun.is_alive()
@@ -423,7 +423,7 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
             runner.run(end())
             client.delete(*client.keys(f"bq:{name}:*"))
     assert warned(caplog) == []
-    assert hearts() == []
+    assert heartbeats() == []
 
 
 def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,19 +434,19 @@ def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch:
             queue.process(lambda job: None)
             await until(lambda: queue._consumer)
             assert queue._consumer is not None
-            heart = Heart(queue._store, name, echo, list, 400, queue._report)
+            heartbeat = Heartbeat(queue._store, name, echo, list, 400, queue._report)
             now = time.monotonic()
             monkeypatch.setattr(time, "monotonic", lambda: now)
-            heart._sign_at = now - 1
-            assert heart.look() == now + heart._answer_s
-            now += 2 * heart._answer_s + 0.001
-            assert heart.look() == now + heart._answer_s
-            assert heart._stand_in is None
-            now += heart._answer_s
-            heart.look()
-            assert heart._stand_in is not None
+            heartbeat._sign_at = now - 1
+            assert heartbeat.look() == now + heartbeat._answer_s
+            now += 2 * heartbeat._answer_s + 0.001
+            assert heartbeat.look() == now + heartbeat._answer_s
+            assert heartbeat._stand_in is None
+            now += heartbeat._answer_s
+            heartbeat.look()
+            assert heartbeat._stand_in is not None
             monkeypatch.undo()
-            await heart.stop(5)
+            await heartbeat.stop(5)
             await queue.destroy()
 
     asyncio.run(main())

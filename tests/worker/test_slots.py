@@ -195,7 +195,7 @@ async def test_a_read_on_a_closed_connection_ends_the_taking(own_server: Server,
         queue.process(ran, 2)
         await until(lambda: make_queue.errors)
         await shared.close()
-        await until(lambda: queue._consumer is not None and queue._consumer._intake.cut_off)
+        await until(lambda: queue._consumer is not None and queue._consumer._exchange.cut_off)
         await redis.config_set("maxmemory", 0)
         other = make_queue(redis=own_server.url)
         other.process(others)
@@ -224,7 +224,7 @@ async def test_a_read_under_way_when_its_connection_is_closed_ends_the_taking(
         await redis.config_set("maxmemory", 0)
         await shared.close()
         assert queue._consumer is not None
-        assert queue._consumer._intake.cut_off
+        assert queue._consumer._exchange.cut_off
         make_queue.claim(CommandError)
         make_queue.claim(QueueClosed)
         make_queue.claim(ConnectionLost)
@@ -249,12 +249,12 @@ async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make
         await started.reaches(1)
         await redis.config_set("maxmemory", 1)
         assert queue._consumer is not None
-        intake = queue._consumer._intake
+        exchange = queue._consumer._exchange
         for client in await redis.client_list():  # its open take; the next one is refused
             if client["cmd"] == "brpoplpush":
                 await redis.client_unblock(int(client["id"]))
-        await until(lambda: intake._refusal_timer)
-        timer = intake._refusal_timer
+        await until(lambda: exchange._refusal_timer)
+        timer = exchange._refusal_timer
         assert timer is not None
         closing = asyncio.create_task(queue.close())
         await until(partial(takes_no_more, queue))
@@ -270,7 +270,7 @@ async def test_a_run_that_was_never_called_does_not_count_as_running(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """a close came before its turn: it goes back"""
-    monkeypatch.setattr(Consumer, "_start", lambda self, run, job: None)
+    monkeypatch.setattr(Consumer, "_start", lambda self, attempt, job: None)
     queue = make_queue(get_events=False)
     await queue.create_job("x").save()
     queue.process(Seen(), 1)
@@ -314,7 +314,7 @@ async def test_jobs_that_come_together_are_reported_before_the_first_one_begins(
 
     async def handler(job: Job) -> None:
         assert queue._consumer is not None
-        begun(sorted(run.id for run in queue._consumer._reported()))
+        begun(sorted(attempt.id for attempt in queue._consumer._reported()))
 
     await queue.save_all(queue.create_job(number) for number in range(5))
     queue.process(handler, 5)
@@ -327,7 +327,7 @@ async def test_a_job_that_a_settlement_brings_is_reported_before_its_listeners_h
 
     def listen(job: Job, result: Any) -> None:
         assert queue._consumer is not None
-        told(job.id, sorted(run.id for run in queue._consumer._reported()))
+        told(job.id, sorted(attempt.id for attempt in queue._consumer._reported()))
 
     queue.on("succeeded", listen)
     await queue.save_all(queue.create_job(number) for number in range(2))

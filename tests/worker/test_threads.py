@@ -71,7 +71,7 @@ async def test_a_worker_without_free_threads_takes_no_job(
     queue.process(hanging, concurrency)
     await failed.reaches(all_threads)
     assert sorted(failed.calls) == [(number, JobTimeout) for number in range(all_threads)]
-    await until(lambda: queue._consumer and queue._consumer._intake._unanswered == 0)
+    await until(lambda: queue._consumer and queue._consumer._exchange._unanswered == 0)
     assert await redis.llen(queue.to_key("waiting")) == 4
     assert await redis.llen(queue.to_key("active")) == 0
     assert warnings(caplog) == [
@@ -99,7 +99,7 @@ async def test_slots_are_whole_again_when_all_threads_have_returned(make_queue: 
     queue.process(hanging, 2)
     await failed.reaches(SPARE + 2)
     hanging.let_go()
-    await until(lambda: queue._consumer and queue._consumer._intake._free == 2)
+    await until(lambda: queue._consumer and queue._consumer._exchange._free == 2)
     hanging.over = False
     await queue.save_all(queue.create_job(number) for number in range(100, 104))
     await until(lambda: len(hanging.calls) == SPARE + 4)

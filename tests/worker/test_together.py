@@ -12,7 +12,7 @@ import pytest
 
 from beequeue import CommandError, Job, LateFinish, OutcomeNotRecorded, Queue
 from beequeue.store.scripts import SCRIPTS
-from beequeue.worker import exchange as intake_module
+from beequeue.worker import exchange as exchange_module
 from client import Chains
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
@@ -249,7 +249,7 @@ async def test_what_redis_refuses_for_one_run_is_its_error_alone(
 
 async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """so that Redis has turns for others between"""
-    monkeypatch.setattr(intake_module, "AT_ONCE", 3)
+    monkeypatch.setattr(exchange_module, "AT_ONCE", 3)
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False)
         ended = Seen()
@@ -297,4 +297,4 @@ async def test_jobs_leave_nothing_to_the_garbage_collector(make_queue: MakeQueue
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert not {"Job", "Run", "Event", "Settlement"} & left.keys()
+    assert not {"Job", "Attempt", "Event", "Settlement"} & left.keys()

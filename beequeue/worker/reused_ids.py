@@ -29,7 +29,7 @@ class Held(Protocol):
 AnyHeld = TypeVar("AnyHeld", bound=Held)
 
 
-async def strangers(store: Store, link: Link, held: Collection[AnyHeld]) -> list[AnyHeld]:
+async def reused_ids(store: Store, link: Link, held: Collection[AnyHeld]) -> list[AnyHeld]:
     """Those of `held` whose job is gone, or another one's; none when Redis refuses to tell. Raises `ConnectionLost`."""
     try:
         entries = await store.entries_on(link, [each.id for each in held])

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 import beequeue.worker.exchange
 from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, connect
-from beequeue.worker.strangers import is_same_job
+from beequeue.worker.reused_ids import is_same_job
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import soon, takes_no_more
@@ -59,10 +59,10 @@ async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, m
     async with Redis.from_url(url, decode_responses=True) as redis:
         await redis.sadd(producer.to_key("stalling"), str(job.id))
         assert first._consumer is not None
-        heart = first._consumer._heart
+        heartbeat = first._consumer._heartbeat
         for _ in range(2):  # the second one comes when the first has been answered
-            sign = heart._sign_at
-            await until(lambda sign=sign: heart._sign_at > sign)  # type: ignore[misc]
+            sign = heartbeat._sign_at
+            await until(lambda sign=sign: heartbeat._sign_at > sign)  # type: ignore[misc]
         stage.gates["old"].set()
         await until(lambda: first.late_finishes)
         assert await redis.lrange(producer.to_key("active"), 0, -1) == [job.id]
