@@ -137,7 +137,7 @@ class Job(Emitter):
         self.data: Any = {} if data is None else data
         """Any value that JSON carries; a handler reads it."""
         self.options: dict[str, Any] = {} if options is None else options
-        """Stored with the job: `timestamp` (epoch ms of its creation), `stacktraces`, newest first, and what the setters set."""
+        """Stored with the job: `timestamp` (epoch ms of its creation), `stacktraces` (newest first), and what setters set."""
         if "timestamp" not in self.options:
             self.options["timestamp"] = now_ms()
         self.created_at: Any = self.options["timestamp"]
