@@ -19,6 +19,7 @@ from dotenv import dotenv_values
 
 from beequeue import check_redis_url
 from beequeue.escape import OneLine, escape
+from beequeue.parse import text, whole_number
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,6 @@ class Config:
     extended_stats: bool = False
     workers: int = 6
     """worker processes, without Docker"""
-
-
-def _text(value: str) -> str:
-    if "\0" in value:
-        raise ValueError(f"must have no NUL, and has one: {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"must be text that UTF-8 can carry, not {value!r}") from None
-    return value
-
-
-def _whole(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and value.strip("0")):
-        raise ValueError(f"must be a whole number, at least 1, not {value!r}")
-    if len(value) > 15:
-        raise ValueError(f"must have at most 15 digits, not {value!r}")
-    return int(value)
 
 
 def _seconds(value: str, *, zero: bool = False) -> float:
@@ -81,15 +64,15 @@ def _url(value: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {
-    "queue_name": _text,
-    "concurrency": _whole,
-    "num_chains": _whole,
+    "queue_name": text,
+    "concurrency": whole_number,
+    "num_chains": whole_number,
     "redis_url": _url,
     "ordered_events": _truth,
     "stats_interval": _seconds,
     "duration": partial(_seconds, zero=True),
     "extended_stats": _truth,
-    "workers": _whole,
+    "workers": whole_number,
 }
 
 

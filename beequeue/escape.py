@@ -18,6 +18,11 @@ def escape(what: object) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
+def one_line(what: object) -> str:
+    """`what` as one line that is safe to show; its class when its text is empty."""
+    return escape(" ".join(str(what).split())) or type(what).__name__
+
+
 def escaped_traceback(error: BaseException | None) -> str:
     """The traceback of an error and of those that led to it, the newest first; each line of it is safe to show."""
     lines: list[str] = []

@@ -10,28 +10,16 @@ import argparse
 import json
 import os
 import sys
-from typing import NoReturn
 
 import redis
 
+from beequeue.command.arguments import Parser, argument
+from beequeue.parse import whole_number
 from bench import growth, machine, paired, peers, table
 from bench.interpreter import SLOW
 from bench.measures import MEASURES, QUICK, Sizes
 from bench.programs import Failed, Unavailable, find_node
 from harness.server import NoServer, find_server
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
-    return int(text)
 
 
 def measures(text: str) -> list[str]:
@@ -46,7 +34,7 @@ def measures(text: str) -> list[str]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m bench", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--rounds", type=at_least_one, metavar="N", help="how often the sides alternate (default: 5)")
+    parser.add_argument("--rounds", type=argument(whole_number), metavar="N", help="how often the sides alternate (default: 5)")
     parser.add_argument("--only", type=measures, metavar="MEASURE,…", help=f"some of: {', '.join(MEASURES)}")
     parser.add_argument(
         "--unix", action="store_true", help="reach Redis by a unix socket instead of TCP over the loopback (for all)"

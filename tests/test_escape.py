@@ -16,8 +16,9 @@ import pytest
 import beequeue.errors
 import config
 from beequeue import BeeQueueError, JobFailed
-from beequeue.__main__ import _lines, _one_line, _Parser
-from beequeue.escape import OneLine, escape
+from beequeue.command.arguments import Parser
+from beequeue.command.check import as_lines
+from beequeue.escape import OneLine, escape, one_line
 from beequeue.fsck.findings import Finding, Report
 from harness.member import Member
 from tests import ROOT
@@ -152,13 +153,13 @@ async def test_what_a_worker_prints(make_queue: MakeQueue, name: str, url: str, 
 
 
 def test_what_the_command_line_says(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_safe(_one_line(HOSTILE))
+    assert_safe(one_line(HOSTILE))
     with pytest.raises(SystemExit):
-        _Parser(prog="p").error(HOSTILE)
+        Parser(prog="p").error(HOSTILE)
     assert_safe(capsys.readouterr().err)
     finding = Finding("ghost", HOSTILE, ("active",), ("active",))
     report = Report(exists=True, jobs=1, findings=[finding])
-    for line in (*_lines(HOSTILE, None, report), *_lines(HOSTILE, report, report)):
+    for line in (*as_lines(HOSTILE, None, report), *as_lines(HOSTILE, report, report)):
         assert_safe(line)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-import beequeue.__main__
+import beequeue.command.worker
 from beequeue import JobFailed
+from beequeue.command.arguments import load_handler
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen, until
@@ -144,9 +145,9 @@ async def test_jobs_are_processed(make_queue: MakeQueue, redis: Any, start: Star
     assert await worker.end(signal.SIGTERM) == 0
     where = make_queue.url.removeprefix("unix://").removeprefix("redis://")
     assert worker.lines == [
-        f"INFO starting: queue {name} at {where}/0, 1 jobs at once",
+        f"INFO starting: queue {name} at {where}/0, concurrency 1",
         "INFO connected",
-        "INFO closing; 0 jobs under way have 5000 ms to end",
+        "INFO closing: waiting up to 5000 ms for 0 running jobs",
         "INFO closed",
     ]
     assert await redis.scard(queue.to_key("succeeded")) == 20
@@ -168,7 +169,7 @@ async def test_a_line_a_job(make_queue: MakeQueue, start: Start, handler: str) -
         "INFO job 2 retrying after … ms: in two lines",
         "INFO job 2 failed after … ms: in two lines",
     ]
-    assert said[-2:] == ["INFO closing; 0 jobs under way have 5000 ms to end", "INFO closed"]
+    assert said[-2:] == ["INFO closing: waiting up to 5000 ms for 0 running jobs", "INFO closed"]
 
 
 async def test_the_time_that_jobs_took(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
@@ -199,9 +200,9 @@ async def test_the_times_of_lost_jobs_are_forgotten(
 ) -> None:
     """of those that could not be settled"""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(beequeue.__main__, "SPANS_KEPT", 2)
+    monkeypatch.setattr(beequeue.command.worker, "SPANS_KEPT", 2)
     queue = make_queue(auto_connect=False)
-    handler = beequeue.__main__._told(queue, lambda job: time.sleep(0.01))
+    handler = beequeue.command.worker.with_log(queue, lambda job: time.sleep(0.01))
     jobs = [queue.create_job().set_id(number) for number in range(4)]
     begin = time.perf_counter()
     for job in jobs:
@@ -330,7 +331,7 @@ async def test_a_job_in_flight_is_finished(make_queue: MakeQueue, redis: Any, st
     worker = await start("app:work")
     await begun.reaches(1)
     worker.process.send_signal(signal.SIGTERM)
-    assert await worker.says("closing") == "INFO closing; 1 jobs under way have 5000 ms to end"
+    assert await worker.says("closing") == "INFO closing: waiting up to 5000 ms for 1 running job"
     await queue.create_job("is not taken").save()
     (tmp_path / "go").touch()
     assert await job.result(10_000) == "waits"
@@ -353,7 +354,7 @@ async def test_a_job_that_goes_on_is_handed_back(make_queue: MakeQueue, redis: A
     assert time.monotonic() - closing < 4  # and not the queue's own 5 s
     assert await worker.end() == 0
     assert worker.lines[-2:] == [
-        "INFO closing; 1 jobs under way have 100 ms to end",
+        "INFO closing: waiting up to 100 ms for 1 running job",
         "WARNING handlers that had not ended were cancelled; what runs in a thread is left to the stall check",
     ]
     assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
@@ -447,35 +448,35 @@ MODULES = {
     "leaves": "import sys\n\nsys.exit(3)\n",
 }
 FORM = "argument module:handler: must be a module and a function, as in shop.mail:send, not"
-NAME = "argument module:handler: must name a function, and"
-WHOLE = "must be a whole number, at least 1, not"
+NAME = "argument module:handler: must name a function, but"
+WHOLE = "must be a whole number of at least 1, not"
 URL = "argument --redis: (or REDIS_URL) must be a URL that begins with redis://, rediss://, valkey://, valkeys:// or unix://"
 WRONG = [
     (["app"], f"{FORM} 'app'"),
     ([":work"], f"{FORM} ':work'"),
     (["app:"], f"{FORM} 'app:'"),
     ([".app:work"], f"{FORM} '.app:work'"),
-    (["missing:work"], f"{NAME} 'missing:work' gives ModuleNotFoundError: No module named 'missing'"),
+    (["missing:work"], f"{NAME} 'missing:work' raises ModuleNotFoundError: No module named 'missing'"),
     (
         ["app.missing:work"],
-        f"{NAME} 'app.missing:work' gives ModuleNotFoundError: No module named 'app.missing'; 'app' is not a package",
+        f"{NAME} 'app.missing:work' raises ModuleNotFoundError: No module named 'app.missing'; 'app' is not a package",
     ),
-    (["app:missing"], f"{NAME} 'app:missing' gives AttributeError: module 'app' has no attribute 'missing'"),
+    (["app:missing"], f"{NAME} 'app:missing' raises AttributeError: module 'app' has no attribute 'missing'"),
     (
         ["app:Handlers.missing"],
-        f"{NAME} 'app:Handlers.missing' gives AttributeError: type object 'Handlers' has no attribute 'missing'",
+        f"{NAME} 'app:Handlers.missing' raises AttributeError: type object 'Handlers' has no attribute 'missing'",
     ),
     (["app:number"], f"{NAME} 'app:number' is of type int"),
-    (["raises:work"], f"{NAME} 'raises:work' gives KeyError: 'SURELY NOT SET' (DIR/raises.py, line 2)"),
-    (["raises_deep:work"], f"{NAME} 'raises_deep:work' gives InvalidStateError: a b (DIR/raises_deep.py, line 4)"),
-    (["syntax:work"], f"{NAME} 'syntax:work' gives SyntaxError: invalid syntax (DIR/syntax.py, line 2)"),
+    (["raises:work"], f"{NAME} 'raises:work' raises KeyError: 'SURELY NOT SET' (DIR/raises.py, line 2)"),
+    (["raises_deep:work"], f"{NAME} 'raises_deep:work' raises InvalidStateError: a b (DIR/raises_deep.py, line 4)"),
+    (["syntax:work"], f"{NAME} 'syntax:work' raises SyntaxError: invalid syntax (DIR/syntax.py, line 2)"),
     (
         ["in_library:work"],
-        f"{NAME} 'in_library:work' gives FileNotFoundError: [Errno 2] No such file or directory: 'surely not'"
+        f"{NAME} 'in_library:work' raises FileNotFoundError: [Errno 2] No such file or directory: 'surely not'"
         " (DIR/in_library.py, line 2)",
     ),
-    (["needs:work"], f"{NAME} 'needs:work' gives ModuleNotFoundError: No module named 'surely_not' (DIR/needs.py, line 2)"),
-    (["leaves:work"], f"{NAME} 'leaves:work' gives SystemExit: 3 (DIR/leaves.py, line 3)"),
+    (["needs:work"], f"{NAME} 'needs:work' raises ModuleNotFoundError: No module named 'surely_not' (DIR/needs.py, line 2)"),
+    (["leaves:work"], f"{NAME} 'leaves:work' raises SystemExit: 3 (DIR/leaves.py, line 3)"),
     (["app:work", "--concurrency", "0"], f"argument --concurrency: {WHOLE} '0'"),
     (["app:work", "--concurrency", "two"], f"argument --concurrency: {WHOLE} 'two'"),
     (["app:work", "--stall-interval", "-1"], f"argument --stall-interval: {WHOLE} '-1'"),
@@ -521,4 +522,4 @@ def test_the_handler_is_looked_for_in_the_current_directory(tmp_path: Path, monk
     (tmp_path / "in_the_current_directory.py").write_text("def work(job): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    assert beequeue.__main__.load_handler("in_the_current_directory:work").__name__ == "work"
+    assert load_handler("in_the_current_directory:work").__name__ == "work"

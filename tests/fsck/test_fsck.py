@@ -514,7 +514,7 @@ async def test_the_command(queue: Queue, redis: Any, url: str, name: str) -> Non
     assert (ended.code, ended.lines) == (0, [f"queue {name!r} does not exist: it has no keys"])
     await queue.create_job().set_id("good").save()
     ended = await command(url, name)
-    assert (ended.code, ended.lines) == (0, [f"queue {name!r}: 0 findings in 1 jobs"])
+    assert (ended.code, ended.lines) == (0, [f"queue {name!r}: 0 findings in 1 job"])
     await put(redis, queue, ["waiting", "failed"], "\x1b[2J")
     for job_id, data in (("orphan", entry()), ("two", entry("failed")), ("old", entry()), ("bad", "{")):
         await redis.hset(jobs, job_id, data)
@@ -525,22 +525,22 @@ async def test_the_command(queue: Queue, redis: Any, url: str, name: str) -> Non
     ended = await command(url, name, "--older-than", "60")
     assert (ended.code, ended.errors) == (1, [])
     assert ended.lines == [
-        "ghost '\\x1b[2J' in waiting, failed: would be taken out of waiting, failed",
-        "orphan 'orphan' in no state: would go to waiting",
-        "two-states 'two' in waiting, failed: would stay in failed alone",
-        "too-old 'old' in active: would go to waiting",
-        "unreadable 'bad' in jobs: is left to a worker, which moves it to failed",
+        "ghost '\\x1b[2J' in waiting, failed: would be removed from waiting, failed",
+        "orphan 'orphan' in no state: would be moved to waiting",
+        "two-states 'two' in waiting, failed: would stay in failed only",
+        "too-old 'old' in active: would be moved to waiting",
+        "unreadable 'bad' in jobs: a worker that takes it moves it to failed",
         f"queue {name!r}: 5 findings (1 ghost, 1 orphan, 1 two-states, 1 too-old, 1 unreadable) in 5 jobs",
     ]
     assert await stored(redis, queue) == before
     ended = await command(url, name, "--repair", "--older-than", "60")
     assert (ended.code, ended.errors) == (1, [])
     assert ended.lines == [
-        "ghost '\\x1b[2J' in waiting, failed: taken out of waiting, failed",
+        "ghost '\\x1b[2J' in waiting, failed: removed from waiting, failed",
         "orphan 'orphan' in no state: moved to waiting",
-        "two-states 'two' in waiting, failed: left in failed alone",
+        "two-states 'two' in waiting, failed: stays in failed only",
         "too-old 'old' in active: moved to waiting",
-        "unreadable 'bad' in jobs: is left to a worker, which moves it to failed",
+        "unreadable 'bad' in jobs: a worker that takes it moves it to failed",
         f"queue {name!r}: 4 findings (1 ghost, 1 orphan, 1 two-states, 1 too-old) repaired; "
         "1 finding (1 unreadable) left in 5 jobs",
     ]
@@ -638,7 +638,7 @@ async def test_the_command_and_a_key_of_another_type(queue: Queue, redis: Any, u
     [
         ([], "the following arguments are required: NAME"),
         ([""], "argument NAME: must not be empty"),
-        (["q", "--older-than", "0"], "argument --older-than: must be a whole number, at least 1, not '0'"),
+        (["q", "--older-than", "0"], "argument --older-than: must be a whole number of at least 1, not '0'"),
         (["q", "--rep"], "unrecognized arguments: --rep"),
     ],
 )

@@ -50,13 +50,13 @@ def test_empty_means_not_set() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        ("CONCURRENCY", "0", "CONCURRENCY must be a whole number, at least 1, not '0'"),
+        ("CONCURRENCY", "0", "CONCURRENCY must be a whole number of at least 1, not '0'"),
         ("CONCURRENCY", "9" * 16, f"CONCURRENCY must have at most 15 digits, not '{'9' * 16}'"),
         ("WORKERS", "9" * 5000, f"WORKERS must have at most 15 digits, not '{'9' * 5000}'"),
         ("QUEUE_NAME", "a\udcff", r"QUEUE_NAME must be text that UTF-8 can carry, not 'a\udcff'"),
-        ("QUEUE_NAME", "a\0b", r"QUEUE_NAME must have no NUL, and has one: 'a\x00b'"),
-        ("NUM_CHAINS", "2.5", "NUM_CHAINS must be a whole number, at least 1, not '2.5'"),
-        ("WORKERS", "-1", "WORKERS must be a whole number, at least 1, not '-1'"),
+        ("QUEUE_NAME", "a\0b", r"QUEUE_NAME must not contain NUL, unlike 'a\x00b'"),
+        ("NUM_CHAINS", "2.5", "NUM_CHAINS must be a whole number of at least 1, not '2.5'"),
+        ("WORKERS", "-1", "WORKERS must be a whole number of at least 1, not '-1'"),
         ("ORDERED_EVENTS", "yes", "ORDERED_EVENTS must be true or false, not 'yes'"),
         ("EXTENDED_STATS", "1", "EXTENDED_STATS must be true or false, not '1'"),
         ("STATS_INTERVAL", "0", "STATS_INTERVAL must be a number of seconds, more than 0, not '0'"),
@@ -105,7 +105,7 @@ def test_a_program_ends_with_one_line(program: list[str]) -> None:
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == "NUM_CHAINS must be a whole number, at least 1, not 'many'\n"
+    assert ended.stderr == "NUM_CHAINS must be a whole number of at least 1, not 'many'\n"
 
 
 def test_the_environment_wins_over_dotenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
