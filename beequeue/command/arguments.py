@@ -61,13 +61,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = QueueSettings()
     add, count = parser.add_argument, argument(whole_number)
-    handler_help = "the function that processes a job; async, or plain, which runs in a thread"
+    handler_help = "the function that processes a job, async or plain; a plain one runs in a thread"
     add("handler", metavar="module:handler", type=argument(load_handler), help=handler_help)
     add("--queue", metavar="NAME", type=argument(text), required=True, help="the queue (required)")
     add("--concurrency", metavar="N", type=count, default=1, help="how many jobs run at once (default: 1)")
     _add_connection_arguments(parser)
     interval = defaults.stall_interval
-    interval_help = f"must be the same for all workers of the queue (default: {interval})"
+    interval_help = f"the same for all workers of the queue (default: {interval})"
     add("--stall-interval", metavar="MS", type=count, default=interval, help=interval_help)
     add("--max-stalls", metavar="N", type=count, help="fail a job that has lost its worker more than N times (default: never)")
     add("--remove-on-success", action="store_true", help="delete jobs that succeeded")
