@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests import ROOT
-from tests.project.test_readme import table
+from tests.project.test_pages import table
 
 LISTED = {row[0].split(",")[0]: row[1] for row in table("## Licences", "package")}
 PINNED = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))

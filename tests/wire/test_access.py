@@ -22,7 +22,7 @@ from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, echo, until
 from tests.fsck.test_fsck import command, entry, put
 from tests.observe import soon, takes_no_more
-from tests.project.test_readme import README
+from tests.project.test_pages import README
 
 LINES = re.findall(r"^    ACL SETUSER (\w+) (.*)$", README, re.MULTILINE)
 ROLES = ("worker", "producer", "checker")
