@@ -14,4 +14,5 @@ RUN python -m pip install --no-cache-dir --root-user-action=ignore -r requiremen
 
 USER harness
 COPY beequeue ./beequeue
+COPY harness ./harness
 COPY config.py client.py worker.py ./

@@ -5,7 +5,6 @@ A wrong value ends the program with one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
@@ -18,7 +17,7 @@ from typing import NoReturn
 from dotenv import dotenv_values
 
 from beequeue import check_redis_url
-from beequeue.escape import OneLine, escape
+from beequeue.escape import escape
 from beequeue.parse import text, whole_number
 
 
@@ -105,13 +104,6 @@ def load() -> Config:
         return parse(variables())
     except ValueError as error:
         fail(str(error), code=2)
-
-
-def log_to_stderr() -> None:
-    """Everything but the stats lines goes to stderr."""
-    out = logging.StreamHandler()
-    out.addFilter(OneLine())
-    logging.basicConfig(handlers=[out], level=logging.INFO, format="%(message)s")
 
 
 def fail(line: str, code: int = 1) -> NoReturn:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 from typing import Any
 
-import uvloop
-
-import config
-from beequeue import BeeQueueError, Job, OperationTimedOut, Queue
+from beequeue import Job, Queue
+from config import Config
+from harness import program
 
 log = logging.getLogger("harness")
 
@@ -19,7 +16,7 @@ async def handler(job: Job) -> dict[str, Any]:
     return {"data": job.data}
 
 
-async def main(settings: config.Config) -> None:
+async def main(settings: Config) -> None:
     queue = Queue(
         settings.queue_name,
         redis=settings.redis_url,
@@ -34,25 +31,8 @@ async def main(settings: config.Config) -> None:
     queue.on("ready", lambda: log.info("worker: connected; %d jobs at once", settings.concurrency))
     queue.on("stalled", lambda job_id: log.info("worker: job %s had lost its worker", job_id))
     queue.on("error", lambda error: log.warning("worker: %s", error))
-
-    running = asyncio.create_task(queue.run(handler, concurrency=settings.concurrency))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
-    await asyncio.wait((running,))
-    failure = None if running.cancelled() else running.exception()
-    try:
-        await queue.close()
-    except OperationTimedOut:
-        log.warning("worker: handlers that did not end were cancelled")
-    log.info("worker: stopped")
-    if failure is not None:
-        raise failure
+    await program.run_until_signal(queue, queue.run(handler, concurrency=settings.concurrency))
 
 
 if __name__ == "__main__":
-    configuration = config.load()
-    config.log_to_stderr()
-    try:
-        uvloop.run(main(configuration))
-    except BeeQueueError as error:
-        config.fail(f"worker: {error}")
+    program.start("worker", main)

@@ -20,6 +20,7 @@ from beequeue.command.arguments import Parser
 from beequeue.command.check import as_lines
 from beequeue.escape import OneLine, escape, one_line
 from beequeue.fsck.findings import Finding, Report
+from harness import program
 from harness.member import Member
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen
@@ -171,7 +172,7 @@ def test_what_a_program_of_the_harness_says(capsys: pytest.CaptureFixture[str], 
         config.fail(HOSTILE)
     monkeypatch.setattr(logging, "root", logging.RootLogger(logging.WARNING))
     monkeypatch.setattr(logging.Logger, "root", logging.root)
-    config.log_to_stderr()
+    program.log_to_stderr()
     logging.root.warning("worker: job %s had lost its worker", HOSTILE)
     said = capsys.readouterr().err
     assert said.count("\n") == 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from typing import Any
+
+from harness.memory import resident_kb
 
 
 def order() -> dict[str, Any]:
@@ -17,6 +18,5 @@ def order() -> dict[str, Any]:
 
 def report(jobs: int, seconds: float, **more: float) -> None:
     """Prints the result, with the memory and the CPU time of this process so far."""
-    with open("/proc/self/statm") as statm:
-        rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-    print(json.dumps({"jobs": jobs, "seconds": seconds, "rss_kb": rss_kb, "cpu_s": time.process_time(), **more}))
+    told = {"jobs": jobs, "seconds": seconds, "rss_kb": resident_kb(), "cpu_s": time.process_time()}
+    print(json.dumps({**told, **more}))

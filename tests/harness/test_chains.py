@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import client
 from beequeue import BeeQueueError, ConnectionLost
 from client import Chains
+from harness import alive
 from tests.conftest import until
 
 NEVER_S = 600
@@ -71,39 +71,39 @@ async def queue() -> Queue:
 
 @pytest.fixture
 async def chains(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Chains:
-    monkeypatch.setattr(client, "MAYBE_SAVED_S", 0.05)
+    monkeypatch.setattr(alive, "MAYBE_SAVED_S", 0.05)
     made = Chains(queue, 3)  # type: ignore[arg-type]
-    made.fill()
+    made.alive.fill()
     await settle()
     return made
 
 
 async def test_each_end_starts_the_next_job(queue: Queue, chains: Chains) -> None:
-    assert (chains.alive, len(queue.saving)) == (3, 3)
+    assert (chains.alive.count, len(queue.saving)) == (3, 3)
     for job_id in ("1", "2", "3"):
         await queue.answer(job_id)
-    assert (chains.alive, len(queue.saving)) == (3, 0)
+    assert (chains.alive.count, len(queue.saving)) == (3, 0)
     await queue.end("2")
-    assert (chains.alive, len(queue.saving)) == (3, 1)
+    assert (chains.alive.count, len(queue.saving)) == (3, 1)
     assert list(chains.counts.values()) == [3, 0, 1, 0, 0]
 
 
 async def test_an_end_may_come_before_the_reply(queue: Queue, chains: Chains) -> None:
     """the race itself: the chain goes on at once, and the late reply starts no second one"""
     await queue.end("1")
-    assert (chains.alive, len(queue.saving)) == (3, 4)
+    assert (chains.alive.count, len(queue.saving)) == (3, 4)
     await queue.answer("1")
-    assert (chains.alive, len(queue.saving)) == (3, 3)
+    assert (chains.alive.count, len(queue.saving)) == (3, 3)
 
 
 async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
     """after the back-off, and not after the time that one which may have been applied has"""
-    monkeypatch.setattr(client, "MAYBE_SAVED_S", NEVER_S)
+    monkeypatch.setattr(alive, "MAYBE_SAVED_S", NEVER_S)
     for error in (BeeQueueError("no"), ConnectionLost("down", maybe_applied=False)):
         await queue.answer(error)
-        assert (chains.alive, len(queue.saving)) == (3, 2)
+        assert (chains.alive.count, len(queue.saving)) == (3, 2)
         await until(lambda: len(queue.saving) == 3)
-    assert (chains.alive, chains.restarted, chains.counts["numJobSaveError"]) == (3, 2, 2)
+    assert (chains.alive.count, chains.alive.restarted, chains.counts["numJobSaveError"]) == (3, 2, 2)
 
 
 async def test_the_wait_grows_with_failures_in_a_row(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ async def test_the_wait_grows_with_failures_in_a_row(queue: Queue, chains: Chain
         attempts.append(attempt)
         return 0
 
-    monkeypatch.setattr(client, "linear_backoff", at_once)
+    monkeypatch.setattr(alive, "linear_backoff", at_once)
     for outcome in (BeeQueueError("no"), BeeQueueError("no"), "1", BeeQueueError("no")):
         await queue.answer(outcome)
     assert attempts == [1, 2, 1]
@@ -124,51 +124,51 @@ async def test_the_wait_grows_with_failures_in_a_row(queue: Queue, chains: Chain
 async def test_a_save_that_may_have_been_applied_waits_for_its_end(
     queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch, applied: bool
 ) -> None:
-    monkeypatch.setattr(client, "linear_backoff", lambda failures: 1000 * NEVER_S)
+    monkeypatch.setattr(alive, "linear_backoff", lambda failures: 1000 * NEVER_S)
     await queue.answer("1")
     await queue.answer(ConnectionLost("lost", maybe_applied=True))
-    assert (chains.alive, len(queue.saving)) == (3, 1)
-    under_way = [task for task in chains._saving if task is not None]
+    assert (chains.alive.count, len(queue.saving)) == (3, 1)
+    under_way = list(chains.alive._saving)
     assert len(under_way) == 2
     if applied:
         await queue.end("2")
-        assert (chains.alive, len(queue.saving)) == (3, 2)
+        assert (chains.alive.count, len(queue.saving)) == (3, 2)
     # the other one has no answer yet
     ended, _ = await asyncio.wait(under_way, timeout=10, return_when=asyncio.FIRST_COMPLETED)
     assert len(ended) == 1
     await settle()
-    assert (chains.alive, len(queue.saving)) == (3, 2)
-    assert chains.restarted == (0 if applied else 1)
+    assert (chains.alive.count, len(queue.saving)) == (3, 2)
+    assert chains.alive.restarted == (0 if applied else 1)
 
 
 async def test_a_vanished_job_is_given_up(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
     for job_id in ("1", "2", "3"):
         await queue.answer(job_id)
-    chains.give_up_vanished()
-    assert chains.restarted == 0
-    monkeypatch.setattr(client, "GIVE_UP_S", -1)
-    chains.give_up_vanished()
+    chains.alive.give_up_vanished()
+    assert chains.alive.restarted == 0
+    monkeypatch.setattr(alive, "GIVE_UP_S", -1)
+    chains.alive.give_up_vanished()
     await settle()
-    assert (chains.alive, chains.restarted, len(queue.saving)) == (3, 3, 3)
+    assert (chains.alive.count, chains.alive.restarted, len(queue.saving)) == (3, 3, 3)
     await queue.end("1")  # after all: for a moment there is one chain more, and no more than that
     for job_id in ("4", "5", "6", "7"):
         await queue.answer(job_id)
-    assert chains.alive == 4
+    assert chains.alive.count == 4
     await queue.end("4")
-    assert (chains.alive, len(queue.saving)) == (3, 0)
+    assert (chains.alive.count, len(queue.saving)) == (3, 0)
 
 
 async def test_an_unknown_outcome_starts_its_chain_anew(queue: Queue, chains: Chains) -> None:
     job = await queue.answer("1")
     job.listeners["unknown"](None)
     await settle()
-    assert (chains.alive, chains.restarted, len(queue.saving)) == (3, 1, 3)
+    assert (chains.alive.count, chains.alive.restarted, len(queue.saving)) == (3, 1, 3)
 
 
 async def test_winding_down_starts_no_more(queue: Queue, chains: Chains) -> None:
-    winding = asyncio.create_task(chains.wind_down())
+    winding = asyncio.create_task(chains.alive.wind_down())
     for job_id in ("1", "2", "3"):
         await queue.answer(job_id)
         await queue.end(job_id)
     await winding
-    assert (chains.alive, len(queue.saving)) == (0, 0)
+    assert (chains.alive.count, len(queue.saving)) == (0, 0)

@@ -14,9 +14,9 @@ import redis as sync_redis
 from tqdm import tqdm
 
 import config
-from client import Latencies
 from harness import compare as comparison
 from harness.compare import Contestant, NotCompared, _run_client
+from harness.latencies import Latencies
 from harness.member import Member
 from harness.original import NoOriginal, install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict

@@ -46,7 +46,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, directory)
     for name in ("client.py", "worker.py", "config.py"):
         shutil.copy(ROOT / name, directory)
-    shutil.copytree(ROOT / "beequeue", directory / "beequeue", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("beequeue", "harness"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
     return directory
 
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from client import COUNTERS, ratio, stats, to_fixed
+from client import COUNTERS, stats
+from harness.javascript import ratio, to_fixed
 
 
 def counts(*values: int) -> dict[str, int]:

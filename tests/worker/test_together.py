@@ -284,11 +284,11 @@ async def test_jobs_leave_nothing_to_the_garbage_collector(make_queue: MakeQueue
     gc.collect()
     gc.disable()
     try:
-        chains.fill()
+        chains.alive.fill()
         for job in await save(producer, 20):
             await job.result()
         await until(lambda: chains.counts["numJobSucceeded"] > 20)
-        await chains.wind_down()
+        await chains.alive.wind_down()
         del job
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
