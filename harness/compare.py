@@ -22,7 +22,8 @@ from tqdm import tqdm
 import config
 from beequeue import BeeQueueError, Queue
 from beequeue.escape import escape
-from beequeue.wire.address import Address, BlockingConnection
+from beequeue.wire.address import Address
+from beequeue.wire.driver import BlockingConnection
 from harness import original, report
 from harness.member import Member
 from harness.server import redis_url

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from beequeue import BeeQueueError
-from beequeue.wire.address import Address, BlockingConnection
+from beequeue.wire.address import Address
+from beequeue.wire.driver import BlockingConnection
 from harness.children import end_with_parent
 
 START_S = 10

@@ -55,8 +55,8 @@ from beequeue.errors import CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
 from beequeue.store.scripts import SCRIPTS
-from beequeue.wire.address import BlockingConnection
 from beequeue.wire.connection import Answer, Connection
+from beequeue.wire.driver import BlockingConnection
 from beequeue.wire.link import Command, Link, Packed, complete
 
 TAKE_WAIT_S = 5

@@ -22,7 +22,8 @@ import beequeue.wire.link as link_module
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, QueueClosed, RedisFailure
 from beequeue.settings import Backoff, linear_backoff
 from beequeue.tasks import supervised
-from beequeue.wire.address import Address, NoAnswer, NotLetIn, refusal_in
+from beequeue.wire.address import Address
+from beequeue.wire.driver import NoAnswer, NotLetIn, refusal_in
 from beequeue.wire.link import Command, Link, complete
 
 log = logging.getLogger("beequeue")

@@ -93,7 +93,7 @@ def test_modules_import_no_circle() -> None:
 
 def test_one_module_imports_the_driver() -> None:
     drivers = {name_of(module) for module in MODULES if any(name.split(".")[0] == "redis" for name in imported(module))}
-    assert drivers == {"wire.address"}
+    assert drivers == {"wire.driver"}
 
 
 @pytest.mark.parametrize("script", sorted(PACKAGE.rglob("*.lua")), ids=lambda path: path.stem)

@@ -18,7 +18,8 @@ from redis.exceptions import RedisError
 
 import beequeue
 from beequeue import ConnectionLost, ConnectionRefused, Queue, QueueSettings
-from beequeue.wire.address import Address, BlockingConnection
+from beequeue.wire.address import Address
+from beequeue.wire.driver import BlockingConnection
 from harness.server import Server, find_server, running_server
 from tests.conftest import until
 
@@ -100,7 +101,7 @@ async def test_a_back_off_that_is_none(wrong: Any) -> None:
 @pytest.mark.parametrize("scheme", ["valkey", "VALKEY"])
 async def test_valkey_is_a_scheme(scheme: str) -> None:
     assert str(Address(f"{scheme}://user:{'x'}@h:7/3")) == "h:7/3"
-    assert Address("valkeys://h")._class is Address("rediss://h")._class is not Address("valkey://h")._class
+    assert Address("valkeys://h").kind is Address("rediss://h").kind is not Address("valkey://h").kind
     beequeue.check_redis_url(f"{scheme}://h")
     with pytest.raises(ValueError, match="database by a number, not 'redis://h/x'"):
         beequeue.check_redis_url("valkey://h/x")
@@ -124,7 +125,14 @@ class Unreliable(CredentialProvider):
         return self.get_credentials()
 
 
-FAILURES = [RuntimeError("token service\n down"), KeyError("x"), TimeoutError(), OSError("away"), asyncio.CancelledError()]
+FAILURES: list[BaseException] = [
+    RuntimeError("token service\n down"),
+    KeyError("x"),
+    TimeoutError(),
+    OSError("away"),
+    asyncio.CancelledError(),
+    GeneratorExit("mine"),
+]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
@@ -158,7 +166,11 @@ async def test_a_cancelled_open_is_cancelled(own_server: Server) -> None:
         await opening
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("down"), OSError("away"), asyncio.CancelledError("cut")], ids=repr)
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("down"), OSError("away"), asyncio.CancelledError("cut"), GeneratorExit("ended")],
+    ids=repr,
+)
 async def test_a_blocking_connection_raises_its_own_errors(failure: BaseException) -> None:
     with running_server(find_server({}), "--requirepass", PASSWORD) as server:
         connection = BlockingConnection(

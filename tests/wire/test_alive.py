@@ -86,7 +86,7 @@ class OwnKind(BaseException):
     """As some libraries have."""
 
 
-@pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError, OwnKind])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError, GeneratorExit, OwnKind])
 async def test_a_credential_provider_that_fails_for_a_while(make_queue: MakeQueue, failure: type[BaseException]) -> None:
     """at the first connect, and at a later one"""
     with running_server(find_server({}), "--requirepass", "secret") as server:

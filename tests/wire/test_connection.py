@@ -74,7 +74,7 @@ def test_wrong_addresses() -> None:
 async def test_a_client_and_a_dict_lead_to_the_same_redis(make_queue: MakeQueue, url: str, lend: bool) -> None:
     """C-12; the client itself is left alone"""
     client = Redis.from_url(url, decode_responses=True)
-    queue = make_queue(redis=client if lend else Address(url)._arguments)
+    queue = make_queue(redis=client if lend else Address(url).arguments)
     queue.process(echo)
     assert await (await queue.create_job("x").save()).result() == "x"
     await queue.close()

@@ -431,7 +431,7 @@ def test_an_error_that_quotes_the_password(password: str | bytes) -> None:
     address = Address({"host": "h", "password": password})
     text = password.decode() if isinstance(password, bytes) else password
     for error in (KeyError(text), OSError(f"no {text}"), RuntimeError(repr(password))):
-        assert_kept(address._without_secrets(error))
+        assert_kept(address.text_of(error))
 
 
 async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) -> None:

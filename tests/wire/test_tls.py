@@ -19,7 +19,8 @@ import uvloop
 from cryptography.hazmat.primitives import serialization
 
 from beequeue import ConnectionLost, ConnectionRefused, Queue
-from beequeue.wire.address import Address, BlockingConnection, refusal_in
+from beequeue.wire.address import Address
+from beequeue.wire.driver import BlockingConnection, refusal_in
 from harness.server import running_server
 from tests.conftest import skip, until
 from tests.wire.test_address import RUNS, free_port

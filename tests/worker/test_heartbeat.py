@@ -21,7 +21,8 @@ import trustme
 
 from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue, TaskFailed
 from beequeue import tasks as supervised_module
-from beequeue.wire.address import Address, BlockingConnection
+from beequeue.wire.address import Address
+from beequeue.wire.driver import BlockingConnection
 from beequeue.worker import heartbeat as heartbeat_module
 from beequeue.worker.heartbeat import Heartbeat
 from harness.server import Server, running_server
