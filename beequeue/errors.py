@@ -46,10 +46,15 @@ class WrongLoop(BeeQueueError):
 
 
 class OperationTimedOut(BeeQueueError):
-    """`close()` ran past its time-out; the message is `Operation timed out.`, as in bee-queue."""
+    """`close()` ran past its time-out; the message is `Operation timed out.`, as in bee-queue.
 
-    def __init__(self) -> None:
+    `abandoned` counts the handlers that had not ended, which were cancelled, or left in their threads. It is 0 when only Redis
+    was late.
+    """
+
+    def __init__(self, abandoned: int = 0) -> None:
         super().__init__("Operation timed out.")
+        self.abandoned = abandoned
 
 
 class RedisFailure(BeeQueueError):

@@ -509,7 +509,7 @@ class Queue(Emitter):
         if self._activator is not None:
             await self._activator.close()
         if self._consumer is not None and not await self._consumer.drain(self._client_id, timeout_s):
-            raise OperationTimedOut
+            raise OperationTimedOut(self._consumer.abandoned)
         self._closed = True
         if not await self._calls_are_over(deadline - now()):
             raise OperationTimedOut

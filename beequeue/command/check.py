@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
+from beequeue.command.wording import counted
 from beequeue.errors import BeeQueueError, ConnectionLost
 from beequeue.escape import one_line
 from beequeue.fsck.findings import Finding, Report, check, counts, repair
@@ -107,7 +108,7 @@ def as_lines(name: str, done: Report | None, left: Report) -> Iterator[str]:
         yield from _listed(done.findings, DID)
     yield from _listed(left.findings, WOULD)
     repaired = "" if done is None else f"{_counted(done.findings)} repaired; "
-    yield f"queue {name!r}: {repaired}{_counted(left.findings)}{' left' * (done is not None)} in {_number(left.jobs, 'job')}"
+    yield f"queue {name!r}: {repaired}{_counted(left.findings)}{' left' * (done is not None)} in {counted(left.jobs, 'job')}"
 
 
 def _listed(findings: Sequence[Finding], remedies: Mapping[str, str]) -> Iterator[str]:
@@ -122,8 +123,4 @@ def _listed(findings: Sequence[Finding], remedies: Mapping[str, str]) -> Iterato
 
 def _counted(findings: Sequence[Finding]) -> str:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts(findings).items())
-    return f"{_number(len(findings), 'finding')}" + (f" ({kinds})" if kinds else "")
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    return counted(len(findings), "finding") + (f" ({kinds})" if kinds else "")

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvloop
 
+from beequeue.command.wording import counted
 from beequeue.errors import BeeQueueError, OperationTimedOut, said
 from beequeue.escape import OneLine, one_line
 from beequeue.job import Job
@@ -57,20 +58,25 @@ async def _work(options: argparse.Namespace) -> None:
 
     try:
         if await until_signalled(process(), second_kills=True):
-            jobs = f"{queue.running} running job{'' if queue.running == 1 else 's'}"
-            log.info("closing: waiting up to %d ms for %s", options.timeout, jobs)
+            log.info("closing: waiting up to %d ms for %s", options.timeout, counted(queue.running, "running job"))
     finally:
-        await _close(queue, options.timeout)
+        await _close(queue, options)
     log.info("closed")
 
 
-async def _close(queue: Queue, timeout_ms: int) -> None:
+async def _close(queue: Queue, options: argparse.Namespace) -> None:
+    """Closes the queue; past the time-out it ends the process, which could otherwise wait for the threads of handlers."""
     try:
-        await queue.close(timeout_ms)
-    except OperationTimedOut:
-        log.warning("handlers that had not ended were cancelled; what runs in a thread is left to the stall check")
+        await queue.close(options.timeout)
+    except OperationTimedOut as late:
+        if late.abandoned:
+            abandoned = counted(late.abandoned, "handler")
+            fate = "cancelled" if is_async(options.handler) else "left in threads; the stall check brings such jobs back"
+            log.warning("time-out: %s had not ended and had to be %s", abandoned, fate)
+        else:
+            log.warning("time-out: Redis does not answer")
         sys.stdout.flush()
-        os._exit(0)  # A normal exit would wait for such threads.
+        os._exit(0)
 
 
 def with_log(queue: Queue, handler: Handler) -> Handler:

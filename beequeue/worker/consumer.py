@@ -50,6 +50,8 @@ class Consumer:
     def __init__(self, store: Store, host: Host, handler: Handler, concurrency: int) -> None:
         self.running = 0
         self.late_finishes = 0
+        self.abandoned = 0
+        """How many handlers had not ended when `drain` ran out of time."""
         self._store = store
         self._host = host
         self._settings = host.settings
@@ -286,7 +288,9 @@ class Consumer:
         answers = await self._exchange.end(client_id, deadline, GRACE_S, self._until)
         in_time = await self._until(lambda: not self._under_way(), deadline) and (answers or self._exchange.cut_off)
         if not in_time:
-            for attempt in self._handlers():
+            handlers = self._handlers()
+            self.abandoned = len(handlers)
+            for attempt in handlers:
                 self._abandon(attempt)
             left = self._under_way if answers else self._handlers
             await self._until(lambda: not left(), self._loop.time() + GRACE_S)

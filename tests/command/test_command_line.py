@@ -21,6 +21,7 @@ from beequeue.command.arguments import load_handler
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen, until
+from tests.observe import freeze, thaw
 
 APP = """
 import asyncio, os, time
@@ -355,7 +356,7 @@ async def test_a_job_that_goes_on_is_handed_back(make_queue: MakeQueue, redis: A
     assert await worker.end() == 0
     assert worker.lines[-2:] == [
         "INFO closing: waiting up to 100 ms for 1 running job",
-        "WARNING handlers that had not ended were cancelled; what runs in a thread is left to the stall check",
+        "WARNING time-out: 1 handler had not ended and had to be cancelled",
     ]
     assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
     assert await redis.exists(queue.to_key("active")) == 0
@@ -398,7 +399,25 @@ async def test_a_thread_that_goes_on_does_not_hold_the_process(make_queue: MakeQ
     async with asyncio.timeout(20):
         assert await worker.end(signal.SIGTERM) == 0
     assert worker.printed == "begins\n"
+    assert worker.lines[-1] == (
+        "WARNING time-out: 1 handler had not ended and had to be left in threads; the stall check brings such jobs back"
+    )
     assert (await queue.check_health()).active == 1
+
+
+async def test_redis_does_not_answer_while_a_worker_closes(start: Start, own_server: Server) -> None:
+    """The warning names Redis: no handler was cancelled, since none ran."""
+    worker = await start("app:work", "--timeout", "100", REDIS_URL=own_server.url)
+    await worker.says("connected")
+    freeze(own_server)
+    try:
+        assert await worker.end(signal.SIGTERM) == 0
+    finally:
+        thaw(own_server)
+    assert worker.lines[-2:] == [
+        "INFO closing: waiting up to 100 ms for 0 running jobs",
+        "WARNING time-out: Redis does not answer",
+    ]
 
 
 @pytest.mark.parametrize("data", ["waits", "blocks"])
