@@ -48,5 +48,6 @@ async def run_until_signal(queue: Queue, work: Coroutine[Any, Any, object]) -> N
     finally:
         try:
             await queue.close()
-        except OperationTimedOut:
-            log.warning("handlers that did not end were cancelled")
+        except OperationTimedOut as late:
+            cancelled = f"{late.abandoned} handlers had not ended and had to be cancelled"
+            log.warning("time-out: %s", cancelled if late.abandoned else "Redis does not answer")
