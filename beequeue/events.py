@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import orjson
 
@@ -166,39 +166,3 @@ class _Once:
     def __call__(self, *args: Any) -> Any:
         self.emitter.off(self.event, self.listener)
         return self.listener(*args)
-
-
-class Receiver(Protocol):
-    """What a registry delivers to: a job."""
-
-    id: str | None
-    last_event: Event | None
-
-    def receive(self, event: Event) -> None: ...
-
-
-AnyReceiver = TypeVar("AnyReceiver", bound=Receiver)
-
-
-class Registry(dict[str, AnyReceiver]):
-    """The jobs that still wait for events, by id. A plain dict with two verbs more; `get` finds the job of an event.
-
-    Whoever reads an event looks its job up in the same step, and may deliver it later: a job that is bound behind the event
-    must not receive it.
-    """
-
-    __slots__ = ()
-
-    def bind(self, job: AnyReceiver) -> AnyReceiver | None:
-        """From now on `job` receives the events of its id; returns another job that held the id until now."""
-        assert job.id is not None
-        older = self.get(job.id)
-        self[job.id] = job
-        return None if older is job else older
-
-    def deliver(self, event: Event, job: AnyReceiver) -> None:
-        """Gives `event` to `job`, and forgets a job that has ended."""
-        job.receive(event)
-        # a listener may have bound the job anew, for a retry; it has no last event then
-        if event.name in ENDS and job.last_event is event and self.get(event.id) is job:
-            del self[event.id]

@@ -1,7 +1,7 @@
-"""A job: what it carries, what its worker may do with it, and who listens to it. No I/O.
+"""A job: its data and options, its listeners, and its stored form. No I/O.
 
-A job's entry in the hash `<prefix>:<name>:jobs` is JSON with the members data, options, status and progress, in
-that order; the id is the hash field. Whatever talks to Redis is the queue's: a job only passes it on.
+Redis stores a job as an entry of the hash `<prefix>:<name>:jobs`. The field is the job's id; the value is JSON with the members
+data, options, status and progress, in that order. A job passes each call that needs Redis on to its queue.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
-from beequeue.errors import BeeQueueError, OutcomeUnknown, UnreadableData
+from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import ENDS, Emitter, Event
 from beequeue.settings import Duration, PointInTime, milliseconds
 from beequeue.wire.node_json import dump_json, load_json
 
 Strategy = Callable[["Job"], int | float | None]
-"""From a job whose attempt failed to the ms before the next one; None or a negative number: do not retry."""
+"""Gets a job whose attempt failed; returns the ms to wait before the next attempt. None or a negative number: no retry."""
 
 
 def _exponential(job: Job) -> int:
@@ -41,46 +41,58 @@ def now_ms() -> int:
 
 
 def id_as_text(job_id: bytes) -> str:
-    """An id in Redis as a string; what is not UTF-8 survives the way back."""
+    """Decodes an id from Redis; bytes that are not UTF-8 survive the way back."""
     return job_id.decode("utf-8", "surrogateescape")
 
 
 def id_as_bytes(job_id: str) -> bytes:
-    """An id as Redis has it."""
+    """Encodes an id for Redis."""
     return job_id.encode("utf-8", "surrogateescape")
 
 
 def id_from(value: str | int) -> str:
-    """`value` as a job id: ids are text, also where they look like numbers."""
+    """Checks a caller's job id and returns it as text: ids are text, even when they look like numbers."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TypeError(f"a job id must be a string or an int, not {value!r}")
     job_id = str(value)
     if not job_id:
         raise ValueError("a job id must not be empty")
     try:
-        job_id.encode("utf-8", "surrogateescape")
+        id_as_bytes(job_id)
     except UnicodeEncodeError:
         raise ValueError(f"a job id must be text that UTF-8 can carry, not {job_id!r}") from None
     return job_id
 
 
 def stamp_of(created_at: Any) -> str:
-    """A timestamp as the scripts write it, for `is_same_job`; empty when it is not a number."""
+    """A job's time of creation as the scripts print it, in whole ms; empty when it is no number."""
     return f"{created_at:.0f}" if isinstance(created_at, (int, float)) else ""
 
 
 def is_same_job(stamp: str, other: str) -> bool:
-    """Whether two jobs with one id are the same job: Redis gives an id again when it has come back empty.
+    """Whether two jobs with one id are the same job, by their stamps; an empty stamp matches any.
 
-    Compares when they were created. An empty stamp tells nothing, so the answer is then yes.
+    Ids are reused: a Redis that comes back empty counts from 1 again, and callers choose ids of their own. Nothing but the time
+    of creation stays the same throughout a job's life.
     """
     return not stamp or not other or stamp == other
 
 
-class Commands(Protocol):
-    """What a job has its queue do in Redis."""
+def failure_from(trace: str) -> JobFailed:
+    """The failure that a stack trace tells of. Python writes the message in the last line, Node in the first."""
+    lines = trace.strip().splitlines() or [""]
+    return JobFailed(lines[-1 if lines[0].startswith("Traceback ") else 0])
+
+
+class Saves(Protocol):
+    """The part of a queue that saves its jobs."""
 
     async def save(self, job: Job) -> None: ...
+
+
+class Commands(Protocol):
+    """The part of a queue that does everything else with its jobs in Redis."""
+
     async def fetch(self, job_id: str | int) -> Job | None: ...
     async def remove(self, job_id: str | int) -> None: ...
     async def retry(self, job: Job) -> tuple[int, int]: ...
@@ -90,10 +102,12 @@ class Commands(Protocol):
 
 
 class Owner(Protocol):
-    """What a job asks of its queue."""
+    """A job's queue, as the job sees it."""
 
     backoff_strategies: dict[str, Strategy]
 
+    @property
+    def _saver(self) -> Saves: ...
     @property
     def _producer(self) -> Commands: ...
     def _listener_failed(self, event: str, error: BaseException) -> None: ...
@@ -101,13 +115,10 @@ class Owner(Protocol):
 
 
 class Job(Emitter):
-    """One job of a queue; made by `Queue.create_job`, or handed to a handler.
+    """One job of a queue. `Queue.create_job` makes a new one; a handler gets the job that it processes.
 
-    `id` is a string, None until saved. `status` is `created`, `succeeded`, `failed` or `retrying`, as this process knows
-    it; `uncertain` on a worker says that the connection was lost while it was recorded, by this run or by another.
-    `progress` is the last value reported. `options` holds timestamp, stacktraces and what the setters put there.
-    Events: `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value), and
-    `unknown` (error) when it has ended and nobody can tell how.
+    A job emits `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value), and `unknown` (error) when it
+    has ended and nobody can tell how.
     """
 
     __slots__ = (
@@ -133,31 +144,36 @@ class Job(Emitter):
         self.queue = queue
         """The queue that made or fetched the job."""
         self.id = job_id
-        """A string, also where it looks like a number; None until the job is saved."""
+        """A string, even when it looks like a number; None until the job is saved."""
         self.data: Any = {} if data is None else data
-        """Any value that JSON carries; a handler reads it."""
+        """The value that the job carries, anything that JSON can."""
         self.options: dict[str, Any] = {} if options is None else options
         """Stored with the job: `timestamp` (epoch ms of its creation), `stacktraces` (newest first), and what setters set."""
         if "timestamp" not in self.options:
             self.options["timestamp"] = now_ms()
         self.created_at: Any = self.options["timestamp"]
-        """The timestamp of its entry in `jobs`, None when that has none; see `is_same_job`. `options` may change later."""
+        """The timestamp of its entry in `jobs`, which tells it from another job with the same id: see `is_same_job`.
+
+        None when the entry has none. `options` may change later.
+        """
         if type(self.options.get("stacktraces")) is not list:
             self.options["stacktraces"] = []
         self.status = "created"
         """`created`, `succeeded`, `failed` or `retrying`, as far as this process knows."""
         self.uncertain = False
-        """On a worker: the connection was lost while the outcome was recorded, by this attempt or by another."""
+        """On a worker: the connection was lost while the job was being settled. This attempt or another one has settled it."""
         self.progress: Any = 0
-        """The last value that was reported; 0 before."""
+        """The last value reported; 0 before the first."""
         self.last_event: Event | None = None
-        """The event that ended it, as far as this process has heard."""
+        """The event that ended it, if this process has heard of one."""
         self.ended: asyncio.Future[Event] | None = None
-        """Completes with `last_event`, while somebody waits for it."""
+        """Completes with `last_event`; None while nobody waits for it."""
         self.bound = 0
-        """How often it was bound to its id, to receive events."""
+        """How often the tracker has bound it to its id."""
         self.saving = False
+        """Whether a save is under way."""
         self.saved_as: str | None = None
+        """The id under which it is stored, if it was saved or fetched here."""
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.status}>"
@@ -165,15 +181,16 @@ class Job(Emitter):
     # --- before save -------------------------------------------------------------------------------------------------
 
     def set_id(self, job_id: str | int) -> Job:
-        """Gives the job an id of the caller's own instead of the next automatic one. Avoid numbers: those are automatic.
+        """Gives the job an id of your own instead of the next automatic one; returns the job.
 
-        Any text but an empty one; an int becomes text. Raises `TypeError`, `ValueError`.
+        Any text except the empty one will do; an int becomes text. Avoid numbers: automatic ids are numbers. Raises
+        `TypeError`, `ValueError`.
         """
         self.id = id_from(job_id)
         return self
 
     def retries(self, count: int) -> Job:
-        """How often a failed attempt is repeated, ≥ 0."""
+        """Sets how often a failed attempt is repeated, at least 0; returns the job. Raises `TypeError`, `ValueError`."""
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"retries must be an int, not {count!r}")
         if count < 0:
@@ -182,9 +199,10 @@ class Job(Emitter):
         return self
 
     def backoff(self, strategy: str, delay: Duration | None = None) -> Job:
-        """How long a retry waits: `immediate`, `fixed`, `exponential` or a name in `queue.backoff_strategies`.
+        """Sets how long a retry waits; returns the job.
 
-        `delay` is in ms, or a `timedelta`; every strategy but `immediate` needs one above 0.
+        `strategy` is `immediate`, `fixed`, `exponential` or a name in `queue.backoff_strategies`. `delay` is in ms or a
+        `timedelta`; every strategy except `immediate` needs one above 0. Raises `ValueError`.
         """
         if not isinstance(strategy, str) or strategy not in self.queue.backoff_strategies:
             raise ValueError("unknown strategy")
@@ -199,7 +217,10 @@ class Job(Emitter):
         return self
 
     def delay_until(self, when: PointInTime) -> Job:
-        """The time at which the job becomes available: epoch ms or an aware `datetime`; one that has passed means now."""
+        """Sets the time at which the job becomes available; returns the job.
+
+        `when` is in epoch ms or an aware `datetime`; a time that has passed means now. Raises `ValueError`.
+        """
         if isinstance(when, datetime):
             if when.tzinfo is None:
                 raise ValueError(f"invalid delay timestamp: {when!r} has no time zone")
@@ -213,38 +234,43 @@ class Job(Emitter):
         return self
 
     def timeout(self, duration: Duration) -> Job:
-        """How long one attempt may run, in ms or as a `timedelta`; 0 means without limit."""
+        """Sets how long one attempt may run, in ms or as a `timedelta`; 0 sets no limit. Returns the job.
+
+        Raises `TypeError`, `ValueError`.
+        """
         try:
             self.options["timeout"] = milliseconds("timeout", duration)
         except ValueError:
             raise ValueError("Timeout cannot be negative") from None
         return self
 
-    # --- what the queue does for it ----------------------------------------------------------------------------------
+    # --- calls that the queue answers --------------------------------------------------------------------------------
 
     async def save(self) -> Job:
-        """Stores the job and makes it available (scripts `add_job`, `add_delayed_job`); returns it, its `id` filled in.
+        """Stores the job in `jobs` and its id in `waiting` or `delayed` (scripts `add_job`, `add_delayed_job`).
 
-        When its own id is in use nothing is written; `id` is None then, except on a job that was saved before, which keeps it.
-        Raises `TypeError` when JSON cannot carry the job (nothing was sent), `BeeQueueError` when it is being saved already,
-        `RedisFailure`, `QueueClosed`. When it is cancelled before it was sent, it is not sent later.
+        Returns the job with its `id` filled in. When its own id is in use, nothing is written and `id` becomes None; a job that
+        was saved before keeps its id. A call that is cancelled before it was sent is not sent later. Raises `TypeError` when
+        JSON cannot carry the job (nothing was sent), `BeeQueueError` when the job is being saved already, `RedisFailure`,
+        `QueueClosed`.
         """
-        await self.queue._producer.save(self)
+        await self.queue._saver.save(self)
         return self
 
     async def report_progress(self, value: Any) -> int:
-        """Publishes `value` (any JSON but null) on the channel `events`; returns how many subscribers it reached.
+        """Publishes `value` on the channel `events`, as the event `progress`; returns how many subscribers it reached.
 
-        It is stored with the job when the job is settled. Raises `ValueError` for None, `BeeQueueError` for a job without
-        an id, `TypeError` when JSON cannot carry `value`, `RedisFailure`, `QueueClosed`.
+        `value` is anything that JSON carries, except null. The worker stores it with the job when it settles the job. Raises
+        `ValueError` for None, `BeeQueueError` for a job without an id, `TypeError` when JSON cannot carry `value`,
+        `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.report_progress(self, value)
 
     async def remove(self) -> Job:
-        """Takes the job out of every key (script `remove_job`); returns it. Does nothing when it is gone already.
+        """Takes the job out of every key (script `remove_job`), if it is still there; returns the job.
 
-        No event is published; a result that this queue waits for ends as `OutcomeUnknown`. A worker that runs the job reports
-        a late finish. Raises `BeeQueueError` for a job without an id, `RedisFailure`, `QueueClosed`.
+        Publishes no event. A `result()` that waits in this queue ends as `OutcomeUnknown`; a worker that runs the job reports a
+        late finish. Raises `BeeQueueError` for a job without an id, `RedisFailure`, `QueueClosed`.
         """
         if self.id is None:
             raise BeeQueueError("a job without an id cannot be removed: save it first")
@@ -252,38 +278,42 @@ class Job(Emitter):
         return self
 
     async def retry(self) -> tuple[int, int]:
-        """Moves the job, when it has ended, back to `waiting` (script `retry_job`); its own events come once more.
+        """Moves a job that has ended from `failed` or `succeeded` back to `waiting` (script `retry_job`).
 
-        Returns 1 if it was in `failed`, else 0, and the length of `waiting`. A job that has not ended runs anyway and is left
-        alone. The remaining retries stay as they are. Raises `BeeQueueError` for a job without an id or without an entry in
-        `jobs`, `RedisFailure`, `QueueClosed`.
+        Its own events then come once more. The remaining retries stay as they are. A job that has not ended is left alone: it
+        runs anyway. Returns 1 if the job was in `failed`, else 0, and the length of `waiting`. Raises `BeeQueueError` for a job
+        without an id or without an entry in `jobs`, `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.retry(self)
 
     async def is_in_set(self, name: str) -> bool:
         """Whether the job's id is in `waiting`, `active`, `succeeded`, `failed`, `delayed` or `stalling`.
 
-        The two lists are searched from end to end (`LPOS`, Redis 6.0.6). Raises `ValueError` for another name, `BeeQueueError`
-        for a job without an id, `RedisFailure`, `QueueClosed`.
+        Redis searches the lists `waiting` and `active` from end to end (`LPOS`, Redis 6.0.6). Raises `ValueError` for another
+        name, `BeeQueueError` for a job without an id, `RedisFailure`, `QueueClosed`.
         """
         return await self.queue._producer.is_in_set(self, name)
 
     @staticmethod
     async def from_id(queue: Owner, job_id: str | int) -> Job | None:
-        """The job as it is stored in `jobs` now, or None: a new object, which receives no events.
+        """Reads the job from `jobs` (script `get_job`): a new object that receives no events, or None when there is no job.
 
         Raises `UnreadableData`, `RedisFailure`, `QueueClosed`.
         """
         return await queue._producer.fetch(job_id)
 
     async def result(self, timeout: Duration | None = None) -> Any:
-        """Waits for the end of this saved job and returns its handler's result.
+        """Waits until this saved job has ended and returns its handler's result.
 
-        `timeout` is in ms or a `timedelta`. The result comes with the message on `events`; it is not stored. Raises `JobFailed`
-        with the worker's message; `OutcomeUnknown` when the job ended and no message told how (it was removed, its worker sends
-        none, the connection was down), which is found out within about 5 s, twice that with `ordered_events=False`;
-        `TimeoutError`; `QueueClosed` when the queue is closed first; and `BeeQueueError` at once when the queue has no
-        `get_events` or no `store_jobs`, or has neither saved nor fetched this job.
+        `timeout` is in ms or a `timedelta`; None waits without limit. The result arrives with the message on `events`; Redis
+        does not store it. Raises
+
+        - `JobFailed` with the worker's message;
+        - `OutcomeUnknown` when the job ended and no message told how: it was removed, its worker sends no events, or the
+          connection was down. The queue finds this out within about 5 s, or 10 s with `ordered_events=False`;
+        - `TimeoutError`, and `QueueClosed` when the queue is closed first;
+        - `BeeQueueError` at once when the queue has no `get_events` or no `store_jobs`, or has neither saved nor fetched this
+          job.
         """
         limit = None if timeout is None else milliseconds("timeout", timeout) / 1000
         async with asyncio.timeout(limit):
@@ -295,7 +325,7 @@ class Job(Emitter):
     # --- events ------------------------------------------------------------------------------------------------------
 
     def receive(self, event: Event) -> None:
-        """Takes an event that the registry delivers: bookkeeping first, then the listeners."""
+        """Takes an event that the tracker delivers: updates the job, then calls its listeners."""
         name = event.name
         if name == "progress":
             self.progress = event.data
@@ -307,7 +337,7 @@ class Job(Emitter):
         self.emit(name, event.data)
 
     def end(self, event: Event) -> None:
-        """Remembers the last event, for `result()`."""
+        """Remembers the job's last event and hands it to `result()`."""
         self.last_event = event
         if self.ended is not None and not self.ended.done():
             self.ended.set_result(event)
@@ -321,16 +351,16 @@ class Job(Emitter):
     # --- the stored form ---------------------------------------------------------------------------------------------
 
     def encode(self) -> bytes:
-        """The entry for the hash `jobs`; raises `TypeError` when JSON cannot carry it."""
+        """Encodes the job as an entry of `jobs`; raises `TypeError` when JSON cannot carry it."""
         return dump_json({"data": self.data, "options": self.options, "status": self.status, "progress": self.progress})
 
     def to_data(self) -> str:
-        """The entry for the hash `jobs`, as a string."""
+        """Returns the job's entry in `jobs` as a string; raises `TypeError` when JSON cannot carry the job."""
         return self.encode().decode()
 
     @classmethod
     def decode(cls, queue: Owner, job_id: str, entry: bytes) -> Job:
-        """Reads an entry of the hash `jobs`; raises `UnreadableData` when it is not one."""
+        """Makes a job from an entry of `jobs`; raises `UnreadableData` when the entry is not one of a job."""
         stored = load_json(entry, f"stored job (id {job_id})")
         if type(stored) is not dict or type(options := stored.get("options", {})) is not dict:
             raise UnreadableData(f"the stored job {job_id} is not an object with data and options: {entry[:200]!r}")

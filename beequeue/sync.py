@@ -109,7 +109,7 @@ class Queue:
         """
         listed = list(jobs)
         timeout_ms = None if timeout is None else milliseconds("timeout", timeout)
-        return self._call(lambda queue: queue._producer.save_all([self._own(job, queue) for job in listed], timeout_ms))
+        return self._call(lambda queue: queue._saver.save_all([self._own(job, queue) for job in listed], timeout_ms))
 
     def result(self, job: Job, timeout: Duration | None = None) -> Any:
         """Waits for the end of a job that this queue has saved or fetched in this process, and returns its handler's result.

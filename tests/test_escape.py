@@ -114,7 +114,7 @@ async def test_what_a_queue_logs(make_queue: MakeQueue, name: str, url: str, cap
     await ended.reaches(1)
     assert ended.calls[0][0] == ENCODABLE
     assert str(ended.calls[0][1]) == ENCODABLE  # what a program reads is as it was written
-    queue._report(beequeue.errors.LateFinish(f"job {ENCODABLE}"))
+    queue._host.report(beequeue.errors.LateFinish(f"job {ENCODABLE}"))
     await queue.destroy()
     await queue.close()
     assert len(caplog.records) >= 4

@@ -13,7 +13,7 @@ import pytest
 
 from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
-from beequeue.events import ENDS, Emitter, Event, Registry, encode_event, peek
+from beequeue.events import Emitter, Event, encode_event, peek
 
 
 def test_messages_as_node_writes_them() -> None:
@@ -234,70 +234,3 @@ async def test_an_async_listener_is_handed_on() -> None:
     emitter.emit("x")
     await emitter.awaited[0]
     assert calls == ["done"]
-
-
-class Recipient:
-    def __init__(self, job_id: str) -> None:
-        self.id: str | None = job_id
-        self.last_event: Event | None = None
-        self.received: list[str] = []
-
-    def receive(self, event: Event) -> None:
-        self.received.append(event.name)
-        if event.name in ENDS:
-            self.last_event = event
-
-
-def tell(registry: Registry[Recipient], name: str) -> None:
-    """Delivers an event of job 1 to whoever is bound."""
-    event = Event("1", name, None)
-    if job := registry.get("1"):
-        registry.deliver(event, job)
-
-
-def test_bind_deliver_forget() -> None:
-    registry: Registry[Recipient] = Registry()
-    job = Recipient("1")
-    tell(registry, "succeeded")  # nobody is bound: the event is lost
-    assert registry.bind(job) is None
-    assert registry.bind(job) is None
-    for name in ("progress", "retrying", "succeeded"):
-        tell(registry, name)
-    tell(registry, "succeeded")
-    assert job.received == ["progress", "retrying", "succeeded"]
-    assert registry == {}
-
-
-def test_binding_an_id_again_returns_the_older_job() -> None:
-    registry: Registry[Recipient] = Registry()
-    older, newer = Recipient("1"), Recipient("1")
-    registry.bind(older)
-    assert registry.bind(newer) is older
-    tell(registry, "failed")
-    assert (older.received, newer.received) == ([], ["failed"])
-
-
-def test_an_event_that_was_read_before_the_binding_is_not_for_it() -> None:
-    registry: Registry[Recipient] = Registry()
-    before, behind = Recipient("1"), Recipient("1")
-    registry.bind(before)
-    receiver = registry["1"]
-    registry.bind(behind)
-    registry.deliver(Event("1", "failed", None), receiver)
-    assert (before.received, behind.received) == (["failed"], [])
-    assert registry == {"1": behind}
-
-
-def test_a_job_that_is_bound_anew_by_its_listener_stays() -> None:
-    registry: Registry[Recipient] = Registry()
-
-    class Retrying(Recipient):
-        def receive(self, event: Event) -> None:
-            super().receive(event)
-            self.last_event = None
-            registry.bind(self)
-
-    job = Retrying("1")
-    registry.bind(job)
-    tell(registry, "failed")
-    assert registry == {"1": job}

@@ -431,7 +431,7 @@ def test_closing_while_threads_save(own_server: Server, make_sync: MakeSync) -> 
     with ThreadPoolExecutor(len(jobs) + 1) as threads:
         saving = [threads.submit(queue.save, job) for job in jobs]
         (opened,) = beequeue.sync._background.queues.values()
-        until(lambda: opened._calls.count == len(jobs))
+        until(lambda: opened._host.calls.count == len(jobs))
         closing = threads.submit(queue.close)
         until(lambda: "closed" in repr(opened))
         thaw(own_server)
@@ -481,8 +481,8 @@ def queue_is_open(queue: Queue) -> bool:
 def is_up(queue: Queue) -> bool:
     """Whether its connection for saves is there."""
     (opened,) = [each for mine, each in beequeue.sync._background.queues.items() if mine is queue]
-    assert opened._subscription is not None
-    return opened._subscription.link is not None
+    assert opened._connections.events is not None
+    return opened._connections.events.link is not None
 
 
 def test_closing_while_it_opens(own_server: Server, make_sync: MakeSync) -> None:

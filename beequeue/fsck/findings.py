@@ -179,7 +179,7 @@ def counts(findings: Iterable[Finding]) -> dict[str, int]:
 
 
 async def _store_of(queue: Queue) -> FsckStore:
-    await queue._usable()
+    await queue._host.opened()
     store = FsckStore(queue.key_prefix, queue.client.connection)
     if queue.settings.ensure_scripts:
         await store.load_scripts()

@@ -1,7 +1,7 @@
-"""Saving jobs: one, or many by few script calls.
+"""Saving jobs: one job, or many jobs with few script calls.
 
-A job is bound to its id in the step that parses the reply which names it, when the queue is ordered: its events may stand right
-behind that reply. With two sockets it is bound as in bee-queue 2.0.0, when whoever waits for the save goes on.
+On an ordered queue a job is bound to its id in the step that parses the reply to its save, because its events may follow that
+reply in the same read. With two sockets it is bound as in bee-queue 2.0.0: when the caller of `save` goes on.
 """
 
 from __future__ import annotations
@@ -15,68 +15,83 @@ from typing import Any, NamedTuple
 from beequeue.errors import BeeQueueError, ConnectionLost
 from beequeue.host import Host
 from beequeue.job import Job, id_from
+from beequeue.producer.tracker import Tracker
 from beequeue.store.store import Store
 from beequeue.wire.link import Command, complete
 
-AT_ONCE = 1_000
-"""How many jobs a bulk save has in flight."""
-IN_A_CALL, BYTES_IN_A_CALL = 100, 2**16
-"""How many jobs, and of what size, one script stores before others have their turn in Redis."""
+JOBS_IN_FLIGHT = 1_000
+"""How many jobs a bulk save sends before it waits for the replies."""
+JOBS_A_CALL, BYTES_A_CALL = 100, 2**16
+"""How many jobs, and of what size together, one script stores before Redis serves other clients."""
 
 Outcome = bool | BeeQueueError
-"""Of one save: whether the job was stored, or what went wrong."""
+"""Whether a save has stored its job, or the error that it ended with."""
 
 
 class Saver:
-    """Stores one queue's jobs in `jobs` and makes them available; `bind` has each receive its events."""
+    """Saves the jobs of one queue. `job_is_due` gets the time (epoch ms) of each delayed job that was saved."""
 
-    def __init__(self, host: Host, bind: Callable[[Job], None], *, ordered: bool) -> None:
+    def __init__(self, host: Host, store: Store, tracker: Tracker, job_is_due: Callable[[float], None]) -> None:
         self._host = host
-        self._calls = host._calls
-        self._bind = bind
-        self._ordered = ordered
+        self._store = store
+        self._tracker = tracker
+        self._ordered = host.settings.ordered
+        self._job_is_due = job_is_due
 
     async def save(self, job: Job) -> None:
-        """Stores one; raises what went wrong."""
+        """`Job.save`: stores the job in `jobs` and its id in `waiting` or `delayed`."""
         form = _form_to_save(job)
         job.saving = True
         try:
-            store = await self._host._usable()
+            await self._host.opened()
         except BaseException:
             job.saving = False
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        command = store.add(form.id, form.entry, form.delay, lambda reply: complete(answered, self._outcome(job, form, reply)))
-        with self._calls:
+        command = self._store.add(
+            form.id, form.entry, form.delay, lambda reply: complete(answered, self._outcome(job, form, reply))
+        )
+        with self._host.calls:
             try:
                 was_stored = await answered
             except asyncio.CancelledError:
-                job.saving = job.saving and not store.withdraw(command)
+                job.saving = job.saving and not self._store.withdraw(command)
                 raise
         if was_stored:
             self._stored(job, form)
 
-    async def save_all(self, jobs: Sequence[Job], timeout_ms: int | None) -> dict[Job, Exception]:
-        """Stores many, each once; what went wrong with which. Past `timeout_ms` it waits for none of them."""
-        errors: dict[Job, Exception] = {}
+    async def save_all(self, jobs: Iterable[Job], timeout_ms: int | None = None) -> dict[Job, Exception]:
+        """`Queue.save_all`: saves each job once, many in a round trip; returns the error of each job that was not saved.
+
+        After `timeout_ms` it returns without the missing answers; those jobs have a `ConnectionLost`.
+        """
+        jobs = list(jobs)
+        for job in jobs:
+            if not isinstance(job, Job):
+                raise TypeError(f"save_all takes jobs, not {job!r}")
+            if job.queue._saver is not self:
+                raise ValueError(f"save_all takes jobs of its own queue, and {job!r} is of another one")
+        jobs = list(dict.fromkeys(jobs))
         now = asyncio.get_running_loop().time
         deadline = None if timeout_ms is None else now() + timeout_ms / 1000
         try:
             async with asyncio.timeout_at(deadline):
-                store = await self._host._usable()
+                await self._host.opened()
         except TimeoutError:
-            return {job: late(maybe_applied=False) for job in jobs}
-        with self._calls:
-            for start in range(0, len(jobs), AT_ONCE):
-                some = jobs[start : start + AT_ONCE]
+            return {job: timed_out(maybe_applied=False) for job in jobs}
+        errors: dict[Job, Exception] = {}
+        with self._host.calls:
+            for start in range(0, len(jobs), JOBS_IN_FLIGHT):
+                some = jobs[start : start + JOBS_IN_FLIGHT]
                 if deadline is not None and start > 0 and now() >= deadline:
-                    errors.update((job, late(maybe_applied=False)) for job in some)
+                    errors.update((job, timed_out(maybe_applied=False)) for job in some)
                 else:
                     left_s = None if deadline is None else max(0.0, deadline - now())
-                    errors.update(await self._save_at_once(store, some, left_s))
+                    errors.update(await self._save_some(some, left_s))
         return errors
 
-    async def _save_at_once(self, store: Store, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
+    async def _save_some(self, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
+        """Sends the saves of some jobs and waits for the replies; returns the errors."""
         unanswered = 1  # until all are sent: a reply may come at once
         answers: set[int] = set()
         errors: dict[Job, Exception] = {}
@@ -99,78 +114,78 @@ class Saver:
 
         calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
 
-        def take_back() -> dict[Job, Exception]:
-            """For what has no answer yet; what has not been sent must not be sent later."""
+        def withdraw_unanswered() -> dict[Job, Exception]:
+            """Withdraws the calls that have not been sent; returns an error for each job without an answer."""
             left: dict[Job, Exception] = {}
             for number, (command, saves) in enumerate(calls):
                 if number not in answers:
-                    withdrawn = store.withdraw(command)
+                    withdrawn = self._store.withdraw(command)
                     for job, _ in saves:
                         job.saving = not withdrawn
-                        left[job] = late(maybe_applied=not withdrawn)
+                        left[job] = timed_out(maybe_applied=not withdrawn)
             return left
 
         try:
             for number, saves in enumerate(_in_calls(jobs, errors)):
                 unanswered += 1
-                calls.append((self._add_all(store, saves, functools.partial(answered, number, saves)), saves))
+                calls.append((self._add_all(saves, functools.partial(answered, number, saves)), saves))
                 if len(saves) > 1:
-                    await asyncio.sleep(0)  # it leaves, and Redis stores it while the next ones are written
+                    await asyncio.sleep(0)  # this call leaves now, and Redis stores it while the next one is encoded
             answered(-1, [], [])
             await asyncio.wait((all_answered,), timeout=timeout_s)
         except asyncio.CancelledError:
-            take_back()
+            withdraw_unanswered()
             raise
-        failed = errors | take_back()  # as it is now: a reply that is late is told to nobody
+        failed = errors | withdraw_unanswered()  # a copy: later replies must not change it
         for job, form in stored:
             self._stored(job, form)
         return failed
 
-    def _add_all(self, store: Store, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> Command:
+    def _add_all(self, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> Command:
         for job, _ in saves:
             job.saving = True
         form = saves[0][1]
         if len(saves) > 1:
-            return store.add_all([(form.id, form.entry) for _, form in saves], answered)
-        return store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
+            return self._store.add_all([(form.id, form.entry) for _, form in saves], answered)
+        return self._store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
 
     def _outcome(self, job: Job, form: _Form, reply: Any) -> Outcome:
-        """What the reply to a save says of its job, which is told."""
+        """Reads the reply to a save and updates its job, in the step that parses the reply."""
         job.saving = False
         if isinstance(reply, BeeQueueError):
             return reply
         if reply is None:
-            # in use: by the job itself, if it was saved under this id before
+            # the id is in use: by this very job, if it was saved under that id before
             job.id = form.id if form.id == job.saved_as else None
             return False
         job.id = job.saved_as = Store.job_id(reply)
         job.created_at = form.created_at
         if self._ordered:
-            # here, in the step that parses the reply: the job's events may stand right behind it
-            self._bind(job)
+            # in this very step: the job's events may follow the reply in the same read
+            self._tracker.bind(job)
         return True
 
     def _stored(self, job: Job, form: _Form) -> None:
-        """What can wait until the caller of `save` goes on."""
+        """Does what can wait until the caller of `save` goes on."""
         if not self._ordered:
-            # bee-queue 2.0.0's way: an event that came before this is lost to the job
-            self._bind(job)
+            # as bee-queue 2.0.0 does: the job misses an event that came before this
+            self._tracker.bind(job)
         if form.delay is not None:
-            self._host._job_is_due(form.delay)
+            self._job_is_due(form.delay)
 
 
 class _Form(NamedTuple):
-    """A job as it was when it was to be saved."""
+    """A job's stored form, taken when `save` was called."""
 
     id: str
-    """Empty: the next automatic one."""
+    """Empty: the next automatic id."""
     entry: bytes
     delay: float | None
     created_at: Any
 
 
-def late(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
-    """What a caller gets past its time-out; the job was not, or may have been, `done`."""
+def timed_out(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
+    """The error of a call past its time-out: the job was not, or may have been, `done`."""
     if maybe_applied:
         return ConnectionLost(f"Redis did not answer within the time-out; the job may have been {done}", maybe_applied=True)
     return ConnectionLost(f"Redis was not there within the time-out; the job was not {done}", maybe_applied=False)
@@ -181,7 +196,7 @@ def _is_being_saved(job: Job) -> BeeQueueError:
 
 
 def _form_to_save(job: Job) -> _Form:
-    """Raises `TypeError` or `ValueError` for what somebody put into the job past its setters."""
+    """Raises `TypeError` or `ValueError` when the caller has put something wrong into `options` without the setters."""
     if job.saving:
         raise _is_being_saved(job)
     delay = job.options.get("delay")
@@ -191,7 +206,7 @@ def _form_to_save(job: Job) -> _Form:
 
 
 def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[list[tuple[Job, _Form]]]:
-    """Jobs in the order in which they are to be saved, those of one script together; what cannot be saved goes to `errors`."""
+    """Yields jobs in the caller's order, those of one script call together; puts jobs that cannot be saved into `errors`."""
     together: list[tuple[Job, _Form]] = []
     size = 0
     for job in jobs:
@@ -200,11 +215,11 @@ def _in_calls(jobs: Iterable[Job], errors: dict[Job, Exception]) -> Iterator[lis
         except (TypeError, ValueError, BeeQueueError) as error:
             errors[job] = error
             continue
-        is_full = len(together) == IN_A_CALL or size + len(form.entry) > BYTES_IN_A_CALL
+        is_full = len(together) == JOBS_A_CALL or size + len(form.entry) > BYTES_A_CALL
         if together and (form.delay is not None or is_full):
             yield together
             together, size = [], 0
-            if job.saving:  # meanwhile, by somebody else
+            if job.saving:  # another caller has begun to save it meanwhile
                 errors[job] = _is_being_saved(job)
                 continue
         together.append((job, form))

@@ -1,12 +1,10 @@
-"""The jobs of this process that wait for their own events: bound, told, forgotten.
+"""The jobs of this process that wait for their own events: which job an event belongs to, and how each job ends.
 
-Owns the registry and the way of an event from the message to the job. Knows nothing of connections: whoever reads messages
-calls `read` for each and `hand_on` at the end of a read; whoever has reconnected calls `settle_unseen`. It also asks, every
-few seconds, about the jobs whose result somebody waits for, since no message tells of a job that was removed, or that ran
-on a worker which sends none.
+Owns `jobs`, from id to job, and the way of an event from the message to the job. Knows no connection: its caller passes each
+message to `read`, calls `hand_on` at the end of a read, and `end_unseen` after a reconnect.
 
-A stranger may publish, too. What costs memory or time is bounded: a large message is not decoded unless it is about a job that
-is tracked or somebody listens to such events, one beyond `max_event_bytes` never is, and few errors are reported at a time.
+No message tells of a job that was removed, or that ran on a worker which sends no events. So every few seconds the tracker asks
+Redis about the jobs whose result somebody awaits, and, on an ordered queue, about all jobs that have been bound for a while.
 """
 
 from __future__ import annotations
@@ -14,119 +12,112 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, QueueClosed, UnreadableData
-from beequeue.events import ENDS, Event, Registry, peek
+from beequeue.errors import BeeQueueError, OutcomeUnknown, QueueClosed, UnreadableData
+from beequeue.events import ENDS, Event
 from beequeue.host import Host
-from beequeue.job import Job, is_same_job, stamp_of
-from beequeue.settings import MAX_EVENT_BYTES
-from beequeue.store.store import Found
+from beequeue.job import Job, failure_from, is_same_job, stamp_of
+from beequeue.producer.guard import LARGE_BYTES, Guard
+from beequeue.store.store import Found, Store
 from beequeue.tasks import supervised
 
-LOOK_UP_AT_ONCE = 100
-"""How many jobs are asked about in one call of a script."""
+JOBS_A_LOOK_UP = 100
+"""How many jobs one call of a script asks about."""
 LOOK_EVERY_S = 5.0
-"""How often the jobs whose result somebody waits for are asked about."""
+"""How often the tracker asks about the jobs whose result somebody awaits."""
 SWEEP_EVERY_S = 5.0
-"""How long a job has been bound, at least, when it is looked for, and how long a sweep waits before the next."""
+"""How long a job has been bound, at least, when a sweep asks about it, and how long one sweep waits after the other."""
 SWEEP_PAUSE_S = 0.02
-"""How long a sweep rests after a call that found few ended jobs; and nine times as long as that call took."""
-LARGE_BYTES = 65_536
-"""From this size on a message is looked at before it is decoded; below, that would cost more than it saves."""
-REPORTS_AT_ONCE = 20
-"""How many messages that cannot be read are reported one by one in each `REPORT_EVERY_S`; the others are counted."""
-REPORT_EVERY_S = 10.0
+"""How long a sweep rests, at least, after a call that found few ended jobs; or nine times as long as the call took."""
 
 LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
-"""From ids to what has become of them; the answer must not overtake a message on a queue that is ordered."""
-WhichEnded = Callable[[Sequence[tuple[str, str]]], Awaitable[set[str]]]
-"""From ids and timestamps of jobs to the ids of those that have ended, or are other jobs' now; ordered likewise."""
+"""From ids to the state of their jobs; on an ordered queue the answer must not overtake a message."""
 
 
 class Tracker:
-    """Which job an event belongs to, for one queue. `look_up` and `which_ended` are to be set before anything is asked."""
+    """The jobs of one queue that wait for their own events."""
 
-    look_up: LookUp
-    which_ended: WhichEnded
-
-    def __init__(self, host: Host, *, ordered: bool, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self.jobs: Registry[Job] = Registry()
+    def __init__(self, host: Host, store: Store) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.tracks = host.settings.store_jobs and host.settings.get_events
+        """Whether jobs are bound at all: without events nothing would ever unbind them."""
         self.unknown_outcomes = 0
         self._host = host
-        self._ordered = ordered
+        self._store = store
+        self._ordered = host.settings.ordered
+        self._guard = Guard(host, self.jobs, self._look_up_large)
         self._read: list[tuple[Event, Job | None, int]] = []
+        """Events that were read and not yet delivered, each with its job and that job's `bound`."""
         self._awaited: dict[Job, int] = {}
+        """The jobs whose result somebody awaits, and how many do."""
         self._looking: asyncio.Task[None] | None = None
-        self._max_event_bytes = max_event_bytes
-        self._unread = Complaints(host._report)
         self._too_large: dict[Job, str] = {}
         self._looking_at_large: asyncio.Task[None] | None = None
         self._asked: list[set[str]] = []
-        """What each look-up under way has asked about, less what has been retried since."""
+        """For each look-up under way the ids it asks about, less those that were retried since."""
         self._sweeping: asyncio.Task[None] | None = None
-        self._must_sweep = ordered
+        self._must_sweep = self._ordered
         """Whether the next job that is bound has to start a sweep."""
         self._stopped = False
 
-    # --- events ------------------------------------------------------------------------------------------------------
+    # --- bindings ----------------------------------------------------------------------------------------------------
 
     def bind(self, job: Job) -> None:
-        """From now on `job` receives the events of its id."""
+        """Registers `job` for the events of its id. An older job with this id ends as `OutcomeUnknown`."""
+        if not self.tracks:
+            return
         assert job.id is not None
-        older = self.jobs.bind(job)
+        older = self.jobs.get(job.id)
+        self.jobs[job.id] = job
         job.bound += 1
         job.last_event = None
-        if older is not None and not self.is_ending(job.id):
-            self._lose(older, job.id, "its id has been given to another job")
+        if older is not None and older is not job and not self.is_ending(job.id):
+            self._end_unknown(older, job.id, "its id has been given to another job")
         if self._must_sweep:
             self._must_sweep = False
-            self._sweeping = supervised(self._sweep, "sweep", self._host._report)
+            self._sweeping = supervised(self._sweep, "sweep", self._host.report)
+
+    def unbind(self, job: Job, job_id: str) -> None:
+        """Takes back a binding that was made too early."""
+        if self.jobs.get(job_id) is job:
+            del self.jobs[job_id]
+
+    def forget(self, job_id: str, reason: str) -> None:
+        """Ends the job that is bound to an id as `OutcomeUnknown`, unless its end has been read already."""
+        job = self.jobs.get(job_id)
+        if job is not None and not self.is_ending(job_id):
+            del self.jobs[job_id]
+            # in a later step, like any event: this one may be parsing a reply
+            asyncio.get_running_loop().call_soon(self._end_unknown, job, job_id, reason)
+
+    def retried(self, job_id: str) -> None:
+        """Discards what a look-up under way finds about this job: it was asked before the retry."""
+        for asked in self._asked:
+            asked.discard(job_id)
+
+    def is_ending(self, job_id: str) -> bool:
+        """Whether the job's last event has been read but not delivered."""
+        return any(event.id == job_id and event.name in ENDS for event, _, _ in self._read)
+
+    # --- events ------------------------------------------------------------------------------------------------------
 
     def read(self, payload: bytes) -> None:
-        """A message of the channel `events`, in the step that parses it; what is unreadable is reported."""
-        if len(payload) >= LARGE_BYTES and not self._is_worth_decoding(payload):
+        """Decodes a message of the channel `events`, in the step that parses it; reports one that is unreadable.
+
+        On one socket this step decides which job the event belongs to: a job that is bound later must not receive it. On two
+        sockets the step that delivers it decides, as in bee-queue.
+        """
+        if len(payload) >= LARGE_BYTES and not self._guard.admits(payload):
             return
         try:
             event = Event.decode(payload)
         except UnreadableData as error:
-            self._unread.add(error.with_traceback(None))  # whose frames have the whole message
+            self._guard.complaints.add(error.with_traceback(None))  # the traceback's frames hold the whole message
             return
-        # on one socket the step that reads it decides; on two, as in bee-queue, the step that tells it
         job = self.jobs.get(event.id) if self._ordered else None
         self._read.append((event, job, 0 if job is None else job.bound))
 
-    def _is_worth_decoding(self, payload: bytes) -> bool:
-        """False for a message that concerns nobody here, and for one that is too large, which is reported."""
-        head = peek(payload)
-        job = None
-        if head is not None:
-            job = self.jobs.get(head[0])
-            # on two sockets the job may be bound before the event is told
-            if job is None and self._ordered and not self._host._listens_to("job " + head[1]):
-                return False
-        if len(payload) <= self._max_event_bytes:
-            return True
-        limit = f"max_event_bytes is {self._max_event_bytes:,}"
-        self._unread.add(UnreadableData(f"a message of {len(payload):,} bytes is too large, {limit}: {payload[:200]!r}"))
-        if head is not None and job is not None and head[1] in ENDS:
-            # whoever sent it: Redis knows whether the job has ended
-            self._too_large[job] = head[0]
-            if not self._stopped and (self._looking_at_large is None or self._looking_at_large.done()):
-                self._looking_at_large = supervised(self._look_at_large, "large results", self._host._report)
-        return False
-
-    async def _look_at_large(self) -> None:
-        while self._too_large:
-            asked, self._too_large = [*self._too_large.items()], {}
-            try:
-                ended = await self._ended_unseen(asked, self.look_up)
-            except BeeQueueError as error:
-                self._host._report(error)
-                continue
-            for job, job_id, found in ended:
-                self._settle(job, job_id, found)
-
     def hand_on(self) -> None:
-        """Delivers what was read in one later step: after the code that waited for a save's reply in the same read."""
+        """Delivers the events that were read, in one later step: after the code that awaits a reply in the same read."""
         if self._read:
             asyncio.get_running_loop().call_soon(self._deliver)
 
@@ -137,62 +128,44 @@ class Tracker:
             while read:
                 self._deliver_one(*read.pop())
         finally:
-            if read:  # a listener ends the program, or tries to: the others hear of theirs all the same
+            if read:  # a listener tries to end the program: the other events are delivered all the same
                 self._read[:0] = reversed(read)
                 self.hand_on()
 
     def _deliver_one(self, event: Event, job: Job | None, bound: int) -> None:
+        """Gives an event to the queue's listeners, then to its job; unbinds a job that has ended."""
         self._host.emit("job " + event.name, event.id, event.data)
         if not self._ordered:
             job = self.jobs.get(event.id)
             bound = 0 if job is None else job.bound
         if job is None:
             return
-        if job.bound == bound:
-            self.jobs.deliver(event, job)
-        else:  # it has been bound anew since, for a retry: an end that belongs to the run before
+        if job.bound != bound:  # it has been bound anew since, for a retry: the event belongs to the attempt before
             job.emit(event.name, event.data)
+            return
+        job.receive(event)
+        # a listener may have bound the job anew, for a retry; it has no last event then
+        if event.name in ENDS and job.last_event is event and self.jobs.get(event.id) is job:
+            del self.jobs[event.id]
 
-    def forget(self, job_id: str, reason: str) -> None:
-        """Settles the job that is bound to an id as `OutcomeUnknown`, unless its end has been read already."""
-        job = self.jobs.get(job_id)
-        if job is not None and not self.is_ending(job_id):
-            del self.jobs[job_id]
-            # told in a later step, as events are: this one may be parsing a reply
-            asyncio.get_running_loop().call_soon(self._lose, job, job_id, reason)
+    # --- ends that no event told -------------------------------------------------------------------------------------
 
-    def unbind(self, job: Job, job_id: str) -> None:
-        """Takes back a binding that was made too early."""
-        if self.jobs.get(job_id) is job:
-            del self.jobs[job_id]
+    async def end_unseen(self, look_up: LookUp) -> None:
+        """After a reconnect, ends the jobs that ended while no message could arrive: pub/sub has no replay.
 
-    def retried(self, job_id: str) -> None:
-        """A retry has been answered: whatever a look-up that was asked before finds is about the run before."""
-        for asked in self._asked:
-            asked.discard(job_id)
-
-    def is_ending(self, job_id: str) -> bool:
-        """Whether the last event of a job has been read and not yet delivered."""
-        return any(event.id == job_id and event.name in ENDS for event, _, _ in self._read)
-
-    # --- what no event told ------------------------------------------------------------------------------------------
-
-    async def settle_unseen(self, look_up: LookUp) -> None:
-        """After a reconnect: settles the jobs that ended while no message could come (pub/sub has no replay).
-
-        `look_up` must ask on the link that is subscribed anew already.
+        `look_up` must ask on the new link, after its subscription.
         """
-        for job, job_id, found in await self._ended_unseen([(job, job_id) for job_id, job in self.jobs.items()], look_up):
-            self._settle(job, job_id, found)
+        for ended in await self._ended_unseen([(job, job_id) for job_id, job in self.jobs.items()], look_up):
+            self._end_as_found(*ended)
 
     async def _ended_unseen(self, jobs: Sequence[tuple[Job, str]], look_up: LookUp) -> list[tuple[Job, str, Found]]:
-        """Those of `jobs` that have ended, as far as Redis knows, while no event has told so."""
+        """Returns those of `jobs` that have ended in Redis while no event has told so."""
         ended = []
         asked = {job_id for _, job_id in jobs}
         self._asked.append(asked)
         try:
-            for start in range(0, len(jobs), LOOK_UP_AT_ONCE):
-                chunk = jobs[start : start + LOOK_UP_AT_ONCE]
+            for start in range(0, len(jobs), JOBS_A_LOOK_UP):
+                chunk = jobs[start : start + JOBS_A_LOOK_UP]
                 for (job, job_id), found in zip(chunk, await look_up([job_id for _, job_id in chunk]), strict=True):
                     if found.state != "open" or not _is_entry_of(job, found):
                         ended.append((job, job_id, found))
@@ -200,55 +173,59 @@ class Tracker:
             self._asked = [each for each in self._asked if each is not asked]
         return [each for each in ended if each[1] in asked and each[0].last_event is None and not self.is_ending(each[1])]
 
+    def _end_as_found(self, job: Job, job_id: str, found: Found) -> None:
+        """Unbinds a job and ends it as Redis tells: with its failure, or as `OutcomeUnknown`."""
+        self.unbind(job, job_id)
+        if found.state == "failed" and _is_entry_of(job, found):
+            job.receive(Event(job_id, "failed", failure_from(found.trace)))
+        elif found.state == "succeeded" and _is_entry_of(job, found):
+            self._end_unknown(job, job_id, "it succeeded, but no event told its result, and results are not stored")
+        else:
+            self._end_unknown(job, job_id, "it is gone, and no event told of its end")
+
+    def _end_unknown(self, job: Job, job_id: str, reason: str) -> None:
+        self.unknown_outcomes += 1
+        job.receive(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id}: {reason}")))
+
     async def _sweep(self) -> None:
-        """Asks about the jobs that have been bound for a while, as long as any is; lets those go that have ended."""
+        """Asks about the jobs that have been bound for a while, as long as any job is bound."""
         while self.jobs:
             job_ids = [*self.jobs]
             await asyncio.sleep(SWEEP_EVERY_S)
             try:
-                for start in range(0, len(job_ids), LOOK_UP_AT_ONCE):
-                    await asyncio.sleep(await self._let_go(job_ids[start : start + LOOK_UP_AT_ONCE]))
+                for start in range(0, len(job_ids), JOBS_A_LOOK_UP):
+                    await asyncio.sleep(await self._let_go(job_ids[start : start + JOBS_A_LOOK_UP]))
             except BeeQueueError as error:
-                self._host._report(error)
+                self._host.report(error)
         self._must_sweep = True
 
     async def _let_go(self, job_ids: Sequence[str]) -> float:
-        """Settles those of some jobs that have ended; returns how long to rest, s."""
+        """Ends those of some jobs that have ended in Redis; returns how long to rest, in s."""
         bound = [(job, job_id) for job_id in job_ids if (job := self.jobs.get(job_id)) is not None]
         if not bound:
             return 0.0
         now = asyncio.get_running_loop().time
         began_at = now()
-        which = await self.which_ended([(job_id, stamp_of(job.created_at)) for job, job_id in bound])
+        which = await self._store.ended([(job_id, stamp_of(job.created_at)) for job, job_id in bound])
         rest_s = max(SWEEP_PAUSE_S, 9 * (now() - began_at))
         suspects = [each for each in bound if each[1] in which]
-        for job, job_id, found in await self._ended_unseen(suspects, self.look_up):
+        for job, job_id, found in await self._ended_unseen(suspects, self._store.look_up):
             if self.jobs.get(job_id) is job:
-                self._settle(job, job_id, found)
-        # where most have ended, as without events, a sweep must not be slower than those who save
+                self._end_as_found(job, job_id, found)
+        # where most jobs have ended, as without events, a sweep must keep up with those who save
         return 0.0 if 2 * len(suspects) > len(bound) else rest_s
-
-    def _settle(self, job: Job, job_id: str, found: Found) -> None:
-        if self.jobs.get(job_id) is job:
-            del self.jobs[job_id]
-        if found.state == "failed" and _is_entry_of(job, found):
-            job.receive(Event(job_id, "failed", JobFailed(summary(found.trace))))
-        elif found.state == "succeeded" and _is_entry_of(job, found):
-            self._lose(job, job_id, "it succeeded, but no event told its result, and results are not stored")
-        else:
-            self._lose(job, job_id, "it is gone, and no event told of its end")
 
     # --- results -----------------------------------------------------------------------------------------------------
 
     async def end_of(self, job: Job) -> Event:
-        """Waits for the last event of a job; asks every `LOOK_EVERY_S` whether it has ended without one."""
+        """Waits for a job's last event; asks every `LOOK_EVERY_S` whether the job has ended without one."""
         if job.last_event is not None:
             return job.last_event
         if job.ended is None:
             job.ended = asyncio.get_running_loop().create_future()
         self._awaited[job] = self._awaited.get(job, 0) + 1
         if not self._stopped and (self._looking is None or self._looking.done()):
-            self._looking = supervised(self._look_regularly, "results", self._host._report)
+            self._looking = supervised(self._look_regularly, "results", self._host.report)
         try:
             return await asyncio.shield(job.ended)
         finally:
@@ -262,21 +239,36 @@ class Tracker:
         while self._awaited:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], self.look_up)
+                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], self._store.look_up)
             except BeeQueueError as error:
-                self._host._report(error)
+                self._host.report(error)
                 continue
             for job, job_id, found in ended:
-                # on two sockets the answer may have overtaken the event: that has until the next look
+                # on two sockets the answer may have overtaken the event, which has until the next look
                 if self._ordered or job in suspects:
-                    self._settle(job, job_id, found)
+                    self._end_as_found(job, job_id, found)
             suspects = {job for job, _, _ in ended}
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    def _look_up_large(self, job: Job, job_id: str) -> None:
+        """Asks Redis about a job whose end came in a message that is too large to decode."""
+        self._too_large[job] = job_id
+        if not self._stopped and (self._looking_at_large is None or self._looking_at_large.done()):
+            self._looking_at_large = supervised(self._look_at_large, "large results", self._host.report)
+
+    async def _look_at_large(self) -> None:
+        while self._too_large:
+            asked, self._too_large = [*self._too_large.items()], {}
+            try:
+                for ended in await self._ended_unseen(asked, self._store.look_up):
+                    self._end_as_found(*ended)
+            except BeeQueueError as error:
+                self._host.report(error)
+
+    # --- closing -----------------------------------------------------------------------------------------------------
 
     async def stop_looking(self) -> None:
-        """From now on only events settle a job."""
-        self._unread.close()
+        """Stops asking Redis: from now on only events end a job."""
+        self._guard.complaints.close()
         self._stopped, self._must_sweep = True, False
         for looking in (self._looking, self._looking_at_large, self._sweeping):
             if looking is not None:
@@ -289,50 +281,7 @@ class Tracker:
             if job.last_event is None:
                 job.end(Event(job.id or "", "closed", QueueClosed()))
 
-    def _lose(self, job: Job, job_id: str, reason: str) -> None:
-        self.unknown_outcomes += 1
-        job.receive(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id}: {reason}")))
-
-
-class Complaints:
-    """Errors about messages, which a stranger can cause by the million: some are reported, the others counted."""
-
-    def __init__(self, report: Callable[[Exception], None]) -> None:
-        self._report = report
-        self._reported = 0
-        self._counted = 0
-        self._period: asyncio.TimerHandle | None = None
-
-    def add(self, error: Exception) -> None:
-        """Reports an error, if not too many have been within the last `REPORT_EVERY_S`."""
-        if self._period is None:
-            self._period = asyncio.get_running_loop().call_later(REPORT_EVERY_S, self._end_period)
-            self._reported = 0
-        if self._reported < REPORTS_AT_ONCE:
-            self._reported += 1
-            self._report(error)
-        else:
-            self._counted += 1
-
-    def _end_period(self) -> None:
-        self._period = None
-        if self._counted:
-            counted, self._counted = self._counted, 0
-            within = f"within {REPORT_EVERY_S:g} s could not be read, and are not reported one by one"
-            self.add(UnreadableData(f"{counted:,} more messages on the events channel {within}"))
-
-    def close(self) -> None:
-        """From now on nothing that was counted is told."""
-        if self._period is not None:
-            self._period.cancel()
-
 
 def _is_entry_of(job: Job, found: Found) -> bool:
-    """Whether what was found is this job, and not another one that has been given its id since."""
+    """Whether the entry found under a job's id is the job's own."""
     return is_same_job(stamp_of(job.created_at), found.timestamp)
-
-
-def summary(trace: str) -> str:
-    """The line of a stack trace that has the message: Python's last, Node's first."""
-    lines = trace.strip().splitlines() or [""]
-    return lines[-1 if lines[0].startswith("Traceback ") else 0]

@@ -92,7 +92,7 @@ class DelayedActivator:
         self._debounce_ms = debounce_ms
         self._wanted = asyncio.Event()
         self._timer = EagerTimer(near_term_window_ms, self._wanted.set)
-        self._task = supervised(self._activate_when_wanted, "delayed jobs", host._report)
+        self._task = supervised(self._activate_when_wanted, "delayed jobs", host.report)
 
     def look_at(self, when: float | None) -> None:
         """A job is due at `when` (epoch ms): looks then, at the latest."""
@@ -115,7 +115,7 @@ class DelayedActivator:
             try:
                 raised, look_again = await self._store.raise_delayed(now_ms(), self._debounce_ms)
             except BeeQueueError as error:
-                self._host._report(error)
+                self._host.report(error)
                 if isinstance(error, QueueClosed):
                     return
                 self._timer.schedule(now_ms() + RETRY_S * 1000)
@@ -163,10 +163,10 @@ class StallChecker:
         job, limit = None, self._settings.max_stalls
         error = JobStalled(f"job {taken.id} stalled more than {limit} time{'' if limit == 1 else 's'}")
         try:
-            job = Job.decode(self._host, taken.id, taken.entry)
+            job = Job.decode(self._host.queue, taken.id, taken.entry)
             settlement = fail(job, error, None, now_ms(), self._settings)
         except UnreadableData as unreadable:
-            self._host._report(unreadable)
+            self._host.report(unreadable)
             settlement = Settlement("failed", taken.entry, b"")
         except TypeError:  # nested so deep that it could be read, but not be written
             settlement = fail_as_stored(taken.id, taken.entry, error, self._settings)
@@ -189,7 +189,7 @@ class StallChecker:
             return
         if self._task is not None:
             self._task.cancel()
-        self._task = supervised(partial(self._check_repeatedly, interval_ms), "stall check", self._host._report)
+        self._task = supervised(partial(self._check_repeatedly, interval_ms), "stall check", self._host.report)
 
     @property
     def repeats(self) -> bool:
@@ -209,6 +209,6 @@ class StallChecker:
             try:
                 await self.check()
             except BeeQueueError as error:
-                self._host._report(error)
+                self._host.report(error)
                 if isinstance(error, QueueClosed):
                     return

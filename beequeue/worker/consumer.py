@@ -58,7 +58,7 @@ class Consumer:
         self._handler = handler
         self._held: dict[Attempt, None] = {}
         self._beating: asyncio.Task[None] | None = None
-        self._heartbeat = Heartbeat(store, host.name, handler, self._reported, host.settings.stall_interval, host._report)
+        self._heartbeat = Heartbeat(store, host.name, handler, self._reported, host.settings.stall_interval, host.report)
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._exchange: Exchange[Attempt] = Exchange(
@@ -68,7 +68,7 @@ class Consumer:
 
     def start(self) -> None:
         """Begins to take jobs."""
-        self._beating = supervised(self._beat, "heartbeat", self._host._report)
+        self._beating = supervised(self._beat, "heartbeat", self._host.report)
         self._heartbeat.start()
         self._exchange.pump_soon()
 
@@ -91,9 +91,9 @@ class Consumer:
                 continue  # to be handed back
             attempt.under_way = True
             try:
-                attempt.job = Job.decode(self._host, attempt.id, attempt.entry)
+                attempt.job = Job.decode(self._host.queue, attempt.id, attempt.entry)
             except UnreadableData as unreadable:
-                self._host._report(unreadable)
+                self._host.report(unreadable)
                 self._settle(attempt, Settlement("failed", attempt.entry, b""))
                 continue
             self.running += 1
@@ -142,7 +142,7 @@ class Consumer:
         except Exception as fault:  # ours; without a heartbeat the stall check brings the job back
             del self._held[attempt]
             self._exchange.release(attempt.slots)
-            self._host._report(fault)
+            self._host.report(fault)
 
     def _all_is_cancelled(self) -> bool:
         """Whether somebody ends the whole program, as `asyncio.run` does with what an interrupted one has left."""
@@ -180,16 +180,16 @@ class Consumer:
             except TypeError as unserialisable:
                 attempt.error = unserialisable
         try:
-            delay = retry_delay(job, self._host.backoff_strategies)
+            delay = retry_delay(job, job.queue.backoff_strategies)
         except BaseException as raised:
             name = type(raised).__name__
-            self._host._report(raised if isinstance(raised, Exception) else BeeQueueError(f"a backoff strategy raised {name}"))
+            self._host.report(raised if isinstance(raised, Exception) else BeeQueueError(f"a backoff strategy raised {name}"))
             delay = None
         try:
             return fail(job, attempt.error, delay, now_ms(), self._settings)
         except Exception:
             # the handler left something in the job that JSON cannot carry, or spoilt it: it fails for good, as it was stored
-            as_stored = Job.decode(self._host, attempt.id, attempt.entry)
+            as_stored = Job.decode(self._host.queue, attempt.id, attempt.entry)
             job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
         try:
             return fail(job, attempt.error, None, now_ms(), self._settings)
@@ -215,7 +215,7 @@ class Consumer:
             status = attempt.settlement.status
             failure = OutcomeNotRecorded(f"unable to update the status of {status} job {attempt.id}")
             failure.__cause__ = outcome
-            self._host._report(failure)
+            self._host.report(failure)
         elif attempt.finish is not None and attempt.finish.repeated:
             # the reply that was lost may have been this settlement's own
             if attempt.job is not None:
@@ -223,7 +223,7 @@ class Consumer:
             self._announce(attempt)
         else:
             self.late_finishes += 1
-            self._host._report(LateFinish(f"job {attempt.id} had been settled, removed or handed on before its handler ended"))
+            self._host.report(LateFinish(f"job {attempt.id} had been settled, removed or handed on before its handler ended"))
 
     def _announce(self, attempt: Attempt) -> None:
         job, error = attempt.job, attempt.error
@@ -252,7 +252,7 @@ class Consumer:
             answers = await asyncio.gather(*reports, return_exceptions=True)
             refused = next((answer for answer in answers if isinstance(answer, BaseException)), None)
             if isinstance(refused, BeeQueueError):
-                self._host._report(refused)
+                self._host.report(refused)
             elif refused is not None:
                 raise refused
 
@@ -321,7 +321,7 @@ class Consumer:
         )
         failure.__cause__ = QueueClosed()
         try:
-            self._loop.call_soon_threadsafe(self._host._report, failure)
+            self._loop.call_soon_threadsafe(self._host.report, failure)
         except RuntimeError:  # the loop is closed too
             log.error("%s", failure)
 
@@ -359,4 +359,4 @@ class Consumer:
                 await self._store.hand_back(held)
         except (BeeQueueError, TimeoutError) as error:
             why = str(error) or "Redis does not answer"
-            self._host._report(OutcomeNotRecorded(f"jobs {', '.join(held)} are left to the stall check: {why}"))
+            self._host.report(OutcomeNotRecorded(f"jobs {', '.join(held)} are left to the stall check: {why}"))

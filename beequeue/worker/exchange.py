@@ -179,7 +179,7 @@ class Exchange(Generic[AnySettling]):
             self._refused_in_a_row = 0
         if isinstance(reply, BeeQueueError):
             if isinstance(answer, bytes):
-                self._host._report(reply)
+                self._host.report(reply)
                 self._read(answer, 0)
         else:
             taken, missing = self._store.taken_behind(answer if isinstance(answer, bytes) else None, reply)
@@ -197,7 +197,7 @@ class Exchange(Generic[AnySettling]):
     def _was_read(self, job_id: bytes, reply: Any) -> None:
         self._reading.remove(job_id)
         if isinstance(reply, BeeQueueError):
-            self._host._report(reply)
+            self._host.report(reply)
             self._stop_if_cut_off(reply)
         else:
             self._fill(self._store.taken_from(reply))
@@ -212,7 +212,7 @@ class Exchange(Generic[AnySettling]):
         taken: list[Taken] = []
         if not refused and len(reply) > len(attempts):
             if (refusal := self._store.refusal_in(reply, len(attempts))) is not None:
-                self._host._report(refusal)
+                self._host.report(refusal)
                 reply.pop()
             taken = self._store.taken_from(reply, len(attempts))
         held = self._hold(taken) if taken else []  # before any listener may block the loop
@@ -242,7 +242,7 @@ class Exchange(Generic[AnySettling]):
         code = error.code if isinstance(error, CommandError) else ""
         if self.closing or code == "UNBLOCKED" or UNFIT.match(str(error)):  # the next take waits for another connection
             return
-        self._host._report(error)
+        self._host.report(error)
         self._refused_in_a_row += 1
         first = self._host.settings.initial_redis_failure_retry_delay
         delay = min(first * 2 ** (self._refused_in_a_row - 1), LONGEST_REFUSAL_DELAY_MS)

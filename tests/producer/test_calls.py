@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import ConnectionLost, Job, OperationTimedOut, Queue, QueueClosed
-from beequeue.producer.saver import AT_ONCE
+from beequeue.producer.saver import JOBS_IN_FLIGHT
 from harness.server import Server
 from tests.conftest import MakeQueue, until
 from tests.observe import Spoken, soon
@@ -27,7 +27,7 @@ def closes(queue: Queue) -> bool:
 
 
 async def save_all(queue: Queue) -> Any:
-    return await queue.save_all([queue.create_job(number) for number in range(AT_ONCE + 2)])
+    return await queue.save_all([queue.create_job(number) for number in range(JOBS_IN_FLIGHT + 2)])
 
 
 CALLS: dict[str, Callable[[Queue, Job], Awaitable[Any]]] = {

@@ -15,7 +15,7 @@ import pytest
 from beequeue import BeeQueueError, CommandError, ConnectionLost, Job, JobFailed, OperationTimedOut, OutcomeUnknown, QueueClosed
 from beequeue.job import now_ms
 from beequeue.producer import saver as saving_module
-from beequeue.producer.saver import IN_A_CALL
+from beequeue.producer.saver import JOBS_A_CALL
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Spoken, assert_says, keys, nested
 from tests.relay import Line, Relay
@@ -495,9 +495,9 @@ async def test_two_saves_at_once(make_queue: MakeQueue, redis: Any, ordered: boo
 async def test_a_save_beside_save_all(make_queue: MakeQueue, redis: Any, delayed: bool) -> None:
     """each job is stored once, also the first one of a call that has not left yet"""
     queue = await make_queue(is_worker=False).ready()
-    jobs = [queue.create_job(number) for number in range(3 * IN_A_CALL)]
+    jobs = [queue.create_job(number) for number in range(3 * JOBS_A_CALL)]
     if delayed:
-        jobs[IN_A_CALL].delay_until(now_ms() + 60_000)
+        jobs[JOBS_A_CALL].delay_until(now_ms() + 60_000)
 
     async def save(job: Job) -> bool:
         with contextlib.suppress(BeeQueueError):
@@ -605,8 +605,8 @@ async def test_save_all_needs_one_round_trip(make_queue: MakeQueue, url: str, re
 
 async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """by number and by size: Redis serves nobody else while a script runs; a job that is large has a call to itself"""
-    monkeypatch.setattr(saving_module, "IN_A_CALL", 3)
-    monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2_000)
+    monkeypatch.setattr(saving_module, "JOBS_A_CALL", 3)
+    monkeypatch.setattr(saving_module, "BYTES_A_CALL", 2_000)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)
@@ -628,7 +628,7 @@ async def test_the_size_of_a_call_is_exact(make_queue: MakeQueue, url: str, monk
             job.options["timestamp"] = 1
             return job
 
-        monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2 * len(create("x").encode()))
+        monkeypatch.setattr(saving_module, "BYTES_A_CALL", 2 * len(create("x").encode()))
         spoken = Spoken(relay)
         now, later = "xx", create("x").delay_until(now_ms() + 60_000)
         jobs = [create(text) for text in (*now, *now)]
@@ -649,7 +649,7 @@ async def test_a_job_saved_meanwhile_does_not_count_for_a_call(
         jobs = [queue.create_job("x") for _ in range(5)]
         for job in jobs:
             job.options["timestamp"] = 1
-        monkeypatch.setattr(saving_module, "BYTES_IN_A_CALL", 2 * len(jobs[0].encode()))
+        monkeypatch.setattr(saving_module, "BYTES_A_CALL", 2 * len(jobs[0].encode()))
         spoken = Spoken(relay)
         together, alone = asyncio.ensure_future(queue.save_all(jobs)), asyncio.ensure_future(jobs[2].save())
         assert list(await together) == [jobs[2]]
@@ -663,7 +663,7 @@ async def test_calls_of_save_all_let_others_have_their_turn(
     make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch, delayed: bool, steps: list[int]
 ) -> None:
     """behind each call of several jobs: it leaves while the next one is written"""
-    monkeypatch.setattr(saving_module, "IN_A_CALL", 2)
+    monkeypatch.setattr(saving_module, "JOBS_A_CALL", 2)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         relay.hold("event")
@@ -687,7 +687,7 @@ async def test_save_all_without_time_is_sent(make_queue: MakeQueue, url: str) ->
     async with Relay(url) as relay, make_queue(redis=relay.url, is_worker=False) as queue:
         relay.hold("event")
         job = queue.create_job({})
-        errors = await queue._producer.save_all([job], 0)
+        errors = await queue._saver.save_all([job], 0)
         assert [isinstance(error, ConnectionLost) and error.maybe_applied for error in errors.values()] == [True]
         relay.release("event")
         await until(lambda: job.id == "1")
@@ -695,7 +695,7 @@ async def test_save_all_without_time_is_sent(make_queue: MakeQueue, url: str) ->
 
 async def test_save_all_of_many(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """more than go out at once, in order"""
-    monkeypatch.setattr(saving_module, "AT_ONCE", 7)
+    monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 7)
     queue = make_queue(is_worker=False)
     jobs = [queue.create_job(number) for number in range(30)]
     assert await queue.save_all(iter(jobs)) == {}
@@ -734,7 +734,7 @@ async def test_a_connection_lost_under_save_all(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
     """S-16, S-13: each job without an answer has an error of its own; what came before and after is saved"""
-    monkeypatch.setattr(saving_module, "AT_ONCE", 3)
+    monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 3)
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, is_worker=False, ordered_events=ordered, reconnect=lambda attempt: 10)
         await queue.ready()
@@ -776,7 +776,7 @@ async def test_save_all_on_a_closed_queue(make_queue: MakeQueue, redis: Any) -> 
 
 async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """S-16, S-13: once something is sent it never raises; what was not sent has the queue's closing as its error"""
-    monkeypatch.setattr(saving_module, "AT_ONCE", 3)
+    monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 3)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)

@@ -79,7 +79,7 @@ async def test_jobs_that_end_on_a_worker_without_events_are_let_go(make_queue: M
 @pytest.mark.usefixtures("sweep_often")
 async def test_a_job_that_ended_behind_many_that_wait_is_let_go(make_queue: MakeQueue) -> None:
     queue = make_queue(is_worker=False)
-    waiting = [queue.create_job(number).delay_until(FAR) for number in range(2 * tracker.LOOK_UP_AT_ONCE)]
+    waiting = [queue.create_job(number).delay_until(FAR) for number in range(2 * tracker.JOBS_A_LOOK_UP)]
     assert await queue.save_all(waiting) == {}
     await queue.create_job(0).save()
     make_queue(send_events=False).process(echo)
@@ -226,9 +226,9 @@ def assert_reported(make_queue: MakeQueue, task: str) -> None:
 
 
 @pytest.mark.usefixtures("sweep_often", "hurried")
-async def test_a_sweep_that_fails_begins_anew(make_queue: MakeQueue) -> None:
+async def test_a_sweep_that_fails_begins_anew(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = make_queue(is_worker=False)
-    queue._tracker.which_ended = Fails(queue._tracker.which_ended)
+    monkeypatch.setattr(queue._store, "ended", Fails(queue._store.ended))
     await queue.create_job("x").save()
     make_queue(send_events=False).process(echo)
     await until(lambda: not queue.jobs)
@@ -242,7 +242,7 @@ async def test_a_look_for_results_that_fails_begins_anew(
 ) -> None:
     monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.02)
     queue = make_queue(is_worker=False, ordered_events=ordered)
-    queue._tracker.look_up = Fails(queue._tracker.look_up)
+    monkeypatch.setattr(queue._store, "look_up", Fails(queue._store.look_up))
     job = await queue.create_job("x").save()
     make_queue(send_events=False).process(echo)
     with pytest.raises(beequeue.OutcomeUnknown):
@@ -252,10 +252,12 @@ async def test_a_look_for_results_that_fails_begins_anew(
 
 @both_orderings
 @pytest.mark.usefixtures("hurried")
-async def test_a_look_for_large_results_that_fails_begins_anew(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
+async def test_a_look_for_large_results_that_fails_begins_anew(
+    make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
     """the next message that is too large is looked at"""
     queue = await make_queue(is_worker=False, ordered_events=ordered, max_event_bytes=1_000).ready()
-    queue._tracker.look_up = Fails(queue._tracker.look_up)
+    monkeypatch.setattr(queue._store, "look_up", Fails(queue._store.look_up))
     job = await queue.create_job("x").save()
     await redis.lrem(queue.to_key("waiting"), 0, "1")
     await redis.sadd(queue.to_key("succeeded"), "1")

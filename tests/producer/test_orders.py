@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from beequeue.events import encode_event
 from beequeue.job import Job
 from beequeue.producer.tracker import Tracker
+from beequeue.settings import QueueSettings
 
 NEXT_READ = "next read"
 FOREIGN = "foreign"
@@ -88,22 +89,24 @@ def on_two_sockets(draw: st.DrawFn) -> Plan:
 
 
 class Host:
-    """A queue that only listens."""
+    """The inside of a queue that only listens, and the queue itself."""
 
     backoff_strategies: dict[str, Any] = {}  # noqa: RUF012
+    _saver: Any = None
     _producer: Any = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, ordered: bool) -> None:
+        self.settings = QueueSettings(ordered_events=ordered)
         self.heard: list[str] = []
 
     def emit(self, event: str, *args: Any) -> bool:
         self.heard.append(event)
         return True
 
-    def _listens_to(self, event: str) -> bool:
+    def listens_to(self, event: str) -> bool:
         return True
 
-    def _report(self, error: Exception) -> None:
+    def report(self, error: Exception) -> None:
         raise error
 
     def _listener_failed(self, event: str, error: BaseException) -> None:
@@ -115,8 +118,8 @@ class Host:
 
 async def read(plan: Plan, *, ordered: bool) -> tuple[dict[str, list[str]], set[str]]:
     """Lets a tracker read a plan; returns what each job heard, and the ids that stay bound."""
-    host = Host()
-    tracker = Tracker(cast(Any, host), ordered=ordered)
+    host = Host(ordered=ordered)
+    tracker = Tracker(cast(Any, host), cast(Any, None))
     jobs = {item.job_id: Job(host, job_id=item.job_id) for item in plan if isinstance(item, Item) and item.job_id != FOREIGN}
     heard: dict[str, list[str]] = {job_id: [] for job_id in jobs}
     for job_id, job in jobs.items():
@@ -175,8 +178,8 @@ def test_without_its_other_half_one_socket_loses_too(binding: str) -> None:
     plan: Plan = [Item("0", REPLY), Item("0", "succeeded"), NEXT_READ]
 
     async def read_and_bind_late() -> tuple[list[str], set[str]]:
-        host, heard = Host(), []
-        tracker = Tracker(cast(Any, host), ordered=True)
+        host, heard = Host(ordered=True), []
+        tracker = Tracker(cast(Any, host), cast(Any, None))
         job = Job(host, job_id="0")
         job.on("succeeded", lambda data: heard.append("succeeded"))
         if binding == "late":

@@ -186,8 +186,8 @@ async def test_a_set_up_that_fails_is_reported_and_tried_again(
     """what nobody expects ends no keeper, and leaves no connection open"""
     monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     queue = make_queue(is_worker=False, auto_connect=False, reconnect=soon)
-    assert queue._subscription is not None
-    set_up, failures = queue._subscription._set_up, [RuntimeError("nobody expects this")]
+    assert queue._connections.events is not None
+    set_up, failures = queue._connections.events._set_up, [RuntimeError("nobody expects this")]
     assert set_up is not None
 
     async def failing(link: Any) -> None:
@@ -197,10 +197,10 @@ async def test_a_set_up_that_fails_is_reported_and_tried_again(
 
     if at == "later":
         await queue.connect()
-    queue._subscription._set_up = failing
+    queue._connections.events._set_up = failing
     if at == "later":
-        assert queue._subscription.link is not None
-        queue._subscription.link.drop("by the test")
+        assert queue._connections.events.link is not None
+        queue._connections.events.link.drop("by the test")
         await until(lambda: queue.reconnects == 1)
         make_queue.claim(ConnectionLost)
     await queue.connect()
@@ -353,7 +353,7 @@ async def test_closing_while_a_server_is_left(own_server: Server, own_redis: Any
     await until(lambda: own_redis.info("clients"))
     await demote(own_redis)
     saving = asyncio.create_task(queue.create_job({}).save())
-    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     await queue.close()
     with pytest.raises(QueueClosed):
         await saving
@@ -371,7 +371,7 @@ async def test_a_refused_save_that_is_cancelled_is_not_made(own_server: Server, 
     await demote(own_redis)
     job = queue.create_job({})
     saving = asyncio.create_task(job.save())
-    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     saving.cancel()
     await asyncio.wait((saving,))
     await own_redis.execute_command("REPLICAOF", "NO", "ONE")
@@ -385,7 +385,7 @@ async def test_a_bulk_save_that_is_cancelled_is_not_made(own_server: Server, mak
     """while Redis is down; its jobs may be saved later"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
     own_server.stop()
-    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     jobs = [queue.create_job(number) for number in range(2)]
     saving = asyncio.create_task(queue.save_all(jobs))
     await until(lambda: all(job.saving for job in jobs))
@@ -418,7 +418,7 @@ async def test_a_refused_save_is_taken_back_while_others_wait_for_an_answer(
 
         relay.distort = distort
         cancelled, other = (asyncio.create_task(queue.create_job(number).save()) for number in (1, 2))
-        await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+        await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
         cancelled.cancel()
         await asyncio.wait((cancelled,))
         await own_redis.execute_command("REPLICAOF", "NO", "ONE")
@@ -460,7 +460,7 @@ async def test_a_busy_redis_is_waited_for(own_server: Server, own_redis: Any, ma
     await own_redis.config_set("lua-time-limit", 1)
     busy = asyncio.create_task(own_redis.eval("while true do end", 0))
     saves = [asyncio.create_task(queue.create_job(number).save()) for number in range(200)]
-    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     fetching = asyncio.create_task(queue.get_job("200"))
     killer: Any = Redis.from_url(own_server.url)
     async with killer:

@@ -279,7 +279,7 @@ async def test_too_many_waiting_commands_fail_at_once(own_server: Server) -> Non
     queue = await Queue("q", own_server.url, is_worker=False).ready()
     queue.on("error", lambda error: None)
     own_server.stop()
-    await until(lambda: queue._subscription is not None and queue._subscription.link is None)
+    await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     saves = [asyncio.create_task(queue.create_job({}).save()) for _ in range(MOST_WAITING + 1)]
     with pytest.raises(ConnectionLost, match=f"{MOST_WAITING} commands wait already") as caught:
         await saves[-1]

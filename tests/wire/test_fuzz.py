@@ -373,7 +373,7 @@ def test_json_that_was_written_is_read_as_it_was(value: Any) -> None:
 @given(st.binary(max_size=60) | half_json)
 @settings(deadline=None)
 def test_any_text_on_the_second_channel_is_a_time_or_none(payload: bytes) -> None:
-    """`Queue._message` raises nothing, and hands on a number or None"""
+    """`Queue._receive` raises nothing, and hands on a number or None"""
     queue = Queue("q", auto_connect=False)
     looked: list[float | None] = []
 
@@ -381,6 +381,6 @@ def test_any_text_on_the_second_channel_is_a_time_or_none(payload: bytes) -> Non
         look_at = staticmethod(looked.append)
 
     queue._activator = Activator()  # type: ignore[assignment]
-    queue._message(queue._store.earlier_channel, payload)
+    queue._receive(queue._store.earlier_channel, payload)
     assert len(looked) == 1
     assert looked[0] is None or isinstance(looked[0], float)

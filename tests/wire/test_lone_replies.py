@@ -36,9 +36,9 @@ async def place(kind: str, url: str, request: pytest.FixtureRequest) -> AsyncIte
 
 def low_water(queue: Queue) -> int:
     """From how many bytes on the kernel tells of a reply to the worker's take."""
-    assert queue._takes is not None
-    assert queue._takes.link is not None
-    own = queue._takes.link._transport.get_extra_info("socket")
+    assert queue._connections.takes is not None
+    assert queue._connections.takes.link is not None
+    own = queue._connections.takes.link._transport.get_extra_info("socket")
     with socket.socket(fileno=socket.dup(own.fileno())) as same:
         return same.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
 
@@ -108,8 +108,8 @@ async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monk
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         queue.process(echo, concurrency=2)
         await saved(queue, "first")
-        assert queue._takes is not None
-        link, before = queue._takes.link, len(reads)
+        assert queue._connections.takes is not None
+        link, before = queue._connections.takes.link, len(reads)
         for number in range(50):
             await saved(queue, number)
         assert len([each for each in reads[before:] if each is link]) == 50

@@ -337,8 +337,8 @@ async def test_a_refusal_that_no_call_raises_is_reported(make_queue: MakeQueue, 
         queue = make_queue(redis=server.url)
         if process:
             queue.process(echo)
-        assert queue._opening is not None
-        await asyncio.wait((queue._opening,))
+        assert queue._host.opening is not None
+        await asyncio.wait((queue._host.opening,))
         with pytest.raises(ConnectionRefused):
             await queue.close()
         make_queue.queues.remove(queue)

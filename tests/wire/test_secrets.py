@@ -244,7 +244,9 @@ def test_what_is_shown_of_a_setting(setting: Any) -> None:
     queue = Queue("q", setting, auto_connect=False)
     address = Address(setting)
     assert_kept(queue, queue.client, queue.client.connection, queue.client.address, queue.settings, address)
-    assert_kept(queue.create_job(), queue._store, queue._takes, queue._subscription, f"{address}", f"{address!r:>99}")
+    assert_kept(
+        queue.create_job(), queue._store, queue._connections.takes, queue._connections.events, f"{address}", f"{address!r:>99}"
+    )
 
 
 WRONG = [

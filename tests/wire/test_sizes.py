@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 
 from beequeue import Job, OutcomeUnknown, UnreadableData
 from beequeue.events import encode_event
-from beequeue.producer import tracker
+from beequeue.producer import guard, tracker
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen, skip, until
@@ -343,12 +343,12 @@ async def test_messages_that_cannot_be_read_are_counted(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """each of the first 20 is reported; of those behind them, how many there were"""
-    monkeypatch.setattr(tracker, "REPORT_EVERY_S", 0.3)
+    monkeypatch.setattr(guard, "PERIOD_S", 0.3)
     queue = await make_queue(is_worker=False).ready()
     for number in range(100):
         await redis.publish(queue.to_key("events"), f"[{number}")
     await until(lambda: len(make_queue.errors) == 21)
-    await until(lambda: queue._tracker._unread._period is None)
+    await until(lambda: queue._tracker._guard.complaints._period is None)
     await redis.publish(queue.to_key("events"), "[again")
     await until(lambda: len(make_queue.errors) == 22)
     *each, count, again = [str(error) for error in make_queue.claim(UnreadableData)]

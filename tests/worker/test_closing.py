@@ -789,7 +789,7 @@ def watch_closing(
     """The roles of the queue's connections, as each is closed; one with an error raises it, and all wait for the gate."""
     closed: list[str] = []
     close = Connection.close
-    ours = (queue.client.connection, queue._takes, queue._subscription)
+    ours = (queue.client.connection, queue._connections.takes, queue._connections.events)
 
     async def watched(self: Connection) -> None:
         await close(self)

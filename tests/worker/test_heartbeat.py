@@ -435,7 +435,7 @@ def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch:
             queue.process(lambda job: None)
             await until(lambda: queue._consumer)
             assert queue._consumer is not None
-            heartbeat = Heartbeat(queue._store, name, echo, list, 400, queue._report)
+            heartbeat = Heartbeat(queue._store, name, echo, list, 400, queue._host.report)
             now = time.monotonic()
             monkeypatch.setattr(time, "monotonic", lambda: now)
             heartbeat._sign_at = now - 1

@@ -17,6 +17,7 @@ from beequeue.worker.outcome import fail, fail_as_stored, message_of, retry_dela
 class NoQueue:
     """A job's owner that can do nothing."""
 
+    _saver: Any = None
     _producer: Any = None
 
     def __init__(self) -> None:

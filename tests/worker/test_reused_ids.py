@@ -94,7 +94,13 @@ async def test_a_settlement_that_waits_for_redis_is_withheld(
         await stage.started.reaches(1)
         relay.lead_to("unix:///nowhere/redis.sock")
         own_server.stop()
-        await until(lambda: worker.client.connection.link is None and worker._takes is not None and worker._takes.link is None)
+        await until(
+            lambda: (
+                worker.client.connection.link is None
+                and worker._connections.takes is not None
+                and worker._connections.takes.link is None
+            )
+        )
         stage.gates["old"].set()
         await until(lambda: worker.client.connection._waiting)
         own_server.start()
@@ -127,7 +133,13 @@ async def test_one_of_those_that_are_settled_together_is_withheld(make_queue: Ma
         relay.lead_to("unix:///nowhere/redis.sock")
         for line in relay.lines:
             line.cut()
-        await until(lambda: worker.client.connection.link is None and worker._takes is not None and worker._takes.link is None)
+        await until(
+            lambda: (
+                worker.client.connection.link is None
+                and worker._connections.takes is not None
+                and worker._connections.takes.link is None
+            )
+        )
         for job in jobs:
             stage.gates[job.data].set()
         await until(lambda: len(worker.client.connection._waiting) == 1)
@@ -245,8 +257,8 @@ async def test_what_is_still_there_is_settled(own_server: Server, make_queue: Ma
                 await redis.rename(producer.to_key("jobs"), "away")
                 await redis.set(producer.to_key("jobs"), "no hash")
             before = worker.reconnects
-            assert worker._takes is not None
-            for connection in (worker._takes, worker.client.connection):
+            assert worker._connections.takes is not None
+            for connection in (worker._connections.takes, worker.client.connection):
                 assert connection.link is not None
                 connection.link.drop("by the test")
             await until(lambda before=before: worker.reconnects == before + 2)  # type: ignore[misc]
