@@ -1,4 +1,4 @@
-"""A queue checked for damage, and repaired."""
+"""Checks a queue for damage, and repairs it."""
 
 from beequeue.fsck.findings import Finding, Report, check, counts, repair
 

@@ -1,8 +1,8 @@
-"""What `fsck` says to Redis: a queue read key by key, and one script for each kind of damage.
+"""The commands that `fsck` sends to Redis: pages of each key, and a script for each kind of finding except `unreadable`.
 
-The keys, and what they hold, are told in `store.py`. Reading goes page by page, so that a long queue does not hold Redis up;
-the pages are not of one moment. Each script looks once more at the ids that it is given, all at one moment, and repairs what it
-finds wrong in that same step, if it is asked to. It walks the two lists once for all its ids.
+`store/store.py` describes the keys. A key is read page by page, so that a long queue does not block Redis; the pages come from
+different moments. Each script looks again at the ids that it is given, all at one moment, and on request repairs the damaged
+ones in the same atomic step. It walks each of the two lists once for all its ids.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from beequeue.store.store import KEYS
 from beequeue.wire.connection import Connection
 
 SCRIPTS = scripts_beside(__file__)
-"""One for each kind of damage."""
+"""By kind of finding, with an underscore in place of the hyphen."""
 
 PAGE = 1_000
-"""How many ids or entries one read asks for; a scan may return some more."""
+"""How many ids or entries one read asks for; a scan may return a few more."""
 TYPES = {
     "jobs": "hash",
     "succeeded": "set",
@@ -34,20 +34,21 @@ TYPES = {
 _SCANS = {"set": b"SSCAN", "sorted set": b"ZSCAN", "hash": b"HSCAN"}
 
 
-class Verdict(NamedTuple):
-    """What a script says of one id. Both are empty when it is well."""
+class Damage(NamedTuple):
+    """The damage to one id, and its repair."""
 
-    where: str
-    """The places where it stands, with spaces between; empty also for one that stands nowhere."""
-    remedy: str
-    """The places that it is taken out of, or the one that it comes to."""
+    where: tuple[str, ...]
+    """The keys that hold the id, a list once for each copy; empty for an orphan."""
+    remedy: tuple[str, ...]
+    """The keys that the repair removes it from, or the one that holds it after the repair."""
 
 
 class FsckStore:
-    """One queue's data in Redis, as a whole. Nothing is repeated when the connection is lost: a scan does not outlive it.
+    """All of one queue's data in Redis. No command is repeated when the connection is lost: a scan does not survive that.
 
-    Every method raises `RedisFailure`, `QueueClosed`; those that read one key, `BeeQueueError` when that key
-    has another type than it should.
+    Every method raises `RedisFailure`, `QueueClosed`. Methods that read one key also raise `BeeQueueError` when that key has
+    the wrong type. Methods named after a kind of finding return the damaged ids among `job_ids`; with `repair` they also
+    repair them.
     """
 
     def __init__(self, key_prefix: str, commands: Connection) -> None:
@@ -59,7 +60,7 @@ class FsckStore:
         return self._prefix + suffix
 
     async def load_scripts(self) -> None:
-        """Makes Redis know the scripts (`SCRIPT LOAD`)."""
+        """Loads the scripts into Redis (`SCRIPT LOAD`)."""
         await asyncio.gather(*(self._commands.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))
 
     async def exists(self) -> bool:
@@ -73,13 +74,13 @@ class FsckStore:
         return there == 1
 
     async def entries(self) -> AsyncIterator[tuple[str, bytes]]:
-        """All of `jobs` (`HSCAN`): ids and their entries. One may come twice."""
+        """Yields every id in `jobs` with its entry (`HSCAN`). An id may come twice."""
         async for page in self._scan("jobs"):
             for index in range(0, len(page), 2):
                 yield id_as_text(page[index]), page[index + 1]
 
     async def ids_in(self, kind: str) -> AsyncIterator[str]:
-        """All ids in a list (`LRANGE`), a set (`SSCAN`) or `delayed` (`ZSCAN`). In a list that changes one may come twice."""
+        """Yields every id in a list (`LRANGE`), a set (`SSCAN`) or `delayed` (`ZSCAN`). An id may come twice."""
         step = 2 if kind == "delayed" else 1
         async for page in self._pages(kind) if TYPES[kind] == "list" else self._scan(kind):
             for index in range(0, len(page), step):
@@ -92,7 +93,7 @@ class FsckStore:
             yield page
 
     async def _pages(self, kind: str) -> AsyncIterator[list[bytes]]:
-        # from the left, where ids come in: what is pushed meanwhile shifts ids into later pages, never past the reader
+        # From the left, where ids are pushed: a push in between shifts ids into later pages, never past the reader.
         start = 0
         while page := await self._read(kind, b"LRANGE", start, start + PAGE - 1):
             yield page
@@ -106,35 +107,38 @@ class FsckStore:
                 raise
             raise BeeQueueError(f"the key {self._key(kind)!r} is not a {TYPES[kind]}, as it must be") from None
 
-    async def entries_of(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        """The entries of some ids (`HMGET jobs`)."""
-        entries: list[bytes | None] = await self._commands.call(b"HMGET", self._key("jobs"), *map(id_as_bytes, job_ids))
-        return entries
+    async def entries_of(self, job_ids: Sequence[str]) -> dict[str, bytes]:
+        """The entries of those ids that have one (`HMGET jobs`)."""
+        entries = await self._commands.call(b"HMGET", self._key("jobs"), *map(id_as_bytes, job_ids))
+        return {job_id: entry for job_id, entry in zip(job_ids, entries, strict=True) if entry is not None}
 
-    async def failed_of(self, job_ids: Sequence[str]) -> list[bool]:
-        """Whether each of some ids is in `failed` (`SISMEMBER`)."""
+    async def failed_of(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are in `failed` (`SISMEMBER`)."""
         failed = self._key("failed")
         replies = await asyncio.gather(*(self._commands.call(b"SISMEMBER", failed, id_as_bytes(job_id)) for job_id in job_ids))
-        return [reply == 1 for reply in replies]
+        return {job_id for job_id, is_there in zip(job_ids, replies, strict=True) if is_there}
 
-    async def ghosts(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
-        """Ids without data; takes them out of every list and set."""
-        return await self._run("ghosts", repair, job_ids)
+    async def ghost(self, job_ids: Sequence[str], *, repair: bool) -> dict[str, Damage]:
+        """Ids without an entry; the repair removes them from every list and set."""
+        return await self._run("ghost", repair, job_ids)
 
-    async def orphans(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
-        """Ids with data that stand nowhere; puts them in `waiting`, `delayed`, `succeeded` or `failed`."""
-        return await self._run("orphans", repair, job_ids, now_ms())
+    async def orphan(self, job_ids: Sequence[str], *, repair: bool) -> dict[str, Damage]:
+        """Ids with an entry and in no state; the repair moves them to `waiting`, `delayed`, `succeeded` or `failed`."""
+        return await self._run("orphan", repair, job_ids, now_ms())
 
-    async def doubles(self, job_ids: Sequence[str], *, repair: bool) -> list[Verdict]:
-        """Ids that stand in two states or twice in one list; leaves them in one place."""
-        return await self._run("doubles", repair, job_ids)
+    async def two_states(self, job_ids: Sequence[str], *, repair: bool) -> dict[str, Damage]:
+        """Ids in two states, or twice in one list; the repair leaves one copy."""
+        return await self._run("two_states", repair, job_ids)
 
-    async def silent(self, job_ids: Sequence[str], created_until: int | None, *, repair: bool) -> list[Verdict]:
-        """Ids in `active` that no worker reports, or whose jobs were created until then (epoch ms); moves them to `waiting`."""
-        return await self._run("silent", repair, job_ids, "" if created_until is None else created_until)
+    async def too_old(self, job_ids: Sequence[str], created_until: int | None, *, repair: bool) -> dict[str, Damage]:
+        """Ids in `active` that no worker reports, or of jobs created by `created_until` (epoch ms); the repair moves them to
+        `waiting`.
+        """
+        return await self._run("too_old", repair, job_ids, "" if created_until is None else created_until)
 
-    async def _run(self, script: str, repair: bool, job_ids: Sequence[str], *args: Any) -> list[Verdict]:
+    async def _run(self, script: str, repair: bool, job_ids: Sequence[str], *args: Any) -> dict[str, Damage]:
         mode = b"repair" if repair else b"look"
         command = (*self._heads[script], mode, *args, *map(id_as_bytes, job_ids))
-        reply = [text.decode() for text in await self._commands.call(*command, script=SCRIPTS[script].text)]
-        return [Verdict(*reply[index : index + 2]) for index in range(0, len(reply), 2)]
+        reply = [tuple(words.decode().split()) for words in await self._commands.call(*command, script=SCRIPTS[script].text)]
+        damages = [Damage(*reply[index : index + 2]) for index in range(0, len(reply), 2)]
+        return {job_id: damage for job_id, damage in zip(job_ids, damages, strict=True) if any(damage)}

@@ -1,4 +1,4 @@
--- Finds ids that stand in a list or a set and have no data, and takes them out.
+-- Finds ids that are in a list or a set but have no entry in jobs, and removes them.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] waiting    list: pushed left, taken right
@@ -7,14 +7,14 @@
 -- KEYS[5] succeeded  set of ids
 -- KEYS[6] failed     set of ids
 -- KEYS[7] stalling   set of ids whose worker has not reported since the last stall check
--- ARGV[1]            'look' to change nothing, 'repair' to take them out
+-- ARGV[1]            'look' to change nothing, 'repair' to remove them
 -- ARGV[2..n]         ids to look at
 --
--- Returns a flat list, two strings for each id: where it stands, as words; where it is taken out of, the same. Both are
--- '' for an id that has data, or stands nowhere.
+-- Returns a flat list, two strings for each id: the keys that hold it, separated by spaces, and the keys that it is
+-- removed from, which are the same. Both are '' for an id that has an entry, or is nowhere.
 --
--- Why: one step, or a job that is saved under this id in between would be lost. A list is walked once for all ids; what
--- goes is overwritten by its index and then taken out in one command: LREM for each id would walk the list each time.
+-- Why: finding and removing are one step, or a job saved under this id in between would be lost. Each list is walked once
+-- for all ids: ghosts are overwritten by index, then removed in one command. LREM for each id would walk the list each time.
 
 local GONE = '\0gone\0'
 local wanted, any_wanted = {}, false

@@ -1,4 +1,4 @@
--- Finds jobs that have data and stand in no state, and puts each where its data says that it belongs.
+-- Finds jobs that have an entry but are in no state, and moves each to the state that its entry names.
 --
 -- KEYS[1] jobs            hash: id -> job JSON
 -- KEYS[2] waiting         list: pushed left, taken right
@@ -6,18 +6,18 @@
 -- KEYS[4] delayed         sorted set: id, scored by activation time in epoch ms
 -- KEYS[5] succeeded       set of ids
 -- KEYS[6] failed          set of ids
--- KEYS[7] earlierDelayed  channel: "look again at this time"
--- ARGV[1]                 'look' to change nothing, 'repair' to put them there
+-- KEYS[7] earlierDelayed  channel: epoch ms at which a delayed job is due
+-- ARGV[1]                 'look' to change nothing, 'repair' to move them
 -- ARGV[2]                 now, epoch ms
 -- ARGV[3..n]              ids to look at
 --
--- Returns a flat list, two strings for each id: '' (it stands nowhere); where it belongs, or '' for an id that stands
--- somewhere or has no data.
+-- Returns a flat list, two strings for each id: '', since no key holds it, and the key that it belongs to, which is '' for
+-- an id that is in a state or has no entry.
 --
--- Why: one step, or a job that has just been retried would stand in two states. The lists are walked once for all ids.
--- Where cjson cannot read an entry (half of a surrogate pair), its text is searched. Entries are never written back.
+-- Why: finding and moving are one step, or a job retried in between would be in two states. Each list is walked once for
+-- all ids. The text of an entry that cjson cannot read (half of a surrogate pair) is searched. Entries are never rewritten.
 
-local function belongs_to(data)
+local function home_of(data)
   local readable, job = pcall(cjson.decode, data)
   local status, options
   if not readable then
@@ -35,7 +35,7 @@ local function belongs_to(data)
   return 'waiting'
 end
 
-local function stands_in_a_set(id)
+local function is_in_a_set(id)
   return redis.call('SISMEMBER', KEYS[5], id) == 1 or redis.call('SISMEMBER', KEYS[6], id) == 1
     or redis.call('ZSCORE', KEYS[4], id)
 end
@@ -43,7 +43,7 @@ end
 local entries, any = {}, false
 for index = 3, #ARGV do
   local id = ARGV[index]
-  if not stands_in_a_set(id) then
+  if not is_in_a_set(id) then
     entries[id] = redis.call('HGET', KEYS[1], id) or nil
     any = any or entries[id] ~= nil
   end
@@ -57,7 +57,7 @@ for _, key in ipairs(any and {KEYS[3], KEYS[2]} or {}) do
   end
 end
 
-local function put(id, place, when)
+local function move(id, place, when)
   if place == 'waiting' then
     redis.call('LPUSH', KEYS[2], id)
   elseif place == 'delayed' then
@@ -72,8 +72,8 @@ local reply = {}
 for index = 3, #ARGV do
   local id, place, when = ARGV[index], '', nil
   if entries[id] then
-    place, when = belongs_to(entries[id])
-    if ARGV[1] == 'repair' then put(id, place, when) end
+    place, when = home_of(entries[id])
+    if ARGV[1] == 'repair' then move(id, place, when) end
     entries[id] = nil
   end
   reply[#reply + 1] = ''

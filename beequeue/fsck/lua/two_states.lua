@@ -1,4 +1,4 @@
--- Finds jobs that stand in two states, or twice in one list, and leaves them in one.
+-- Finds jobs that are in two states, or twice in one list, and leaves one copy of each.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] waiting    list: pushed left, taken right
@@ -7,16 +7,17 @@
 -- KEYS[5] succeeded  set of ids
 -- KEYS[6] failed     set of ids
 -- KEYS[7] stalling   set of ids whose worker has not reported since the last stall check
--- ARGV[1]            'look' to change nothing, 'repair' to leave one
+-- ARGV[1]            'look' to change nothing, 'repair' to remove the other copies
 -- ARGV[2..n]         ids to look at
 --
--- Returns a flat list, two strings for each id: where it stands, as words, a list once for each time; the one that stays.
--- Both are '' for an id that has no data, or stands in one place.
+-- Returns a flat list, two strings for each id: the keys that hold it, separated by spaces, a list once for each copy; and
+-- the key whose copy stays. Both are '' for an id that has no entry, or is in one place only.
 --
--- Why: one step, or a job that has moved on meanwhile would be lost. A set in which a job has ended counts only if its
--- data says so too: an id can be used again. Else what is furthest along stays: nobody runs it a second time, and
--- nothing is forgotten. The lists are walked once for all ids; what goes is overwritten by its index, then taken out in
--- one command. Where cjson cannot read an entry (half of a surrogate pair), its text is searched.
+-- Why: finding and removing are one step, or a job that moves on in between would be lost. succeeded and failed count only
+-- if the entry's status says that the job has ended, since an id can be used again. Otherwise the copy that is furthest
+-- along stays, so that no job runs a second time and none is forgotten. Each list is walked once for all ids: surplus
+-- copies are overwritten by index, then removed in one command. The text of an entry that cjson cannot read (half of a
+-- surrogate pair) is searched.
 
 local GONE = '\0gone\0'
 local NAMES = {'waiting', 'active', 'delayed', 'succeeded', 'failed'}
@@ -51,7 +52,7 @@ local function status_of(id)
   return type(job) == 'table' and job.status
 end
 
-local function stays(id, places)
+local function place_to_keep(id, places)
   local status = status_of(id)
   local ended = #places.succeeded + #places.failed > 0
   if ended and (status == 'succeeded' or status == 'failed') then
@@ -65,10 +66,10 @@ local function stays(id, places)
 end
 
 local overwritten = {}
-local function leave_one(id, places, kept)
+local function remove_others(id, places, kept)
   for number = 1, 2 do
     local name, key = NAMES[number], KEYS[number + 1]
-    -- of a list's own the one that was pushed first stays: it is taken next
+    -- The copy that was pushed first stays, since it would be taken first.
     for nth, at in ipairs(places[name]) do
       if kept ~= name or nth < #places[name] then
         redis.call('LSET', key, at, GONE)
@@ -90,8 +91,8 @@ for index = 2, #ARGV do
     for _ = 1, #places[name] do where[#where + 1] = name end
   end
   if #where > 1 then
-    kept = stays(id, places)
-    if ARGV[1] == 'repair' then leave_one(id, places, kept) end
+    kept = place_to_keep(id, places)
+    if ARGV[1] == 'repair' then remove_others(id, places, kept) end
   end
   reply[#reply + 1] = #where > 1 and table.concat(where, ' ') or ''
   reply[#reply + 1] = kept
