@@ -1,4 +1,4 @@
-"""A queue looked over for damage: each kind made by hand, named, left alone, repaired; and no false alarm on a live one."""
+"""`fsck`: each kind of damage, made by hand, is found and repaired; a healthy queue in use raises no false alarm."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 from redis.asyncio import Redis
 
 from beequeue import BeeQueueError, Job, Queue, fsck
+from beequeue.command.check import DID, WOULD
 from beequeue.fsck import findings
 from beequeue.fsck.findings import KINDS, MOST_AT_ONCE, Finding, Report, Snapshot, _read, check, repair, suspects
-from beequeue.fsck.store import FsckStore
+from beequeue.fsck.store import SCRIPTS, FsckStore
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen, echo, until
@@ -31,7 +32,7 @@ def entry(status: str = "created", timestamp: int = 1_700_000_000_000, **options
 
 
 async def put(redis: Any, queue: Queue, places: Iterable[str], job_id: str) -> None:
-    """Makes `job_id` stand there: on the left of a list, where ids come in."""
+    """Adds `job_id` to some keys; in a list on the left, where ids are pushed."""
     for place in places:
         key = queue.to_key(place)
         if place in ("waiting", "active"):
@@ -43,7 +44,7 @@ async def put(redis: Any, queue: Queue, places: Iterable[str], job_id: str) -> N
 
 
 async def stored(redis: Any, queue: Queue) -> dict[str, Any]:
-    """All that Redis holds of the queue, but for expiry."""
+    """Everything that Redis holds of the queue, except expiry times."""
     held: dict[str, Any] = {"jobs": await redis.hgetall(queue.to_key("jobs"))}
     for place in ("waiting", "active"):
         held[place] = await redis.lrange(queue.to_key(place), 0, -1)
@@ -56,7 +57,7 @@ async def stored(redis: Any, queue: Queue) -> dict[str, Any]:
 
 
 async def places_of(redis: Any, queue: Queue, job_id: str) -> list[str]:
-    """Where an id stands; a list once for each time."""
+    """The keys that hold an id; a list once for each copy."""
     found = []
     for place in ("waiting", "active"):
         found += [place] * (await redis.lrange(queue.to_key(place), 0, -1)).count(job_id)
@@ -67,7 +68,7 @@ async def places_of(redis: Any, queue: Queue, job_id: str) -> list[str]:
 
 
 async def repaired(redis: Any, queue: Queue, expected: list[Finding], **options: Any) -> None:
-    """The check names `expected` and changes nothing; the repair does what it said, once; nothing is left."""
+    """The check reports `expected` and changes nothing; one repair mends exactly that, and a second one does nothing."""
     before = await stored(redis, queue)
     report = await check(queue, **options)
     assert sorted(report.findings) == sorted(expected)
@@ -81,7 +82,7 @@ async def repaired(redis: Any, queue: Queue, expected: list[Finding], **options:
 
 @pytest.fixture
 async def redis(url: str) -> Any:
-    """A plain client that can read any id."""
+    """A plain client that can decode any id."""
     from redis.asyncio import Redis
 
     async with Redis.from_url(url, decode_responses=True, encoding_errors="surrogateescape") as client:
@@ -137,17 +138,17 @@ async def test_orphans(queue: Queue, redis: Any, data: str, place: str) -> None:
     await repaired(redis, queue, [Finding("orphan", "orphan", (), (place,))])
     assert await places_of(redis, queue, "orphan") == [place]
     assert await redis.hget(queue.to_key("jobs"), "orphan") == data
-    if place == "waiting":  # on the left: what has waited goes first
+    if place == "waiting":  # on the left: jobs that waited before it go first
         assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["orphan", "good"]
 
 
-async def test_an_orphan_that_is_delayed_wakes_who_raises(make_queue: MakeQueue, queue: Queue, redis: Any) -> None:
+async def test_a_delayed_orphan_wakes_the_worker_that_raises_jobs(make_queue: MakeQueue, queue: Queue, redis: Any) -> None:
     seconds, microseconds = await redis.time()
     due = seconds * 1000 + microseconds // 1000 + 2_000
     await redis.hset(queue.to_key("jobs"), "orphan", entry(delay=due))
-    raises = make_queue(activate_delayed_jobs=True)
-    raises.on("raised jobs", raised := Seen())
-    await raises.ready()
+    raiser = make_queue(activate_delayed_jobs=True)
+    raiser.on("raised jobs", raised := Seen())
+    await raiser.ready()
     report = await check(queue)
     assert report.findings == [Finding("orphan", "orphan", (), ("delayed",))]
     await repair(queue, report)
@@ -155,7 +156,7 @@ async def test_an_orphan_that_is_delayed_wakes_who_raises(make_queue: MakeQueue,
     assert await places_of(redis, queue, "orphan") == ["waiting"]
 
 
-DOUBLES = [
+TWO_STATES = [
     (("waiting", "waiting"), "created", "waiting"),
     (("active", "active"), "created", "active"),
     (("waiting", "active"), "created", "active"),
@@ -176,7 +177,9 @@ DOUBLES = [
 ]
 
 
-@pytest.mark.parametrize(("places", "status", "kept"), DOUBLES, ids=[f"{' '.join(case[0])}, {case[1]}" for case in DOUBLES])
+@pytest.mark.parametrize(
+    ("places", "status", "kept"), TWO_STATES, ids=[f"{' '.join(case[0])}, {case[1]}" for case in TWO_STATES]
+)
 async def test_two_states(queue: Queue, redis: Any, places: tuple[str, ...], status: str, kept: str) -> None:
     await redis.hset(queue.to_key("jobs"), "two", entry(status))
     await put(redis, queue, places[:1], "two")
@@ -189,7 +192,7 @@ async def test_two_states(queue: Queue, redis: Any, places: tuple[str, ...], sta
         assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["good", "two"]
 
 
-async def test_a_double_that_leaves_active_leaves_its_copy(queue: Queue, redis: Any) -> None:
+async def test_an_id_removed_from_active_is_removed_from_stalling(queue: Queue, redis: Any) -> None:
     await redis.hset(queue.to_key("jobs"), "two", entry("succeeded"))
     await put(redis, queue, ("active", "succeeded", "stalling"), "two")
     await redis.set(queue.to_key("stallBlock"), "1")
@@ -198,24 +201,24 @@ async def test_a_double_that_leaves_active_leaves_its_copy(queue: Queue, redis: 
 
 
 async def test_too_old(queue: Queue, redis: Any) -> None:
-    """In `stalling` when the interval of the last check is over; what is reported, or not copied yet, is left alone."""
+    """A job in `stalling` after the last check's interval; a job that is reported, or not copied yet, is left alone."""
     queue.on("stalled", stalled := Seen())
-    for job_id in ("silent", "reported"):
+    for job_id in ("old", "reported"):
         await redis.hset(queue.to_key("jobs"), job_id, entry())
         await put(redis, queue, ["active"], job_id)
     await queue.create_job().set_id("good").save()
-    await put(redis, queue, ["stalling"], "silent")
+    await put(redis, queue, ["stalling"], "old")
     await redis.set(queue.to_key("stallBlock"), "1")
     assert (await check(queue)).findings == []
     await redis.delete(queue.to_key("stallBlock"))
-    await repaired(redis, queue, [Finding("too-old", "silent", ("active", "stalling"), ("waiting",))])
-    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["silent", "good"]  # worked on last, as by the stall check
+    await repaired(redis, queue, [Finding("too-old", "old", ("active", "stalling"), ("waiting",))])
+    assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["old", "good"]  # runs last, as after a stall check
     assert await places_of(redis, queue, "reported") == ["active"]
-    assert stalled.calls == [("silent",)]
+    assert stalled.calls == [("old",)]
 
 
 async def test_older_than(queue: Queue, redis: Any) -> None:
-    """No check has been made since it was taken, and none is in force."""
+    """No stall check has been made since the job was taken, and none is in force."""
     now = int((await redis.time())[0]) * 1000
     for job_id, timestamp in (("old", now - 100_000), ("young", now)):
         await redis.hset(queue.to_key("jobs"), job_id, entry(timestamp=timestamp))
@@ -230,34 +233,34 @@ async def test_older_than(queue: Queue, redis: Any) -> None:
     assert await redis.lrange(queue.to_key("active"), 0, -1) == ["no time", "young"]
 
 
-async def test_what_became_of_it_meanwhile_is_left_alone(queue: Queue, redis: Any) -> None:
-    """Between the check and the repair: all that was found is well by then."""
+async def test_ids_that_recovered_after_the_check_are_left_alone(queue: Queue, redis: Any) -> None:
+    """Every id that the check found is healthy again before the repair."""
     jobs = queue.to_key("jobs")
     await put(redis, queue, ["waiting"], "ghost")
-    for job_id in ("orphan", "two", "silent"):
+    for job_id in ("orphan", "two", "old"):
         await redis.hset(jobs, job_id, entry())
     await put(redis, queue, ["waiting", "failed"], "two")
-    await put(redis, queue, ["active", "stalling"], "silent")
+    await put(redis, queue, ["active", "stalling"], "old")
     report = await check(queue)
     assert fsck.counts(report.findings) == {"ghost": 1, "orphan": 1, "two-states": 1, "too-old": 1}
     await redis.hset(jobs, "ghost", entry())
     await put(redis, queue, ["waiting"], "orphan")
     await redis.srem(queue.to_key("failed"), "two")
-    await redis.srem(queue.to_key("stalling"), "silent")  # its worker's heartbeat
+    await redis.srem(queue.to_key("stalling"), "old")  # its worker's heartbeat
     before = await stored(redis, queue)
     assert (await repair(queue, report)).findings == []
     assert await stored(redis, queue) == before
 
 
 async def test_a_stall_check_between_check_and_repair(queue: Queue, redis: Any) -> None:
-    """It has copied the job anew: its worker has an interval to report it."""
-    await redis.hset(queue.to_key("jobs"), "silent", entry())
-    await put(redis, queue, ["active", "stalling"], "silent")
+    """The stall check copies the job to `stalling` again, so its worker has another interval to report it."""
+    await redis.hset(queue.to_key("jobs"), "old", entry())
+    await put(redis, queue, ["active", "stalling"], "old")
     report = await check(queue)
     assert fsck.counts(report.findings) == {"too-old": 1}
     await redis.set(queue.to_key("stallBlock"), "1")
     assert (await repair(queue, report)).findings == []
-    assert await places_of(redis, queue, "silent") == ["active", "stalling"]
+    assert await places_of(redis, queue, "old") == ["active", "stalling"]
 
 
 UNREADABLE = ["", "{", "3", "[]", "null", '{"data":1,"options":3}']
@@ -265,7 +268,7 @@ UNREADABLE = ["", "{", "3", "[]", "null", '{"data":1,"options":3}']
 
 @pytest.mark.parametrize("data", UNREADABLE)
 async def test_unreadable(make_queue: MakeQueue, queue: Queue, redis: Any, data: str) -> None:
-    """It is left to a worker; in `failed`, where that puts it, it is named no more."""
+    """The entry is left to a worker, which moves it to `failed`; there it is no longer reported."""
     await redis.hset(queue.to_key("jobs"), "bad", data)
     await put(redis, queue, ["waiting"], "bad")
     report = await check(queue)
@@ -284,7 +287,7 @@ async def places_are(redis: Any, queue: Queue, job_id: str, places: list[str]) -
     return await places_of(redis, queue, job_id) == places
 
 
-async def test_an_unreadable_orphan_is_both(queue: Queue, redis: Any) -> None:
+async def test_an_unreadable_orphan_is_reported_as_both(queue: Queue, redis: Any) -> None:
     await redis.hset(queue.to_key("jobs"), "bad", "{")
     report = await check(queue)
     assert report.findings == [Finding("orphan", "bad", (), ("waiting",)), Finding("unreadable", "bad", ("jobs",), ())]
@@ -293,7 +296,7 @@ async def test_an_unreadable_orphan_is_both(queue: Queue, redis: Any) -> None:
 
 
 async def test_half_a_settlement(make_queue: MakeQueue, redis: Any) -> None:
-    """Redis refuses what comes behind LREM: the job stays in active, as it was, and a stall check brings it back."""
+    """Redis refuses the command after LREM: the job stays in `active`, unchanged, and a stall check brings it back."""
     worker = make_queue()
     failed = worker.to_key("failed")
     await redis.set(failed, "not a set")
@@ -328,7 +331,7 @@ async def test_strange_ids(queue: Queue, redis: Any) -> None:
 
 
 async def test_many(queue: Queue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """more than a page, and than a script gets; in lists that a script reads piece by piece"""
+    """more ids than a page, or a script, takes; in lists that a script reads in pieces"""
     monkeypatch.setattr(findings, "MOST_AT_ONCE", 1_500)
     jobs = queue.to_key("jobs")
     ids = [str(number) for number in range(6_500)]
@@ -378,8 +381,18 @@ def test_suspects() -> None:
 
 @pytest.mark.parametrize(("size", "count"), [(0, MOST_AT_ONCE), (100, MOST_AT_ONCE), (4_000, 1_000), (10**7, 100)])
 def test_how_many_at_once(size: int, count: int) -> None:
-    """fewer, where a script would have to read more"""
+    """fewer when the entries are large"""
     assert Snapshot({"1", "2"}, entry_bytes=2 * size).at_once == count
+
+
+def test_each_kind_has_one_name() -> None:
+    """in code, scripts, output and the pages"""
+    assert {kind.replace("-", "_") for kind in KINDS} - {"unreadable"} == SCRIPTS.keys()
+    assert tuple(WOULD) == KINDS
+    assert set(DID) == {*KINDS} - {"unreadable"}
+    pages = [page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    (described,) = [page for page in pages if "| ghost |" in page]
+    assert [kind for kind in re.findall(r"^\| ([\w-]+) \|", described, re.MULTILINE) if kind in KINDS] == [*KINDS]
 
 
 # --- a live queue ----------------------------------------------------------------------------------------------------
@@ -387,7 +400,7 @@ def test_how_many_at_once(size: int, count: int) -> None:
 
 @pytest.mark.parametrize("remove", [True, False], ids=["removed", "kept"])
 async def test_no_false_alarm_under_load(make_queue: MakeQueue, remove: bool) -> None:
-    """Jobs are saved, retried now and later, settled; three checks meanwhile name nothing, and a repair does nothing."""
+    """While jobs are saved, retried at once or later, and settled, three checks report nothing and the repairs do nothing."""
     settings: Any = {"remove_on_success": remove, "remove_on_failure": remove, "send_events": False, "get_events": False}
 
     async def handler(job: Job) -> None:
@@ -426,7 +439,7 @@ async def test_no_false_alarm_under_load(make_queue: MakeQueue, remove: bool) ->
         looks += 1
     stopped.set()
     await producing
-    assert max(suspected) > 0  # without the second look there would have been false alarms
+    assert max(suspected) > 0  # the second look was needed
     await until(lambda: is_empty(producer), deadline_s=30)
     assert (await check(checker)).findings == []
 
@@ -446,7 +459,7 @@ async def is_empty(queue: Queue) -> bool:
 
 
 async def test_repairs_beside_workers_lose_no_job_and_repeat_none(make_queue: MakeQueue, redis: Any) -> None:
-    """A repaired queue drains: each job that had not ended runs once, and those that had do not."""
+    """A repaired queue drains: each job that had not ended runs once, and no job that had ended runs again."""
     queue = make_queue(is_worker=False)
     jobs = queue.to_key("jobs")
     ran: list[str | None] = []
@@ -471,7 +484,7 @@ async def test_repairs_beside_workers_lose_no_job_and_repeat_none(make_queue: Ma
             damaged.append(job_id)
 
     report = await check(queue)
-    assert len(report.findings) == 350  # those in active are silent, too
+    assert len(report.findings) == 350  # the ids in active are also too old
     await repair(queue, report)
     assert (await check(queue)).findings == []
     assert (await queue.check_health())[:5] == (200, 0, 50, 0, 0)
@@ -495,7 +508,7 @@ class Ended:
 
 
 async def command(url: str, *arguments: str, **environment: str) -> Ended:
-    """`python -m beequeue check …`, to its end."""
+    """Runs `python -m beequeue check …`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "beequeue", "check", *arguments),
         env={**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": url, **environment},
@@ -508,7 +521,7 @@ async def command(url: str, *arguments: str, **environment: str) -> Ended:
 
 
 async def test_the_command(queue: Queue, redis: Any, url: str, name: str) -> None:
-    """names, changes nothing; repairs, and names what is left"""
+    """It reports and changes nothing; with `--repair` it repairs, and reports what is left."""
     jobs = queue.to_key("jobs")
     ended = await command(url, name)
     assert (ended.code, ended.lines) == (0, [f"queue {name!r} does not exist: it has no keys"])
@@ -550,7 +563,7 @@ async def test_the_command(queue: Queue, redis: Any, url: str, name: str) -> Non
 
 
 async def test_the_command_in_json(queue: Queue, redis: Any, url: str, name: str) -> None:
-    """with every finding; and, for a person, the first ones"""
+    """JSON has every finding; text has the first of each kind."""
     ids = [f"{number}\x1b" for number in range(1_234)]
     await redis.sadd(queue.to_key("succeeded"), *ids)
     ended = await command(url, name)
@@ -578,7 +591,7 @@ async def test_the_command_with_another_prefix_and_address(make_queue: MakeQueue
 
 
 async def test_the_command_needs_redis(own_server: Server, url: str, name: str) -> None:
-    """One line, no password."""
+    """one line, without the password"""
     unreachable = await command("redis://user:secret@127.0.0.1:1", name)
     own_server.stop()
     gone = await command(own_server.url, name)
@@ -606,7 +619,7 @@ async def test_the_command_and_a_wrong_password(name: str) -> None:
 
 @pytest.mark.parametrize("word", ["SCRIPT", "EXISTS", "HSCAN", "LRANGE", "look", "repair"])
 async def test_redis_goes_away_in_the_middle_of_a_check(own_server: Server, word: str) -> None:
-    """also while the check is being connected: one line, and the exit code of a Redis that cannot be reached"""
+    """Also while the check connects: one line, and the exit code for a Redis that cannot be reached."""
     async with Relay(own_server.url) as relay:
         queue = Queue("q", own_server.url, is_worker=False)
         await queue.create_job().save()
@@ -649,7 +662,7 @@ async def test_a_wrong_argument(arguments: list[str], line: str) -> None:
 
 
 class Repeating(FsckStore):
-    """Names the last id of each page again in the next one, as a scan may while a set shrinks (how often is the server's)."""
+    """Returns the last id of each page again in the next page, as a scan may do while a set shrinks."""
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue.key_prefix, queue.client.connection)
@@ -664,8 +677,8 @@ class Repeating(FsckStore):
         return reply
 
 
-async def test_an_id_that_a_scan_gives_twice_is_read_once(queue: Queue, redis: Any) -> None:
-    """it would be suspected of standing in two states"""
+async def test_an_id_that_a_scan_returns_twice_is_read_once(queue: Queue, redis: Any) -> None:
+    """otherwise it would be suspected of being in two states"""
     await queue.ready()
     await redis.sadd(queue.to_key("succeeded"), *range(40_000))
     store = Repeating(queue)
