@@ -1,7 +1,7 @@
-"""Events: the message on the wire, listeners, and which job an event belongs to. No I/O.
+"""Events: the message on the wire, and listeners. No I/O.
 
-`Event` is one message of the channel `<prefix>:<name>:events`. `Emitter` keeps and calls listeners, each isolated
-from the others. `Registry` is the rule of job events: bind an id to its job, deliver its events, and forget it when it ends.
+`Event` is one message of the channel `<prefix>:<name>:events`. `Emitter` keeps listeners and calls them, each isolated from the
+others.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar, overload
 
-import orjson
-
 from beequeue.errors import JobFailed, UnreadableData
 from beequeue.wire.node_json import dump_json, load_json
 
 Listener = TypeVar("Listener", bound=Callable[..., Any])
 
 ENDS = frozenset({"succeeded", "failed"})
-"""The events after which a job has no more."""
+"""A job's last event is one of these."""
 
 
 class Event(NamedTuple):
-    """One message: `id` of the job, event `name`, and its `data` (an exception for failed and retrying)."""
+    """One message: the job's `id`, the event's `name`, and its `data`, which is an exception for `failed` and `retrying`."""
 
     id: str
     name: str
@@ -32,13 +30,8 @@ class Event(NamedTuple):
 
     @classmethod
     def decode(cls, payload: bytes) -> Event:
-        """Reads a message; raises `UnreadableData` when it is not one."""
-        try:
-            message = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            message = None
-        if message is None:
-            message = load_json(payload, "message")
+        """Reads a message; raises `UnreadableData` when the payload is not one."""
+        message = load_json(payload, "message")
         if (
             type(message) is not dict
             or type(job_id := message.get("id")) is not str
@@ -52,10 +45,10 @@ class Event(NamedTuple):
 
 
 def _as_text(message: Any) -> str:
-    """The message of a failure; a stranger may have put anything in its place."""
+    """The message of a failure; a stranger may have published anything in its place."""
     try:
         return "" if message is None else str(message)
-    except RecursionError:  # it could be read, nested as it is
+    except RecursionError:  # nested so deep that it can be read, but not printed
         return type(message).__name__
 
 
@@ -63,7 +56,7 @@ _HEAD = re.compile(rb'\{"id":"([^"\\]{1,1000})","event":"([^"\\]{1,100})"')
 
 
 def peek(payload: bytes) -> tuple[str, str] | None:
-    """Job and name of an event whose members stand in bee-queue's order, without decoding it; None: it cannot be told."""
+    """The job's id and the event's name, without decoding the message; None when its members are not in bee-queue's order."""
     head = _HEAD.match(payload)
     try:
         return None if head is None else (head[1].decode(), head[2].decode())
@@ -72,7 +65,7 @@ def peek(payload: bytes) -> tuple[str, str] | None:
 
 
 def encode_event(job_id: str, name: str, data: Any = None) -> bytes:
-    """The message for the events channel, members in bee-queue's order; no `data` member for None.
+    """Encodes a message of the channel `events`, members in bee-queue's order; None gives no member `data`.
 
     Raises `TypeError` when JSON cannot carry `data`.
     """
@@ -95,7 +88,7 @@ class Emitter:
     @overload
     def on(self, event: str) -> Callable[[Listener], Listener]: ...
     def on(self, event: str, listener: Listener | None = None) -> Listener | Callable[[Listener], Listener]:
-        """Calls `listener` at each `event`; without a listener, a decorator. Returns the listener."""
+        """Calls `listener` at each `event` from now on, and returns it. Without `listener`, returns a decorator."""
         if listener is None:
             return lambda decorated: self.on(event, decorated)
         if not callable(listener):
@@ -110,7 +103,7 @@ class Emitter:
     @overload
     def once(self, event: str) -> Callable[[Listener], Listener]: ...
     def once(self, event: str, listener: Listener | None = None) -> Listener | Callable[[Listener], Listener]:
-        """Calls `listener` at the next `event` only; without a listener, a decorator. Returns the listener."""
+        """Calls `listener` at the next `event` only, and returns it. Without `listener`, returns a decorator."""
         if listener is None:
             return lambda decorated: self.once(event, decorated)
         if not callable(listener):
@@ -119,11 +112,11 @@ class Emitter:
         return listener
 
     def _listens_to(self, event: str) -> bool:
-        """Whether anybody would be told of `event`."""
+        """Whether `event` has a listener."""
         return bool((self._listeners or {}).get(event))
 
     def off(self, event: str, listener: Callable[..., Any]) -> None:
-        """Stops calling `listener` at `event`; nothing happens when it was not listening."""
+        """Stops calling `listener` at `event`; does nothing when it does not listen."""
         present = (self._listeners or {}).get(event, [])
         for index, candidate in enumerate(present):
             # a new list: `emit` may be walking the old one
@@ -133,13 +126,17 @@ class Emitter:
                 return
 
     def emit(self, event: str, *args: Any) -> bool:
-        """Calls the listeners of `event` in the order in which they were added; False when there is none."""
+        """Calls the listeners of `event`, in the order in which they were added; returns whether there are any.
+
+        A queue reports the error that a listener raises through `error`, and calls the next one. A listener may be an `async
+        def`.
+        """
         if self._listeners is None or not (present := self._listeners.get(event)):
             return False
         for listener in present.copy():
             try:
                 result = listener(*args)
-            except (Exception, asyncio.CancelledError) as error:  # the latter as from a future that it looked at
+            except (Exception, asyncio.CancelledError) as error:  # a listener may look at a cancelled future
                 self._listener_failed(event, error)
             else:
                 if result is not None and inspect.isawaitable(result):
@@ -154,7 +151,7 @@ class Emitter:
 
 
 class _Once:
-    """A listener that takes itself off at its first call."""
+    """A listener that removes itself at its first call."""
 
     __slots__ = ("emitter", "event", "listener")
 

@@ -38,6 +38,8 @@ from beequeue.worker.clocks import DelayedActivator, StallChecker
 from beequeue.worker.consumer import GRACE_S, Consumer
 from beequeue.worker.outcome import message_of
 
+__all__ = ["Queue"]
+
 log = logging.getLogger("beequeue")
 
 
@@ -68,10 +70,16 @@ class Queue(Emitter):
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string, not {name!r}")
         self.name = text("name", name)
+        """The queue's name, as given."""
         self.settings = QueueSettings(**settings)  # type: ignore[arg-type]  # durations become ms there
+        """The settings, checked and complete; durations are in ms."""
         self.key_prefix = f"{self.settings.prefix}:{name}:"
+        """The first part of each of the queue's keys and channels."""
         self.backoff_strategies: dict[str, Strategy] = dict(BUILT_IN_STRATEGIES)
+        """From the name of a backoff strategy to a function: it gets the job whose attempt failed, and returns how many ms to
+        wait before the next attempt; None or a negative number ends the job. Add your own."""
         self.paused = False
+        """Whether `close()` has been called."""
         self._host = Host(self, self._open)
         self._connections = Connections(
             self._host,
@@ -83,6 +91,7 @@ class Queue(Emitter):
             on_read_end=self._end_read,
         )
         self.client = self._connections.client
+        """The command connection, which other queues may share."""
         self._store = self._connections.store
         self._tracker = Tracker(self._host, self._store)
         self._saver = Saver(self._host, self._store, self._tracker, self._job_is_due)
@@ -390,7 +399,7 @@ class Queue(Emitter):
         """Moves the jobs of silent workers from `active` to `waiting`, and emits `stalled` (id) for each; returns how many.
 
         With the setting `max_stalls`, a job that has been brought back that often goes to `failed` instead and is not counted;
-        this queue emits `failed` and `failed:fatal` (job, `JobStalled`), and publishes `job failed`.
+        this queue emits `failed` and `failed:fatal` (job, `JobStalled`), and every queue with `get_events` emits `job failed`.
 
         With `interval` (ms or a `timedelta`, above 0) the check is repeated that long after each check, until `close()`. This
         replaces a worker's automatic check. However many processes ask, only one check in each `stall_interval` does anything,
@@ -410,15 +419,16 @@ class Queue(Emitter):
         """Closes the queue. A second call waits for the first and ends in the same way.
 
         1. `is_running()` becomes False, and the two clocks stop.
-        2. A worker takes no more jobs. Handlers may run until `timeout` (ms or a `timedelta`), and saving still works. Past it,
-           `async` handlers are cancelled. Every job that the worker still holds goes back from `active` to `waiting`.
+        2. A worker takes no more jobs. Handlers may run until `timeout` (ms or a `timedelta`), and saving still works. After
+           it, `async` handlers are cancelled, and every job that the worker still holds goes back from `active` to `waiting`. A
+           thread cannot be cancelled: its job stays in `active`, for the stall check.
         3. Every later call raises `QueueClosed`.
         4. Calls under way may use the rest of `timeout` to be answered, unless a connection is down.
         5. The connections are closed, and the queue's tasks end.
 
-        Raises `OperationTimedOut` when handlers had to be cancelled or Redis did not answer, `ConnectionRefused` when Redis
-        never accepted the queue's connections, and `BeeQueueError` at once when a handler closes its own queue. A job that is
-        just arriving is waited for past `timeout`, as long as its data moves: cutting the connection would lose it.
+        A job that is just arriving is waited for past `timeout`, as long as its data moves: cutting the connection would lose
+        it. Raises `OperationTimedOut` when handlers had to be cancelled or Redis did not answer, `ConnectionRefused` when Redis
+        never accepted the queue's connections, `WrongLoop`, and `BeeQueueError` at once when a handler closes its own queue.
         """
         timeout_ms = milliseconds("timeout", timeout) or 5_000
         if self._consumer is not None and self._consumer.owns_current_task():

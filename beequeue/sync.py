@@ -1,14 +1,14 @@
-"""A queue for code that has no event loop (Flask, Django, scripts): it saves jobs, waits for results and looks jobs up.
+"""A queue for code without an event loop (Flask, Django, scripts): it saves jobs, waits for results and looks jobs up.
 
     queue = Queue("mail", "redis://localhost")
     job = queue.save(queue.create_job({"to": "x"}).retries(2))
     sent = queue.result(job, timeout=5_000)
 
-Its jobs are plain `beequeue.Job`s. They are passed to the queue's methods: their own `save()` and the like are for asyncio.
+Its jobs are `beequeue.Job`s. Pass them to the queue's methods: a job's own `save()`, `result()` and so on are for asyncio.
 
-All these queues of a process share one daemon thread with an event loop, which starts at the first call; listeners run in it.
-A forked child starts its own, with connections of its own; Python 3.12 and later warn of a fork behind the first call. (uWSGI
-runs threads only with `enable-threads`.)
+All synchronous queues of a process share one daemon thread with an event loop. It starts at the first call, and listeners run
+in it. A forked child starts its own thread and connections; Python 3.12 and later warn of a fork after the first call. uWSGI
+runs threads only with `enable-threads`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,20 @@ log = logging.getLogger("beequeue")
 Result = TypeVar("Result")
 
 EXIT_S = 1.0
-"""How long the interpreter's exit may wait for the queues that were left open; half of it is for closing them."""
+"""How long the interpreter's exit waits, at most, for queues that were left open; half of it is for closing them."""
 
 
 class Queue:
-    """A producer's queue whose methods wait: call them from any thread but that of the listeners, also from many at once.
+    """A producer's queue whose methods block. Any thread may call them, and many threads at once, but no listener.
 
-    Arguments are those of `beequeue.Queue`, `is_worker` being False: jobs are processed there. Raises `TypeError` or
-    `ValueError` naming a wrong one. Connects at the first call, or on entry as a context manager. One that saves without ever
-    asking for a result needs neither `get_events` nor `store_jobs`.
+    It takes the arguments of `beequeue.Queue`, except that `is_worker` must be False: a `beequeue.Queue` processes the jobs.
+    Raises `TypeError` or `ValueError` that names a wrong argument. It connects at the first call, or on entry as a context
+    manager. A queue that only saves, and never asks for a result, needs neither `get_events` nor `store_jobs`.
 
-    Every method that asks Redis waits until that is up, and may raise `RedisFailure`, `QueueClosed` once the queue has been
+    Every method that asks Redis waits until Redis is up. It may raise `RedisFailure`, `QueueClosed` once the queue has been
     closed, and `BeeQueueError` when a listener calls it. With a `timeout` (ms or a `timedelta`) it raises `ConnectionLost` when
-    Redis has not answered by then; `maybe_applied` is True when something was sent that changes a job. A wait that is
-    interrupted, as by `KeyboardInterrupt`, cancels the call. What had been sent by then may still happen; nothing is sent
-    later.
+    Redis has not answered by then; `maybe_applied` is True when a command was sent that changes a job. An interrupted wait, by
+    `KeyboardInterrupt` for example, cancels the call: commands that were sent may still take effect, and no more are sent.
     """
 
     def __init__(self, name: str, redis: RedisSetting = None, **settings: Unpack[QueueOptions]) -> None:
@@ -61,11 +60,13 @@ class Queue:
         if settings.get("quit_command_client") is False:
             raise ValueError("quit_command_client must not be False: nobody else uses a synchronous queue's connection")
         self.name = name
+        """The queue's name, as given."""
         self._make = functools.partial(AsyncQueue, name, redis, **settings)
-        # never connected: it has checked the arguments, and owns the jobs until they are saved
+        # a queue that never connects checks the arguments, and owns the jobs until they are saved
         settings["auto_connect"] = False
         unopened = AsyncQueue(name, redis, **settings)
         self.backoff_strategies = unopened.backoff_strategies
+        """As in `beequeue.Queue`; `Job.backoff` accepts these names."""
         self._owners = [unopened]
         self._closed = False
 
@@ -82,16 +83,18 @@ class Queue:
     # --- jobs ------------------------------------------------------------------------------------------------------------
 
     def create_job(self, data: Any = None) -> Job:
-        """A job that carries `data` (whatever JSON carries; None is `{}`). Nothing is sent before `save`."""
+        """Makes a job that carries `data`, which JSON must be able to carry; None becomes `{}`. `save` sends it."""
         return self._owners[0].create_job(data)
 
     def save(self, job: Job, timeout: Duration | None = None) -> Job:
-        """Stores the job and makes it available (script `add_job`); returns it, its `id` filled in.
+        """Stores the job in `jobs` and its id in `waiting` or `delayed` (scripts `add_job`, `add_delayed_job`).
 
-        `id` is None when its own id was in use: nothing was written then. Raises `TypeError` when it is no job, or JSON cannot
-        carry its data, `ValueError` when it is another queue's. Without a `timeout` (ms or a `timedelta`) it waits for a Redis
-        that is down. With one it raises `ConnectionLost` by then, whose `maybe_applied` is False when the job was not sent, and
-        will not be: it can be saved again. It is True when Redis did not answer, and the job may have been saved.
+        Returns the job with its `id` filled in; `id` is None when its own id was in use, and nothing was written then. Raises
+        `TypeError` when the argument is no job or JSON cannot carry its data, and `ValueError` when the job is another queue's.
+
+        Without a `timeout` (ms or a `timedelta`) it waits for a Redis that is down. With one it raises `ConnectionLost` after
+        that time. Its `maybe_applied` is False when the job was not sent and will not be: it can be saved again. It is True
+        when Redis did not answer, and the job may have been saved.
         """
         if timeout is None:
             return self._call(lambda queue: self._own(job, queue).save())
@@ -101,63 +104,67 @@ class Queue:
         return job
 
     def save_all(self, jobs: Iterable[Job], timeout: Duration | None = None) -> dict[Job, Exception]:
-        """Saves many jobs in few round trips; returns what went wrong, by job. Raises `TypeError` for
-        what is no job, `ValueError` like `save`.
+        """Saves many jobs as `save` does, in few round trips; returns the jobs that were not saved, each with its error.
 
-        With a `timeout` (ms or a `timedelta`, for all together) those that were not saved by then have a `ConnectionLost`, as
-        `save` tells.
+        `timeout` (ms or a `timedelta`) is for all jobs together. A job that was not saved by then has a `ConnectionLost`, as
+        `save` describes. Raises `TypeError` for an argument that is no job, and `ValueError` for another queue's job.
         """
         listed = list(jobs)
         timeout_ms = None if timeout is None else milliseconds("timeout", timeout)
         return self._call(lambda queue: queue._saver.save_all([self._own(job, queue) for job in listed], timeout_ms))
 
     def result(self, job: Job, timeout: Duration | None = None) -> Any:
-        """Waits for the end of a job that this queue has saved or fetched in this process, and returns its handler's result.
+        """Waits until a job has ended that this queue has saved or fetched in this process; returns its handler's result.
 
-        `timeout` is in ms or a `timedelta`. Raises `JobFailed`, `OutcomeUnknown`, `TimeoutError`, `QueueClosed` when the queue
-        is closed first, and `BeeQueueError` at once when it cannot hear of the job's end.
+        `timeout` is in ms or a `timedelta`. The result arrives with the message on `events`; Redis does not store it. Raises
+        `JobFailed`, `OutcomeUnknown`, `TimeoutError`, `QueueClosed` when the queue is closed first, and `BeeQueueError` at once
+        when the queue has no `get_events` or no `store_jobs`, or does not know the job.
         """
         return self._call(lambda queue: self._own(job, queue).result(timeout))
 
     def get_job(self, job_id: str | int, *, timeout: Duration | None = None) -> Job | None:
-        """The job of that id, or None; raises `UnreadableData`."""
+        """Reads the job with this id from `jobs` (script `get_job`), or returns None. Raises `UnreadableData`."""
         return self._call(lambda queue: queue.get_job(job_id), timeout)
 
     def get_jobs(
         self, kind: str, start: int = 0, end: int = 100, size: int = 100, *, timeout: Duration | None = None
     ) -> list[Job]:
-        """The jobs in the key `kind`: those at `start` to `end` of a list or `delayed`, about `size` of a set."""
+        """Lists jobs in the state `kind`: `waiting`, `active`, `delayed`, `succeeded` or `failed`.
+
+        For the first three, `start` and `end` are the first and the last index in that key. For the sets `succeeded` and
+        `failed` it returns any `size` jobs. Raises `ValueError` or `TypeError` that names a wrong argument.
+        """
         return self._call(lambda queue: queue.get_jobs(kind, start, end, size), timeout)
 
     def remove_job(self, job_id: str | int, *, timeout: Duration | None = None) -> Self:
-        """Deletes the job of that id from every key, if there is one; returns the queue."""
+        """Takes the job out of every key (script `remove_job`), if there is one; returns the queue."""
         timeout_ms = None if timeout is None else milliseconds("timeout", timeout)
         self._call(lambda queue: queue._producer.remove(job_id, timeout_ms))
         return self
 
     def check_health(self, *, timeout: Duration | None = None) -> Health:
-        """How many jobs are in each key, and the newest automatic id."""
+        """Counts the jobs of each state at one moment (script `check_health`) and reads the last automatic id (key `id`)."""
         return self._call(AsyncQueue.check_health, timeout)
 
     # --- life ------------------------------------------------------------------------------------------------------------
 
     def close(self, timeout: Duration = 5_000) -> None:
-        """Closes this process's connections; from now on calls raise `QueueClosed`, and so do those that wait for results.
+        """Closes this process's connections. Later calls raise `QueueClosed`, and so do calls that wait for results.
 
-        Calls under way have until `timeout` (ms or a `timedelta`) to be answered, unless a connection is down. A second call
-        does nothing, nor does one before the first use. Raises `OperationTimedOut` when Redis did not answer,
-        `ConnectionRefused` when the queue had never been able to open.
+        Other calls under way may use `timeout` (ms or a `timedelta`) to be answered, unless a connection is down. Does nothing
+        at a second call, or before the first use. Raises `OperationTimedOut` when Redis did not answer, and `ConnectionRefused`
+        when Redis never accepted the queue's connections.
         """
         milliseconds("timeout", timeout)
         background = _background
         background.check_caller()
-        # first the mark, then the look: a call that opens the queue meanwhile either sees the one or is seen by the other
+        # set the mark first, then look: a call that opens the queue meanwhile sees the mark, or is seen here
         self._closed = True
         if background.is_started():
             background.run(lambda: background.close(self, timeout))
 
     def _call(self, method: Callable[[AsyncQueue], Coroutine[Any, Any, Result]], timeout: Duration | None = None) -> Result:
-        """Runs `method` in the background thread; a `timeout` is for what only reads."""
+        """Runs `method` in the background thread; with a `timeout`, only a method that changes nothing in Redis."""
         background = _background
         limit_s = None if timeout is None else milliseconds("timeout", timeout) / 1000
 
@@ -175,7 +182,7 @@ class Queue:
         return background.run(call)
 
     def _opened(self, background: _Background) -> AsyncQueue:
-        """This process's asynchronous queue; called in the background thread."""
+        """Returns this process's asynchronous queue; runs in the background thread."""
         if self._closed:
             raise QueueClosed
         queue = background.queues.get(self)
@@ -186,7 +193,7 @@ class Queue:
         return queue
 
     def _own(self, job: Job, queue: AsyncQueue) -> Job:
-        """The job, handed to this process's queue: it may have been created before the first use, or before a fork."""
+        """Gives the job to this process's queue: it may have been created before the first use, or before a fork."""
         if not isinstance(job, Job):
             raise TypeError(f"job must be a Job, not {job!r}")
         if job.queue is not queue:
@@ -197,11 +204,11 @@ class Queue:
 
 
 class _Background:
-    """One process's event loop, in a thread of its own from the first `run` on. `queues` is touched only in that thread."""
+    """One process's event loop, in a thread that the first `run` starts. Only that thread touches `queues`."""
 
     def __init__(self) -> None:
         self.queues: dict[Queue, AsyncQueue] = {}
-        self._lock = threading.RLock()  # reentrant: a signal handler may call a queue, too
+        self._lock = threading.RLock()  # reentrant: a signal handler may call a queue
         self._thread: threading.Thread | None = None
         self._ended = False
         self._selector: selectors.DefaultSelector
@@ -212,17 +219,17 @@ class _Background:
         return self._thread is not None
 
     def check_caller(self) -> None:
-        """Raises `BeeQueueError` in the one thread that must not wait."""
+        """Raises `BeeQueueError` in the background thread, which must not wait for itself."""
         if threading.current_thread() is self._thread:
             raise BeeQueueError("a listener cannot call a synchronous queue: the call would wait for the listener")
 
     def run(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """Runs `work` in the thread, and waits for its end."""
+        """Runs `work` in the background thread and waits until it ends."""
         self.check_caller()
         with self._lock:
             if self._thread is None:
                 self._start()
-            # whatever is handed over before the end is still run
+            # work handed over before the thread's end still runs
             future = None if self._ended else asyncio.run_coroutine_threadsafe(work(), self._loop)
         try:
             if future is None:
@@ -230,14 +237,14 @@ class _Background:
             return future.result()
         except (QueueClosed, ConnectionLost):
             if self._ended and threading.current_thread().daemon:
-                threading.Event().wait()  # the interpreter is ending, and this thread with it: nobody is to hear of it
+                threading.Event().wait()  # the interpreter ends this daemon thread too; its traceback would help nobody
             raise
         finally:
             if future is not None:
-                future.cancel()  # does something only when the wait was interrupted
+                future.cancel()  # has an effect only when the wait was interrupted
 
     async def close(self, queue: Queue, timeout: Duration) -> None:
-        """Closes a queue, if it has been opened here, and forgets it."""
+        """Closes a queue that was opened here, and forgets it."""
         opened = self.queues.get(queue)
         if opened is not None:
             try:
@@ -246,9 +253,10 @@ class _Background:
                 self.queues.pop(queue, None)
 
     def let_go(self) -> None:
-        """In a forked child: gives up the sockets that are the parent's too, so that Redis sees it when the parent closes them.
+        """In a forked child: gives up the parent's sockets, so that Redis notices when the parent closes them.
 
-        Nothing is closed, and no number becomes free: what still holds one can do no harm with it.
+        Each descriptor is made to point to `/dev/null`. None is closed, so no number is reused: an object that still holds one
+        can do no harm with it.
         """
         if self._thread is not None and not self._ended:
             nothing = os.open(os.devnull, os.O_RDWR)
@@ -281,13 +289,13 @@ class _Background:
         self._loop.set_exception_handler(lambda loop, context: None)
         for queue in self.queues.values():
             self._loop.create_task(queue.close(round(EXIT_S / 4 * 1000)))
-        # that ends whatever calls there are, too
+        # closing the queues ends the calls under way, too
         if ending := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(ending, timeout=EXIT_S / 2)
 
     def end(self) -> None:
-        """At the interpreter's exit: closes what is open and ends the thread, within `EXIT_S`."""
-        if self is not _background or self._thread is None:  # a forked child's copy
+        """At the interpreter's exit: closes the open queues and ends the thread, within `EXIT_S`."""
+        if self is not _background or self._thread is None:  # a forked child's copy of its parent's
             return
         with self._lock:
             self._ended = True
@@ -297,11 +305,11 @@ class _Background:
 
 _background = _Background()
 _inherited: list[_Background] = []
-"""What a forked child has of its parents': kept, so that nothing of it is ever finalised."""
+"""In a forked child, the objects of its parents. They are kept so that none is ever finalised."""
 
 
 def _after_fork_in_child() -> None:
-    """The parent's thread does not run here, and a lock that it held is never released."""
+    """Replaces the parent's object: its thread does not run here, and a lock that it held is never released."""
     global _background
     _background.let_go()
     _inherited.append(_background)
