@@ -18,7 +18,9 @@ from beequeue.parse import whole_number
 from bench import growth, machine, paired, peers, table
 from bench.interpreter import SLOW
 from bench.measures import MEASURES, QUICK, Sizes
-from bench.programs import Failed, Unavailable, find_node
+from bench.programs import Failed
+from harness import original
+from harness.install import NotInstalled
 from harness.server import NoServer, find_server
 
 
@@ -66,8 +68,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
     left_out = {}
     node = None
     try:
-        node = find_node()
-    except Unavailable as reason:
+        node = original.install()
+    except NotInstalled as reason:
         left_out["bee-queue on Node"] = str(reason)
     sizes = QUICK if options.quick else Sizes()
     setup = paired.Setup(
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
             elif not options.no_peers:
                 results.peers, missing = peers.run(setup)
                 left_out |= missing
-        except (Failed, Unavailable) as reason:
+        except (Failed, NotInstalled) as reason:
             results.failed[name] = str(reason)  # the others are still worth their time
     return results
 

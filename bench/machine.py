@@ -14,7 +14,8 @@ from pathlib import Path
 import redis
 
 from bench import interpreter
-from bench.programs import BEE_QUEUE, ROOT
+from harness.member import ROOT
+from harness.original import NODE_MODULES
 
 
 def cpu_model() -> str:
@@ -41,7 +42,7 @@ def describe(url: str, node: str | None, arguments: list[str]) -> dict[str, str]
     }
     if node is not None:
         described["Node"] = _output(node, "--version")
-        described["bee-queue"] = json.loads((BEE_QUEUE / "package.json").read_text())["version"]
+        described["bee-queue"] = json.loads((NODE_MODULES / "bee-queue" / "package.json").read_text())["version"]
     return described
 
 

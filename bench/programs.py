@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,21 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.children import end_with_parent
+from harness.member import ROOT
+from harness.original import NODE_MODULES
 
-ROOT = Path(__file__).resolve().parent.parent
-NODE_MODULES = ROOT / "tests" / "node" / "node_modules"
-BEE_QUEUE = NODE_MODULES / "bee-queue"
 BENCH = ROOT / "bench"
 TIME_LIMIT_S = 300
 """for one program"""
-INSTALL_S = 300
 END_S = 10
 """how long a program may take to end after SIGTERM"""
 TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Unavailable(Exception):
-    """A contestant that cannot run here; the message is one line that says why."""
 
 
 class Failed(Exception):
@@ -114,35 +107,3 @@ def cpu_s(pid: int) -> float:
     """User and system time that a process has used so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def find_node() -> str:
-    """The path of Node, with its bee-queue installed; raises `Unavailable`."""
-    node = shutil.which("node")
-    if node is None:
-        raise Unavailable("there is no node on PATH")
-    npm_ci(NODE_MODULES.parent)
-    return node
-
-
-def npm_ci(directory: Path) -> None:
-    """Installs a directory's lock file, unless that is done; raises `Unavailable`."""
-    installed, lock = directory / "node_modules" / ".package-lock.json", directory / "package-lock.json"
-    if installed.exists() and installed.stat().st_mtime >= lock.stat().st_mtime:
-        return
-    npm = shutil.which("npm")
-    if npm is None:
-        raise Unavailable("there is no npm on PATH")
-    install([npm, "ci", "--prefix", str(directory), "--no-audit", "--no-fund"])
-
-
-def install(command: list[str]) -> None:
-    """Runs a package client; raises `Unavailable` with the last line of what it said."""
-    print("installing:", " ".join(Path(part).name for part in command), file=sys.stderr, flush=True)
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)  # noqa: S603 - ours
-    except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if line.strip()]
-        raise Unavailable(f"it cannot be installed: {said[-1].strip() if said else error.returncode}") from None
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"its installation took more than {INSTALL_S} s") from None

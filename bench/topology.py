@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import redis
 
 from bench.measures import CHAINS, WORKER_CONCURRENCY, WORKERS
-from bench.programs import NODE_MODULES, ROOT, Program, Unavailable, cpu_s
+from bench.programs import Program, cpu_s
+from harness.member import ROOT
+from harness.original import NODE_MODULES
 
 NODE_PROGRAMS = ROOT / "harness" / "node"
 
@@ -40,7 +42,7 @@ class Moment(NamedTuple):
 
 
 def run_topology(url: str, queue: str, node: str | None, warm_up_s: int, seconds: int) -> TopologyRun:
-    """Runs it on `url`, with Node's programs if `node` is the path of Node; raises `Failed`, `Unavailable`."""
+    """Runs it on `url`, with Node's programs if `node` is the path of Node; raises `Failed`."""
     environment = {
         "REDIS_URL": url,
         "QUEUE_NAME": queue,
@@ -56,8 +58,6 @@ def run_topology(url: str, queue: str, node: str | None, warm_up_s: int, seconds
     else:
         environment["NODE_PATH"] = str(NODE_MODULES)
         client, worker = [node, str(NODE_PROGRAMS / "client.js")], [node, str(NODE_PROGRAMS / "worker.js")]
-        if not NODE_PROGRAMS.exists():
-            raise Unavailable("harness/node/ is not there")
     with redis.Redis.from_url(url) as connection:
         server_pid: int = connection.info("server")["process_id"]
     with ExitStack() as running:

@@ -9,7 +9,7 @@ import sys
 import config
 from harness import chart, local
 from harness.children import stop_with_parent
-from harness.original import NoOriginal
+from harness.install import NotInstalled
 from harness.server import NoServer
 
 
@@ -60,7 +60,7 @@ def judge(arguments: argparse.Namespace) -> int:
     plan = compare.Plan(arguments.rounds, arguments.seconds, arguments.node, arguments.json)
     try:
         return asyncio.run(compare.run(plan, config.load(), config.variables()))
-    except (compare.NotCompared, NoServer, NoOriginal) as error:
+    except (compare.NotCompared, NoServer, NotInstalled) as error:
         config.fail(str(error), code=2)
     except KeyboardInterrupt:
         return 130

@@ -59,7 +59,7 @@ class Plan:
 
 
 async def run(plan: Plan, settings: config.Config, environment: Mapping[str, str]) -> int:
-    """Compares, prints the findings, and returns the exit code; raises `NotCompared`, `NoServer`, `NoOriginal`."""
+    """Compares, prints the findings, and returns the exit code; raises `NotCompared`, `NoServer`, `NotInstalled`."""
     with redis_url(environment) as url:
         names = [f"compare-{os.getpid()}", f"compare-{os.getpid()}-node"]
         common = {**environment, "REDIS_URL": url, "EXTENDED_STATS": "true"}
@@ -96,7 +96,7 @@ def _contestants(plan: Plan, workers: int, common: Mapping[str, str], names: Seq
     ]
     if plan.node:
         node = original.install()
-        variables = {**common, "QUEUE_NAME": names[1], "NODE_PATH": str(original.DIRECTORY / "node_modules")}
+        variables = {**common, "QUEUE_NAME": names[1], "NODE_PATH": str(original.NODE_MODULES)}
         crew = [Member(f"node worker_{number}", [node, "harness/node/worker.js"]) for number in range(1, workers + 1)]
         contestants.append(Contestant("bee-queue 2.0.0 on Node", [node, "harness/node/client.js"], crew, variables))
     return contestants

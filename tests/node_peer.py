@@ -71,7 +71,7 @@ class NodePeer(Peer):
 
     @classmethod
     async def start(cls) -> NodePeer:
-        """Starts Node; its queue is made by the call `queue`. Raises `NoOriginal`."""
+        """Starts Node; its queue is made by the call `queue`. Raises `NotInstalled`."""
         pipe = asyncio.subprocess.PIPE
         command = (install(), str(DIRECTORY / "peer.js"))
         return cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26))

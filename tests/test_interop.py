@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from beequeue import Job, JobFailed, LateFinish, OperationTimedOut, Queue, fsck
 from beequeue.job import now_ms
 from harness.children import end_with_parent
-from harness.original import NoOriginal
+from harness.install import NotInstalled
 from tests.conftest import MakeQueue, Seen, skip, until
 from tests.node_peer import NodePeer, Peer, Setter
 
@@ -163,7 +163,7 @@ class MakePeer:
     async def node(self, name: str | None, settings: dict[str, Any]) -> NodePeer:
         try:
             peer = await NodePeer.start()
-        except NoOriginal as reason:
+        except NotInstalled as reason:
             skip(str(reason))
             raise
         self.peers.append(peer)

@@ -17,7 +17,9 @@ from typing import Any
 
 from bench.measures import BATCH, OURS
 from bench.paired import Setup, own_queue, own_server, rate
-from bench.programs import Failed, Program, Unavailable, install, npm_ci, python_program
+from bench.programs import Failed, Program, python_program
+from harness import install
+from harness.install import NotInstalled
 
 HERE = Path(__file__).parent
 
@@ -67,7 +69,7 @@ def run(setup: Setup) -> tuple[list[PeerResult], dict[str, str]]:
     for peer in PEERS:
         try:
             results.append(_peer(setup, peer))
-        except (Unavailable, Failed) as reason:
+        except (NotInstalled, Failed) as reason:
             left_out[f"{peer.name} ({peer.language})"] = str(reason)
         else:
             told = f"{results[-1].drain:,.0f} drained, {results[-1].enqueue:,.0f} enqueued per second"
@@ -94,7 +96,7 @@ def _ours(setup: Setup) -> PeerResult:
 
 def _peer(setup: Setup, peer: Peer) -> PeerResult:
     """On a server of its own, so that nothing of a peer has to be known to remove it."""
-    interpreter = _environment(setup, peer)
+    interpreter = _environment(peer)
     jobs = setup.sizes.peers if peer.concurrency > 1 else setup.sizes.peers_at_1
     with own_server(setup) as url:
         order = {"url": url, "queue": "bench", "jobs": jobs, "concurrency": peer.concurrency}
@@ -109,18 +111,15 @@ def _step(interpreter: str, peer: Peer, order: dict[str, Any]) -> dict[str, Any]
         return program.result()
 
 
-def _environment(setup: Setup, peer: Peer) -> str:
-    """The interpreter that has the peer's packages; raises `Unavailable`."""
+def _environment(peer: Peer) -> str:
+    """The interpreter that has the peer's packages; raises `NotInstalled`."""
     if peer.language == "Node":
-        if setup.node is None:
-            raise Unavailable("there is no Node")
-        npm_ci(HERE)
-        return setup.node
+        return install.npm_ci(HERE)
     requirements = HERE / peer.requirements
     directory = HERE / ".venv" / requirements.stem
     interpreter, stamp = directory / "bin" / "python", directory / ".installed"
     if not stamp.exists() or stamp.stat().st_mtime < requirements.stat().st_mtime:
         venv.create(directory, clear=True, with_pip=True)
-        install([str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(requirements)])
+        install.run([str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(requirements)])
         stamp.touch()
     return str(interpreter)

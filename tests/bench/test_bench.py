@@ -20,7 +20,8 @@ from bench.measures import MEASURES, NODE, OURS, ROWS
 from bench.peers import PeerResult
 from bench.programs import Failed, Program
 from bench.summary import Summary, paired_ratios, summarise
-from harness.original import NoOriginal, install
+from harness.install import NotInstalled
+from harness.original import install
 from harness.server import NoServer, wheel_server
 from tests import ROOT
 from tests.conftest import skip
@@ -60,7 +61,7 @@ def installed_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def node() -> None:
     try:
         install()
-    except NoOriginal as reason:
+    except NotInstalled as reason:
         skip(str(reason))
 
 

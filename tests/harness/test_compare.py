@@ -16,9 +16,10 @@ from tqdm import tqdm
 import config
 from harness import compare as comparison
 from harness.compare import Contestant, NotCompared, _run_client
+from harness.install import NotInstalled
 from harness.latencies import Latencies
 from harness.member import Member
-from harness.original import NoOriginal, install
+from harness.original import install
 from harness.report import CURE_LOST, CURE_SLOWER, NO_RACE, OK, Row, Run, speed_ratio, table, verdict
 from harness.server import Server
 from tests import ROOT
@@ -173,7 +174,7 @@ def test_both_orderings_on_ones_own_redis(own_server: Server) -> None:
 def test_the_original_is_a_third_row() -> None:
     try:
         install()
-    except NoOriginal as reason:
+    except NotInstalled as reason:
         pytest.skip(str(reason))
     ended = compare("--rounds", "1", "--seconds", "2", "--node")
     title, *rows, empty, conditions, sentence = ended.stdout.splitlines()

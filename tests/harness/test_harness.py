@@ -342,9 +342,3 @@ def test_stopped_before_redis_is_up(program: str, programs: Programs) -> None:
     assert process.returncode == 0
     assert out == ""
     assert "Traceback" not in err
-
-
-def test_make_names_its_targets() -> None:
-    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("up", "local", "test", "lint", "faults", "soak"):
-        assert f"make {target} " in shown
