@@ -90,10 +90,10 @@ class Host:
         if self._loop is None:
             return
         if self._forks != process.forks:
-            raise WrongLoop(f"queue {self.name} was opened before a fork and is used in the child: make one there")
+            raise WrongLoop(f"queue {self.name} was opened before a fork and cannot be used in the child: make a new one there")
         # one loop runs in a thread at a time; asking asyncio for it costs a system call in Python 3.11
         if not (self._loop.is_running() and self._thread == threading.get_ident()):
-            raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and is used from another one")
+            raise WrongLoop(f"queue {self.name} belongs to the event loop that opened it and cannot be used from another one")
 
     def check_closable(self) -> bool:
         """Whether there is something to close: False when the queue was never opened, or by the parent of this process.

@@ -44,7 +44,7 @@ async def _run(work: Callable[[], Awaitable[None]], name: str, report: Callable[
                 raise
             if loop.time() - began_at >= CALM_S:
                 pause_s = FIRST_PAUSE_S
-            failure = TaskFailed(f"{name}: {type(error).__name__}: {error}; begun anew in {pause_s:g} s")
+            failure = TaskFailed(f"{name}: {type(error).__name__}: {error}; starting again in {pause_s:g} s")
             failure.__cause__ = error
         _tell(partial(report, failure), name)
         del failure  # which has this frame in its traceback

@@ -39,7 +39,7 @@ async def test_what_is_raised_is_reported_and_the_work_begins_anew(seen: Callabl
     assert len(calls) == 3
     assert [type(error) for (error,) in told.calls] == [TaskFailed, TaskFailed]
     assert [error.__cause__ for (error,) in told.calls] == [first, second]
-    assert str(told.calls[0][0]) == "keeper: RuntimeError: token service down; begun anew in 0.001 s"
+    assert str(told.calls[0][0]) == "keeper: RuntimeError: token service down; starting again in 0.001 s"
 
 
 async def test_a_cancellation_that_nobody_asked_for_is_a_failure(seen: Callable[[], Seen]) -> None:

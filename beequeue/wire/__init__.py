@@ -1,1 +1,1 @@
-"""One socket to Redis and a connection that survives it: addresses, the driver, commands in flight."""
+"""Connections to Redis: addresses, the driver, one socket, the connection that survives it, and JSON as Node writes it."""

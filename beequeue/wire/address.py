@@ -114,7 +114,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
         if name in arguments and not (isinstance(value, (str, os.PathLike)) or (value is None and name != "host")):
             raise TypeError(f"redis: {name} must be a string, not {value!r}")
         if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
-            raise ValueError(f"redis: {name} must have no NUL, and has one: {value!r}")
+            raise ValueError(f"redis: {name} must not contain NUL: {value!r}")
     if isinstance(arguments.get("host"), str) and not is_host(arguments["host"]):
         raise ValueError(f"redis: host must be a host's name or address, not {arguments['host']!r}")
     for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):

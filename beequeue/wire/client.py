@@ -1,7 +1,6 @@
-"""The command connection as something that several queues can use: who gets its errors, and who closes it.
+"""The command connection as several queues can share it: who receives its errors, and who closes it.
 
-A queue makes one of its own unless it is given one. Takes and events have connections of their own in any case, opened to the
-same address.
+A queue without a shared client makes its own. Takes and events always use separate connections, opened to the same address.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ log = logging.getLogger("beequeue")
 
 Report = Callable[[BeeQueueError], None]
 OnLink = Callable[[Link], Awaitable[None]]
-"""What a queue has to say on each new link, before any command that waits for it."""
+"""A queue's set-up of each new link, awaited before any waiting command is sent."""
 
 
 class Client:
     """A command connection to Redis; made by `beequeue.connect`, or by a queue for itself (`Queue.client`).
 
-    Give it to queues as their `redis`. Each of them reports its errors through `error`. They leave it open when they are
-    closed, unless their `quit_command_client` is True.
+    Pass it to queues as their `redis`. Each of them reports its errors through `error`. A queue that closes leaves it open,
+    unless the queue's `quit_command_client` is True.
     """
 
     def __init__(self, address: Address, *, reconnect: Backoff = linear_backoff, set_up: OnLink | None = None) -> None:
         self.address = address
         self.group = Group()
-        """The connections of all queues that share this one: they speak to one server."""
+        """The connections of all queues that share this client; they speak to one server."""
         self.connection = Connection(
             address, "command", reconnect=reconnect, report=self._report, group=self.group, set_up=self._set_up
         )
@@ -66,7 +65,7 @@ class Client:
 
     def _check_process(self) -> None:
         if self._loop is not None and self._forks != process.forks:
-            raise WrongLoop(f"{self!r} was opened before a fork and is used in the child: make one there")
+            raise WrongLoop(f"{self!r} was opened before a fork and cannot be used in the child: make a new one there")
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,17 +76,17 @@ class Client:
         await self.close()
 
     def attach(self, report: Report, on_link: OnLink) -> None:
-        """From now on `report` gets the connection's errors, and `on_link` each new link.
+        """Passes the connection's errors to `report` and each new link to `on_link` from now on.
 
-        Raises `WrongLoop` when another loop has opened it, or it was opened before a fork.
+        Raises `WrongLoop` when another loop opened the connection, or when it was opened before a fork.
         """
         self._check_process()
         if self._loop is not None and self._loop is not asyncio.get_running_loop():
-            raise WrongLoop(f"{self!r} belongs to the event loop that opened it and is used from another one")
+            raise WrongLoop(f"{self!r} belongs to the event loop that opened it and cannot be used from another one")
         self._queues[report] = on_link
 
     def detach(self, report: Report) -> None:
-        """Ends what `attach` began."""
+        """Undoes `attach`."""
         del self._queues[report]
 
     async def _set_up(self, link: Link) -> None:

@@ -1,12 +1,12 @@
-"""A connection that stays: opens a `Link`, opens the next one when it is lost, and keeps commands meanwhile.
+"""A connection that survives its links: opens a `Link`, opens the next one when it is lost, and keeps commands meanwhile.
 
-It knows nothing of queues: what a connection is for (scripts, subscriptions) is its owner's `set_up`.
+It knows nothing about queues: scripts and subscriptions are the matter of the owner's `set_up`.
 
-The end of a link decides what becomes of its commands: what was never written waits for the next link, and so does what Redis
-refused because of its own state; what is safe to repeat is repeated; the rest fails with `ConnectionLost(maybe_applied=True)`.
+When a link ends, its commands part ways. Those never written wait for the next link, as do those that Redis refused because of
+its own state. Those safe to repeat are repeated. The rest fail with `ConnectionLost(maybe_applied=True)`.
 
-A link on which nothing moves is dead if Redis answers on another one, or if no other one can be opened. If that one waits too,
-it is Redis that stands still, and a cut would help nobody.
+A link without traffic is dead if Redis answers on a new connection, or if none can be opened. If the new one waits as well,
+Redis itself has stopped, and cutting the link would help nobody.
 """
 
 from __future__ import annotations
@@ -31,56 +31,56 @@ log = logging.getLogger("beequeue")
 Answer = TypeVar("Answer")
 
 MOST_WAITING = 10_000
-"""How many commands wait for a connection that is down."""
+"""How many commands may wait for a connection that is down."""
 CALM_S = 15.0
-"""A link that was left as unfit after so long counts as one that was good."""
+"""A link that lasted this long before it was left as unfit counts as a good one."""
 ACCEPT_S = 2.0
-"""How long it may take, at least, until something accepts a connection; a busy process needs time for that, too."""
+"""The least time to allow for a connection to be accepted; a busy process needs time for that, too."""
 MOST_LOSSES = 10
-"""How often a command is repeated whose link was lost each time it was next to be answered: its reply may never fit."""
+"""How often to repeat a command whose link was lost each time its reply was the next one due: it may never fit."""
 
 
 class Group:
-    """The connections that must speak to the same server: when one learns that it is not fit, all of them open new ones."""
+    """Connections that must speak to the same server: when one finds the server unfit, all of them open new links."""
 
     def __init__(self) -> None:
         self._connections: set[Connection] = set()
         self._asking: asyncio.Task[bool] | None = None
 
     def add(self, connection: Connection) -> None:
-        """Has `connection` leave with the others."""
+        """Makes `connection` leave a server together with the others."""
         self._connections.add(connection)
 
     def remove(self, connection: Connection) -> None:
-        """Ends what `add` began."""
+        """Undoes `add`."""
         self._connections.discard(connection)
 
     def leave(self, reason: str) -> None:
-        """Has each connection that is up open a new link, when its commands in flight have been answered."""
+        """Makes each connection that is up open a new link once its commands in flight are answered."""
         for connection in self._connections:
             connection.leave(reason)
 
     async def answers(self, address: Address) -> bool:
-        """`answers`, asked once for all connections that ask at the same time."""
+        """`answers`, asked once for all connections that want to know at the same time."""
         if self._asking is None or self._asking.done():
             limit_s = link_module.REPLY_TICKS * link_module.TICK_S
             self._asking = asyncio.get_running_loop().create_task(answers(address, limit_s), name="beequeue asking")
         return await asyncio.shield(self._asking)
 
     async def end(self) -> None:
-        """Ends a question that is under way, when nobody is left to hear the answer."""
+        """Ends a question under way when no connection is left."""
         if self._asking is not None and not self._connections:
             self._asking.cancel()
             await asyncio.wait((self._asking,))
 
 
 class Connection:
-    """One socket to Redis, again and again: see the module.
+    """One connection to Redis through any number of links: see the module.
 
-    `role` names it in messages. `set_up` is awaited on each new link before any waiting command is sent. `on_message` gets
-    channel and payload of each published message, in the step that parses it; `on_read_end` is called after each read that
-    had one. `report` gets the errors that no caller hears of: a lost link, a refusal after the first. It leaves a server that
-    is not fit together with its `group`; with `keeps_refused` it then repeats the commands that were refused for that.
+    `role` names it in messages. `set_up` is awaited on each new link before any waiting command is sent. `on_message` receives
+    the channel and payload of each published message in the step that parses it; `on_read_end` is called after each read that
+    contained one. `report` receives the errors that reach no caller: a lost link, a refusal after the first. The connection
+    leaves an unfit server together with its `group`; with `keeps_refused` it then repeats the commands refused for that reason.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Connection:
         self._on_read_end = on_read_end
         self._keeps_refused = keeps_refused
         self._live: Link | None = None
-        """The link that is up; it is not `link` any more while it is being left."""
+        """The link that is up. While it is being left, `link` is None already."""
         self._waiting: deque[Command] = deque()
         self._refused: deque[Command] = deque()
         self._failures = 0
@@ -131,13 +131,13 @@ class Connection:
             command.answer(QueueClosed())
         elif len(self._waiting) >= MOST_WAITING:
             command.answer(
-                ConnectionLost(f"{self.address} is down and {MOST_WAITING} commands wait already", maybe_applied=False)
+                ConnectionLost(f"{self.address} is down, and {MOST_WAITING} commands are waiting already", maybe_applied=False)
             )
         else:
             self._waiting.append(command)
 
     def send_all(self, commands: Sequence[Command], *, can_wait: bool = False) -> None:
-        """Issues commands one behind the other, in one write. With `can_wait` the reply to the first one may be late."""
+        """Issues commands in order, in one write. With `can_wait` the reply to the first one may be late."""
         if self.link is not None:
             self.link.send_all(commands, can_wait=can_wait)
         else:
@@ -145,7 +145,7 @@ class Connection:
                 self.send(command)
 
     def flush(self) -> None:
-        """Writes what has been issued, without waiting for the loop's next turn."""
+        """Writes all issued commands, without waiting for the loop's next turn."""
         if self.link is not None:
             self.link.flush()
 
@@ -158,7 +158,7 @@ class Connection:
         return await self.wait(command, future)
 
     async def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Answer:
-        """Waits for what the reply to `command` completes; one that is cancelled while Redis is down is not issued later."""
+        """Waits for `answered`, which the reply to `command` completes; a wait cancelled while Redis is down withdraws it."""
         try:
             return await answered
         except asyncio.CancelledError:
@@ -166,7 +166,7 @@ class Connection:
             raise
 
     def withdraw(self, command: Command) -> bool:
-        """Takes back a command that waits for the connection; False when it has been sent, or answered."""
+        """Takes back a command that waits for the connection; returns False when it was sent or answered already."""
         for waiting in (self._waiting, self._refused):
             if command in waiting:
                 waiting.remove(command)
@@ -183,7 +183,7 @@ class Connection:
         await self._first
 
     async def close(self) -> None:
-        """Closes the socket, or ends the attempts to open one; commands without a reply fail."""
+        """Closes the socket or ends the attempts to open one; commands without a reply fail."""
         self._closed = True
         self._group.remove(self)
         if self._first is not None and not self._first.done():
@@ -191,7 +191,7 @@ class Connection:
         for task in (self._keeper, self._asking):
             if task is not None:
                 task.cancel()
-                await asyncio.wait((task,))  # the keeper also ends by itself: the driver may swallow a cancellation
+                await asyncio.wait((task,))  # if the driver swallows the cancellation, the keeper still sees `_closed`
         await self._group.end()
         link, self._live, self.link = self._live, None, None
         if link is not None:
@@ -202,7 +202,7 @@ class Connection:
             self._waiting.popleft().answer(QueueClosed())
 
     async def _keep_up(self) -> None:
-        """Opens one link after the other until `close`; returns before that only when Redis refuses the first one."""
+        """Opens one link after another until `close`; returns earlier only when Redis refuses the first one."""
         assert self._first is not None
         while not self._closed:
             try:
@@ -221,7 +221,7 @@ class Connection:
             await asyncio.sleep(self._pause_ms(self._failures) / 1000)
 
     async def _open_link(self) -> Link:
-        """A link that is set up, to a server that is ready."""
+        """Opens a link to a server that is ready, and sets it up."""
         transport, keep = await self.address.open(self._protocol)
         link = Link(
             transport,
@@ -243,7 +243,7 @@ class Connection:
             raise
         except ConnectionLost as error:
             link.drop("set-up ended")
-            # TLS 1.3 lets a client in first, and asks for its certificate then
+            # with TLS 1.3 the server checks our certificate only after the handshake
             if (refusal := refusal_in(link.error, self.address)) is not None:
                 raise refusal from None
             if str(self.address) in str(error):
@@ -271,7 +271,7 @@ class Connection:
             link.drop("its keeper has failed")
             self._end(link)
             raise
-        if self.link is link or now() - up_at >= CALM_S:  # it was not left at once: the server was fit
+        if self.link is link or now() - up_at >= CALM_S:  # the server was fit: the link was not left at once
             self._failures = 0
         self._end(link)
         self._report(ConnectionLost(f"{self.role} connection to {self.address} lost: {reason}", maybe_applied=False))
@@ -281,7 +281,7 @@ class Connection:
         self._fail_or_keep(link)
 
     def _pause_ms(self, attempt: int) -> float:
-        """What `reconnect` returns; the default where it raises, or returns no number of milliseconds."""
+        """The pause that `reconnect` asks for; the default one where it raises or returns no number of milliseconds."""
         try:
             pause_ms: Any = self._reconnect(attempt)
             if isinstance(pause_ms, bool) or not isinstance(pause_ms, (int, float)) or not 0 <= pause_ms < math.inf:
@@ -293,7 +293,7 @@ class Connection:
             if not self._backoff_is_wrong:
                 self._backoff_is_wrong = True
                 what = f"reconnect({attempt}) raised {type(error).__name__}: {error}"
-                failure = BeeQueueError(f"{what}; {linear_backoff.__name__} takes its place")
+                failure = BeeQueueError(f"{what}; {linear_backoff.__name__} is used instead")
                 failure.__cause__ = error
                 self._report(failure)
             return linear_backoff(attempt)
@@ -305,7 +305,7 @@ class Connection:
             link.send(self._waiting.popleft())
 
     def _fail_or_keep(self, link: Link) -> None:
-        """Sorts the commands of a lost link; those that stay go before what was issued since."""
+        """Sorts the commands of a lost link; those that stay go before the commands issued since."""
         unanswered, unwritten = link.orphans()
         kept = [*self._refused]
         self._refused.clear()
@@ -326,10 +326,10 @@ class Connection:
             else:
                 command.answer(ConnectionLost(f"the {self.role} connection was lost before Redis answered", maybe_applied=True))
 
-    # --- a server that is not fit, a link that stands still -----------------------------------------------------------
+    # --- an unfit server, a silent link -------------------------------------------------------------------------------
 
     def leave(self, reason: str) -> None:
-        """Opens a new link, when the commands in flight on this one have been answered."""
+        """Opens a new link once the commands in flight on this one are answered."""
         link, self.link = self.link, None
         if "READONLY" in reason:
             self._needs_primary = True
@@ -337,8 +337,8 @@ class Connection:
             link.leave(reason)
 
     def _is_unfit(self, command: Command | None, refusal: str) -> None:
-        """Redis has refused `command`, which did nothing, or is found to be a replica now."""
-        if self.link is not None:  # not a late answer on a link that is being left already
+        """Handles a refusal that says the server is unfit; `command` had no effect, and is None when only ROLE told."""
+        if self.link is not None:  # else a late answer on a link that is being left already
             self._group.leave(refusal)
         if command is None:
             return
@@ -350,15 +350,16 @@ class Connection:
             command.answer(CommandError(refusal))
 
     def _look_into(self, link: Link) -> None:
-        """Nothing moves on `link`, which owes a reply."""
+        """Finds out why no data moves on `link`, on which Redis owes a reply."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask_beside(link), name="beequeue asking beside")
 
     async def _ask_beside(self, link: Link) -> None:
-        """Drops `link` if it still stands still when another one has been answered."""
+        """Drops `link` if it is still silent when a new connection has been answered."""
         if not await self._group.answers(self.address):
             silent_s = link.still_ticks * link_module.TICK_S
-            log.warning("%s connection: %s has not answered for %d s, on a new one neither", self.role, self.address, silent_s)
+            message = "%s connection: %s has not answered for %d s, nor does it answer on a new connection"
+            log.warning(message, self.role, self.address, silent_s)
             return
         still = link.still_ticks
         await asyncio.sleep(link_module.TICK_S)  # Redis may have begun to answer on both
@@ -367,10 +368,10 @@ class Connection:
 
 
 async def answers(address: Address, limit_s: float) -> bool:
-    """Whether Redis answers on a new connection, or none can be opened; False when it accepts one, and lets it wait.
+    """Whether Redis answers on a new connection or none can be opened; False when Redis accepts one and lets it wait.
 
-    It is asked for a script that it does not know: that waits where writes do (`CLIENT PAUSE`), and needs no further right.
-    A refusal is no answer: whoever is refused may have come while those that are in wait.
+    The question is a script that Redis does not know. Like a write it waits during `CLIENT PAUSE`, and it needs no further
+    permission. A refusal counts as no answer: Redis may refuse a newcomer while it keeps its other clients waiting.
     """
     try:
         async with asyncio.timeout(limit_s):

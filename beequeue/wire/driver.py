@@ -116,8 +116,8 @@ def parse(url: str) -> tuple[dict[str, Any], str | None]:
     known = {name for each in kind.__mro__ for name in inspect.signature(each.__init__).parameters} | {*NOT_OURS}
     for name in arguments.keys() - known:  # not shown: it may be a piece of a password
         meant = difflib.get_close_matches(name, known, 1, 0.8)
-        hint = f"; is one meant to be {meant[0]}?" if meant else ""
-        return {}, f"must have options of redis-py's connections only{hint}"
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        return {}, f"must only have options of redis-py's connections{hint}"
     return arguments, None
 
 
@@ -282,9 +282,9 @@ def _end_of(driver: Any) -> str | None:
     """Why an open connection cannot be used: it has ended already, or Redis answered no command; None if it can."""
     reader, parser = driver._reader, driver._parser
     if driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() is not None:
-        return "the connection was closed as soon as it was open"
+        return "the connection was closed as soon as it was opened"
     if reader._buffer or (isinstance(kept := getattr(parser, "_reader", None), hiredis.Reader) and kept.has_data()):
-        return "a reply came to no command"
+        return "a reply came without a command"
     return None
 
 

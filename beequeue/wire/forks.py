@@ -1,4 +1,4 @@
-"""Whether this process is a forked child: what has been opened before a fork is the parent's."""
+"""Whether this process is a forked child: connections opened before a fork belong to the parent."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 
 class Process:
-    """This process. `forks` counts those between it and the first one: asking for its id would cost a system call a save."""
+    """This process; `forks` counts the forks between it and the first one. `os.getpid` would cost each save a system call."""
 
     def __init__(self) -> None:
         self.forks = 0
 
     def count(self) -> None:
-        """In a child."""
+        """Called in each forked child."""
         self.forks += 1
 
 

@@ -1,12 +1,12 @@
-"""One life of one socket: many commands in flight, answered in order; no reconnecting.
+"""One socket from its opening to its end: many commands in flight, answered in order. It never reconnects.
 
-redis-py opens and authenticates a connection; then the transport's protocol is replaced by `Link`, which feeds a hiredis
-reader and answers a FIFO of commands. redis-py's own client would give each concurrent command a connection of its own.
+redis-py opens and authenticates the connection; then `Link` replaces the transport's protocol, feeds a hiredis reader and
+answers commands first in, first out. redis-py's own client would open a connection for each concurrent command.
 
-Rules that hold here and must not be broken:
-- replies are handled in the step that parses them, so that nothing can come between a reply and the push behind it;
-- the reader yields bytes: one undecodable byte must not raise out of the parser;
-- SUBSCRIBE goes alone: a push confirms it, but a refusal is an ordinary reply; no other push answers a command.
+Three rules must not be broken:
+- A reply is handled in the step that parses it, so nothing can come between a reply and the push that follows it.
+- The reader yields bytes, because one undecodable byte must not raise out of the parser.
+- SUBSCRIBE is sent alone: a push confirms it, but a refusal is an ordinary reply. No other push answers a command.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ except ImportError:  # not a Unix
 
 TICK_S = 1.0
 REPLY_TICKS = 10
-"""For how many ticks nothing may move, in either direction, while a reply is owed, before the owner looks into it."""
+"""How many ticks may pass without any data in either direction, while Redis owes a reply, before the owner looks into it."""
 SLOWEST_BYTES_S = 500_000
-"""How fast something on the way may empty its buffers: it has what was written last, and nothing tells of its progress."""
+"""The slowest rate at which a relay may empty its buffers. It holds what was written last, and its progress is invisible."""
 QUIET_TICKS = 5
-"""After how many silent ticks an idle link asks something, so that nothing on the way forgets it."""
+"""After how many silent ticks an idle link sends a question, so that no relay forgets the connection."""
 
 LONE_REPLY_BYTES = 8
-"""The size of a settlement's reply that brings no job: `*1\r\n:1\r\n`."""
+"""The size of a reply to a settlement that brings no job: `*1\r\n:1\r\n`."""
 LONE_REPLY_S = 0.025
-"""How long the kernel may keep such a reply when no other one follows."""
+"""How long the kernel may keep such a reply when no other follows."""
 
 UNFIT = re.compile(r"(?:(?:ERR|@user_script).*: -)?(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY) ", re.DOTALL)
-"""Refusals that tell about the server and not about the command, which did nothing. Redis 6 wraps those of a script."""
+"""Refusals because of the server's state, not because of the command, which had no effect. Redis 6 wraps those of a script."""
 
 _INCOMPLETE = object()
 _RESP2_PUSHES = (b"message", b"subscribe", b"unsubscribe")
 
 
 class Packed(tuple[Any, ...]):
-    """A command's arguments that are sent often: how the wire has them is made out once."""
+    """Arguments of a command that is sent often: their form on the wire is computed once."""
 
     @functools.cached_property
     def packed(self) -> bytes:
@@ -61,12 +61,12 @@ class Packed(tuple[Any, ...]):
 
 
 class Command:
-    """A command and what becomes of its reply.
+    """A command and the function that receives its reply.
 
-    `on_reply` gets the reply, or an exception: `CommandError`, or `ConnectionLost` when there will be no reply. `repeat` is
-    what to send if the connection is lost before the reply (`repeated` then tells); None: it is not safe to repeat. `script`
-    is the text to send instead when the server does not know the script; `resend` sends it, where this link may be blocked.
-    `losses` counts the links that were lost while they owed this reply before all others.
+    `on_reply` gets the reply or an exception: `CommandError`, or `ConnectionLost` when no reply will come. `repeat` holds the
+    arguments to send if the connection is lost before the reply (`repeated` is then True); None means that repeating is not
+    safe. `script` is the source to send when the server does not know the script; `resend` sends it when this link may be
+    blocked. `losses` counts the links that were lost while this reply was the next one due.
     """
 
     __slots__ = ("args", "losses", "on_reply", "repeat", "repeated", "resend", "script")
@@ -89,27 +89,28 @@ class Command:
         self.resend = resend
 
     def answer(self, reply: Any) -> bool:
-        """Hands the reply on; False when it was none that this command can have.
+        """Passes the reply on; returns False when this command cannot have such a reply.
 
-        The asker then gets `ConnectionLost`: a reply too many, say, would give each command behind it another one's reply.
+        The caller then gets `ConnectionLost`. One reply too many, for example, would give each later command the reply of
+        another.
         """
         try:
             self.on_reply(reply)
         except Exception as error:
-            context = {"message": f"handling the reply to {self.args[0]!r}", "exception": error}
+            context = {"message": f"failed to handle the reply to {self.args[0]!r}", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-            with suppress(Exception):  # what it has done already it may refuse to do again
-                self.on_reply(ConnectionLost("what Redis answered is no answer to this command", maybe_applied=True))
+            with suppress(Exception):  # it may refuse to repeat what it has done already
+                self.on_reply(ConnectionLost("Redis's answer does not fit this command", maybe_applied=True))
             return False
         return True
 
 
 class Link(asyncio.Protocol):
-    """A live socket. `lost` completes, with the reason, when it is one no more; `error` is what the transport gave for it.
+    """A live socket. `lost` completes with the reason when the socket ends; `error` is the transport's own reason.
 
-    `on_stuck` is called after `REPLY_TICKS` in which a reply is owed and nothing moves (later by what something on the way may
-    hold back), and again after longer and longer. Set `on_unfit` once the link is up: it
-    gets each command that Redis refused because of its own state, and the refusal, and answers for the command from then on.
+    `on_stuck` is called after `REPLY_TICKS` in which Redis owes a reply and no data moves, plus the time that a slow relay may
+    need for what it holds; then again at growing intervals. Set `on_unfit` once the link is up: it receives each command that
+    Redis refused because of its own state, together with the refusal, and is responsible for the command from then on.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Link(asyncio.Protocol):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
-        self._keep = keep  # what would close the transport if it were dropped
+        self._keep = keep  # dropping it would close the transport
         self._on_message = on_message or _ignore
         self._on_read_end = on_read_end or _ignore
         self._on_stuck = on_stuck or _ignore
@@ -143,12 +144,12 @@ class Link(asyncio.Protocol):
         self._held_back_since = 0.0
         self._can_hold_back = sys.platform == "linux"
         self.still_ticks = 0
-        """For how many ticks nothing has moved."""
+        """How many ticks have passed since data last moved."""
         self.down = False
         self.error: Exception | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
-        if transport.is_closing():  # nobody would tell: whom the transport has told is the driver
+        if transport.is_closing():  # the transport has already told the driver, and tells nobody else
             self.connection_lost(None)
             return
         transport.set_protocol(self)
@@ -157,18 +158,18 @@ class Link(asyncio.Protocol):
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def send(self, command: Command) -> None:
-        """Issues a command: at once when nothing is in flight; else what one step of the loop issues leaves in one write."""
+        """Issues a command: at once when nothing is in flight, else in one write with all others of this step of the loop."""
         self.send_all((command,))
 
     def send_all(self, commands: Sequence[Command], *, can_wait: bool = False) -> None:
-        """Issues commands one behind the other, in one write. With `can_wait` the reply to the first one may be late."""
+        """Issues commands in order, in one write. With `can_wait` the reply to the first one may be late."""
         if can_wait:
             self._hold_back()
         packed = [
             command.args.packed if type(command.args) is Packed else hiredis.pack_command(command.args) for command in commands
         ]
         if not self._in_flight and not self.down:
-            # nothing to join with: a later write would only cost the loop another turn
+            # there is nothing to join with, so a later write would only cost another turn of the loop
             self._write(packed)
         else:
             if not self._unsent:
@@ -177,7 +178,7 @@ class Link(asyncio.Protocol):
         self._in_flight.extend(commands)
 
     def flush(self) -> None:
-        """Writes what has been issued; the loop does so a turn after it was."""
+        """Writes all issued commands now; otherwise the loop does so in its next turn."""
         unsent = self._unsent
         if unsent and not self.down:
             self._write(unsent)
@@ -194,7 +195,7 @@ class Link(asyncio.Protocol):
         self._abort()
 
     def leave(self, reason: str) -> None:
-        """Cuts the socket when every command in flight has its reply; the owner sends no more."""
+        """Cuts the socket once every command in flight has its reply; the owner sends no more."""
         self._reason = reason
         self._leaving = True
         self._drop_when_left()
@@ -204,23 +205,23 @@ class Link(asyncio.Protocol):
             self._abort()
 
     def _abort(self) -> None:
-        """Ends the socket, also the copy of a forked child that lives on: Redis would give it jobs."""
+        """Ends the socket, including a forked child's copy: that copy would keep it open, and Redis would send it jobs."""
         with suppress(OSError):
             self._on_socket(lambda own: own.shutdown(socket.SHUT_RDWR))
         self._transport.abort()
 
     def _on_socket(self, work: Callable[[socket.socket], None]) -> None:
-        """Does what uvloop's own object for the socket refuses; raises `OSError`."""
-        told = self._transport.get_extra_info("socket")
-        if told is not None and told.fileno() >= 0:
-            own = socket.socket(told.family, told.type, fileno=told.fileno())
+        """Calls `work` with a socket object of our own, since uvloop's refuses most calls; raises `OSError`."""
+        theirs = self._transport.get_extra_info("socket")
+        if theirs is not None and theirs.fileno() >= 0:
+            own = socket.socket(theirs.family, theirs.type, fileno=theirs.fileno())
             try:
                 work(own)
             finally:
                 own.detach()
 
     def orphans(self) -> tuple[list[Command], list[Command]]:
-        """Of a lost link: the commands that got no reply, and those that were never written."""
+        """Takes a lost link's commands: those that were written and got no reply, and those that were never written."""
         commands = list(self._in_flight)
         self._in_flight.clear()
         written = len(commands) - len(self._unsent)
@@ -248,24 +249,25 @@ class Link(asyncio.Protocol):
                         continue
                     if reply[0] != b"subscribe":
                         continue
-                    # goes on as the reply to SUBSCRIBE, which nothing else is in flight with
+                    # falls through as the reply to SUBSCRIBE, which is the only command in flight
                 if not in_flight:
-                    raise hiredis.ProtocolError(f"a reply to no command: {reply!r}"[:200])
+                    raise hiredis.ProtocolError(f"a reply without a command: {reply!r}"[:200])
                 command = in_flight.popleft()
                 if kind is hiredis.ReplyError:
                     self._refused(command, str(reply))
                 elif kind is list and reply and type(reply[0]) is hiredis.ReplyError and UNFIT.match(str(reply[0])):
-                    self._refused(command, str(reply[0]))  # a script that has caught the refusal of its first write
+                    self._refused(command, str(reply[0]))  # a script caught the refusal of its first write
                 elif not command.answer(reply):
-                    self.drop(f"what Redis answered is no answer to {command.args[0]!r}")
+                    self.drop(f"Redis's answer does not fit {command.args[0]!r}")
                     break
         except hiredis.HiredisError as error:
-            self.drop(f"what Redis sent could not be read: {error}")
+            self.drop(f"Redis sent unreadable data: {error}")
         except Exception as error:
-            # raised in this very function, by the reader or by taking a push apart, or further down by what no message has
-            if _raised_below(error) and not _is_broken(reply):
-                raise  # a fault of ours
-            self.drop(f"what Redis sent could not be read: neither a reply nor a message ({type(error).__name__}: {error})")
+            # unreadable data raises in this very function (the reader, or a push without its parts), or in a callback that
+            # got a channel or payload of the wrong type; everything else is a fault of ours
+            if _raised_in_a_callback(error) and not _is_broken(reply):
+                raise
+            self.drop(f"Redis sent unreadable data: neither a reply nor a message ({type(error).__name__}: {error})")
         if pushed:
             self._on_read_end()
         if self._leaving:
@@ -273,7 +275,7 @@ class Link(asyncio.Protocol):
 
     def _refused(self, command: Command, message: str) -> None:
         if command.script is not None and message.startswith("NOSCRIPT"):
-            # EVAL runs the script and makes the server know it again
+            # EVAL runs the script and loads it into the server's cache again
             command.args = (b"EVAL", command.script, *command.args[2:])
             (command.resend or self.send)(command)
         elif self.on_unfit is not None and UNFIT.match(message):
@@ -281,13 +283,13 @@ class Link(asyncio.Protocol):
         else:
             command.answer(CommandError(named(message, command.script)))
 
-    # --- a reply that need not wake the process -----------------------------------------------------------------------
+    # --- replies that need not wake the process -----------------------------------------------------------------------
 
     def _hold_back(self) -> None:
-        """Has the kernel keep a lone settlement's reply until more follows, or until it has been kept for `LONE_REPLY_S`.
+        """Lets the kernel keep the reply to a lone settlement until more follows, at most for `LONE_REPLY_S`.
 
-        It would wake the process for nothing: the take behind it stays open. One timer serves however many such replies: it
-        lowers the limit again when no `_hold_back` has come for so long, and the kernel then tells of what is there.
+        That reply would wake the process for nothing, as the take after it stays open. One timer serves any number of such
+        replies: it lowers the limit once no `_hold_back` has come for that long, and the kernel then reports what it has.
         """
         self._held_back_since = self._loop.time()
         if self._holds_back is None and self._can_hold_back:
@@ -304,7 +306,7 @@ class Link(asyncio.Protocol):
             self._set_low_water(1)
 
     def _set_low_water(self, size: int) -> bool:
-        """Sets from how many bytes on the kernel tells that there are some; False where it cannot be set."""
+        """Sets how many bytes must arrive before the kernel reports any; returns False where this cannot be set."""
         own = self._transport.get_extra_info("socket")
         if own is None or own.family not in (socket.AF_INET, socket.AF_INET6) or self._transport.get_extra_info("sslcontext"):
             return False
@@ -327,7 +329,7 @@ class Link(asyncio.Protocol):
         self._keep = None
 
     def _tick(self) -> None:
-        """Counts how long nothing has moved. Keep-alive alone cannot see a relay that goes silent."""
+        """Counts how long no data has moved. TCP keep-alive alone cannot see a relay that goes silent."""
         self._ticker = self._loop.call_later(TICK_S, self._tick)
         self.still_ticks += 1
         if not self._in_flight:
@@ -345,17 +347,17 @@ class Link(asyncio.Protocol):
                 self._on_stuck(self)
 
     def _has_delivered(self) -> bool:
-        """Whether more of what was written has reached the other side since the last tick: a slow link is not a dead one.
+        """Whether more of the written bytes reached the other side since the last tick: a slow link is not a dead one.
 
-        Only what had been written by the first tick after something came counts: one that swallows everything is dead.
+        Only bytes written before the first tick after the last arrival count. A link that swallows everything is dead.
         """
         if self._has_heard:
             self._has_heard, self._arrived, self._expected = False, self._expected, self._written
         left = self._transport.get_write_buffer_size()
         if ioctl is not None:
-            try:  # what the kernel still has to send, or the other side to acknowledge
-                told = ioctl(self._transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4))
-                left += int.from_bytes(told, sys.byteorder)
+            try:  # bytes that the kernel has not sent, or the other side has not acknowledged
+                queued = ioctl(self._transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4))
+                left += int.from_bytes(queued, sys.byteorder)
             except (OSError, AttributeError):
                 pass
         before, self._delivered = self._delivered, max(self._delivered, min(self._expected, self._written - left))
@@ -364,7 +366,7 @@ class Link(asyncio.Protocol):
     # --- the server at the other end -------------------------------------------------------------------------------------
 
     async def is_primary(self) -> bool | None:
-        """Whether this is a primary, as `ROLE` tells; None if the user may not ask. Raises what says that it is not ready."""
+        """Whether the server is a primary, by `ROLE`; None if the user may not ask. Raises the refusal of one not ready."""
         replies = await asyncio.gather(self.call(b"PING"), self.call(b"ROLE"), return_exceptions=True)
         for reply in replies:
             may_not_ask = isinstance(reply, CommandError) and reply.code != "NOAUTH" and not UNFIT.match(str(reply))
@@ -374,8 +376,8 @@ class Link(asyncio.Protocol):
         return self._is_primary
 
     def _ask(self) -> None:
-        """Keeps an idle link alive, and finds out that the server has become a replica of another."""
-        if self._is_primary is None or self._resp2_pushes:  # a subscriber may send PING alone in RESP2
+        """Keeps an idle link alive, and notices when the server has become a replica."""
+        if self._is_primary is None or self._resp2_pushes:  # in RESP2 a subscriber may send nothing but PING
             self.send(Command((b"PING",), _ignore, resend=_ignore))
         else:
             self.send(Command((b"ROLE",), self._note_role, resend=_ignore))
@@ -384,7 +386,7 @@ class Link(asyncio.Protocol):
         was_primary = self._is_primary
         self._is_primary = reply[0] == b"master" if type(reply) is list and reply else None
         if was_primary and self._is_primary is False and self.on_unfit is not None:
-            self.on_unfit(None, "READONLY it has become a replica")
+            self.on_unfit(None, "READONLY the server has become a replica")
 
     async def call(self, *args: Any) -> Any:
         """Issues one command and waits for its reply; raises `RedisFailure`."""
@@ -396,18 +398,18 @@ class Link(asyncio.Protocol):
         return future.result()
 
 
-def _raised_below(error: Exception) -> bool:
-    """Whether an error comes from a function that the one which has caught it called, if that is not C's."""
+def _raised_in_a_callback(error: Exception) -> bool:
+    """Whether a Python function called by the catching one raised `error`; a C function, such as the reader's, has no frame."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
 def _is_broken(message: Any) -> bool:
-    """Whether what stands for a channel or a payload is something else."""
+    """Whether a message has anything but bytes for its channel or payload."""
     return isinstance(message, list) and not all(type(part) is bytes for part in message)
 
 
 def named(message: str, script: str | None) -> str:
-    """What Redis refused a script, with the command: Redis tells the line."""
+    """A script's refusal with the name of the refused command added: Redis's message has only its line."""
     at = re.search(r"user_script:\s*(\d+)", message)
     if script is None or at is None:
         return message
@@ -418,11 +420,11 @@ def named(message: str, script: str | None) -> str:
 
 def complete(future: asyncio.Future[Any], reply: Any) -> None:
     """Completes `future` with a reply, or with the exception that came instead."""
-    if future.done():  # cancelled by whoever waited
+    if future.done():  # the caller that waited was cancelled
         return
     if isinstance(reply, BeeQueueError):
         future.set_exception(reply)
-        future.exception()  # asyncio must not complain when whoever waited is cancelled in this very step
+        future.exception()  # asyncio must not complain when the caller is cancelled in this very step
     else:
         future.set_result(reply)
 

@@ -251,7 +251,7 @@ class Heartbeat:
 
     def report_soon(self, error: Exception) -> None:
         """Has the loop report what nobody expected."""
-        failure = TaskFailed(f"heartbeat thread: {type(error).__name__}: {error}; begun anew in {PAUSE_S:g} s")
+        failure = TaskFailed(f"heartbeat thread: {type(error).__name__}: {error}; starting again in {PAUSE_S:g} s")
         failure.__cause__ = error
         self._asked_at = None
         if not self._tell_loop(functools.partial(self._tell, failure)):

@@ -507,7 +507,7 @@ WRONG = [
     (["app:work", "--queue", "a\udcff"], r"argument --queue: must be text that UTF-8 can carry, not 'a\udcff'"),
     (
         ["app:work", "--redis", "redis://h?a=5"],
-        "argument --redis: (or REDIS_URL) must have options of redis-py's connections only",
+        "argument --redis: (or REDIS_URL) must only have options of redis-py's connections",
     ),
     (["app:work", "--redis", "http://x"], URL),
     (["app:work", "--conc", "2"], "unrecognized arguments: --conc"),

@@ -74,7 +74,7 @@ def test_empty_means_not_set() -> None:
         (
             "REDIS_URL",
             "redis://h?sokcet_timeout=5",
-            "REDIS_URL must have options of redis-py's connections only; is one meant to be socket_timeout?",
+            "REDIS_URL must only have options of redis-py's connections; did you mean socket_timeout?",
         ),
         ("REDIS_URL", "unix://", "REDIS_URL must name a socket, as in unix:///run/redis.sock, not 'unix://'"),
     ],

@@ -222,7 +222,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_reported(make_queue: MakeQueue, task: str) -> None:
     (failure,) = make_queue.claim(TaskFailed)
-    assert str(failure) == f"{task}: RuntimeError: by the test; begun anew in 0.001 s"
+    assert str(failure) == f"{task}: RuntimeError: by the test; starting again in 0.001 s"
 
 
 @pytest.mark.usefixtures("sweep_often", "hurried")

@@ -149,7 +149,7 @@ async def test_a_reconnect_that_raises_anything(make_queue: MakeQueue, own_serve
     async with asyncio.timeout(10):
         await queue.create_job({}).save()
     await queue.close()
-    assert any("linear_backoff takes its place" in str(error) for error in make_queue.errors)
+    assert any("linear_backoff is used instead" in str(error) for error in make_queue.errors)
     make_queue.errors.clear()
 
 
@@ -206,7 +206,7 @@ async def test_a_set_up_that_fails_is_reported_and_tried_again(
     await queue.connect()
     assert (await queue.create_job({}).save()).id
     (failure,) = make_queue.claim(TaskFailed)
-    assert str(failure) == "event connection: RuntimeError: nobody expects this; begun anew in 0.01 s"
+    assert str(failure) == "event connection: RuntimeError: nobody expects this; starting again in 0.01 s"
     await queue.close()
 
 
@@ -220,7 +220,7 @@ async def test_a_back_off_that_returns_nonsense(own_server: Server, make_queue: 
     assert (await queue.create_job({}).save()).id
     (named,) = [error for error in make_queue.claim(BeeQueueError) if not isinstance(error, ConnectionLost)]
     assert str(named) == (
-        f"reconnect(1) raised TypeError: it must return milliseconds, at least 0, not {wrong!r}; linear_backoff takes its place"
+        f"reconnect(1) raised TypeError: it must return milliseconds, at least 0, not {wrong!r}; linear_backoff is used instead"
     )
 
 
@@ -743,7 +743,7 @@ async def test_a_server_that_answers_nobody_is_named(own_server: Server, make_qu
             saving = asyncio.create_task(queue.create_job({}).save())
             opened = make_queue(redis=own_server.url, is_worker=False, get_events=False)
             await until(lambda: "event connection: " in caplog.text and "command connection: " in caplog.text)
-        assert "has not answered for 0 s, on a new one neither" in caplog.text
+        assert "has not answered for 0 s, nor does it answer on a new connection" in caplog.text
     finally:
         thaw(own_server)
     await saving

@@ -281,7 +281,7 @@ async def test_too_many_waiting_commands_fail_at_once(own_server: Server) -> Non
     own_server.stop()
     await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
     saves = [asyncio.create_task(queue.create_job({}).save()) for _ in range(MOST_WAITING + 1)]
-    with pytest.raises(ConnectionLost, match=f"{MOST_WAITING} commands wait already") as caught:
+    with pytest.raises(ConnectionLost, match=f"{MOST_WAITING} commands are waiting already") as caught:
         await saves[-1]
     assert not caught.value.maybe_applied
     await queue.close()

@@ -18,7 +18,7 @@ from tests.conftest import MakeQueue, echo, until
 from tests.observe import present
 from tests.relay import Relay
 
-OPENED = "was opened before a fork and is used in the child: make one there"
+OPENED = "was opened before a fork and cannot be used in the child: make a new one there"
 
 
 def in_a_child(work: Callable[[], Any]) -> Any:

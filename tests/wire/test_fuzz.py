@@ -224,9 +224,7 @@ async def test_what_a_broken_server_sends_cuts_the_link(stream: bytes) -> None:
     assert session.log == [(0, 1)]
     assert session.socket.cut
     assert await session.end() == [1]
-    assert re.fullmatch(
-        r"what Redis sent could not be read: neither a reply nor a message \(\w+: .*\)", session.link.lost.result()
-    )
+    assert re.fullmatch(r"Redis sent unreadable data: neither a reply nor a message \(\w+: .*\)", session.link.lost.result())
 
 
 async def test_a_reply_that_announces_more_than_there_is_memory_for() -> None:

@@ -373,8 +373,8 @@ async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
     assert len(heartbeats()) == 1
     failures = make_queue.claim(TaskFailed)
     assert sorted(str(failure) for failure in failures) == [
-        "heartbeat thread: ValueError: look; begun anew in 0.01 s",
-        "heartbeat: ValueError: beat; begun anew in 0.01 s",
+        "heartbeat thread: ValueError: look; starting again in 0.01 s",
+        "heartbeat: ValueError: beat; starting again in 0.01 s",
     ]
     gate.set()
     await job.result()
