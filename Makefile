@@ -11,7 +11,7 @@ ifneq ($(BENCH_PYTHON),)  # an environment of its own
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help up local compare chart logs test lint audit behaviours proof faults soak bench mutants clean
+.PHONY: help up local compare chart logs docs test lint audit behaviours proof faults soak bench mutants clean
 
 # A target's line of help stands behind ##, its variables in lines of their own below it.
 help: ## print the targets
@@ -35,6 +35,10 @@ chart: logs $(VENV)/.chart ## a picture of saved logs
 
 logs:
 	@$(if $(LOGS),,echo 'Name the logs: make chart LOGS="a.log NAME=b.log"' >&2; exit 2)
+
+docs: $(VENV)/.docs ## these pages and the API reference as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 test: $(VENV)/.test ## all tests, side by side; with containers if Docker runs
 ## TESTS=tests/wire PROCESSES=4 TEST_LOOP=uvloop
@@ -72,7 +76,7 @@ bench: $(VENV)/.bench ## beequeue beside bee-queue on Node and other queues: 7 m
 	@$(VENV)/bin/python -m bench $(BENCH)
 
 clean: ## remove .venv and what the tools left
-	rm -rf $(VENV) bench/.venv-* bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .mutants *.egg-info build
+	rm -rf $(VENV) bench/.venv-* bench/peers/.venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .mutants *.egg-info build site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.13 …" if sys.version_info < (3, 11) else 0)'
@@ -82,6 +86,7 @@ $(VENV)/bin/python:
 extras-local := [server]
 extras-compare := [compare]
 extras-chart := [chart]
+extras-docs := [docs]
 extras-audit := [audit]
 extras-test := [server,test,lint]
 extras-mutants := [server,test,lint,mutants]

@@ -44,6 +44,7 @@ from beequeue import (
 )
 from tests import ROOT
 from tests.conftest import Seen
+from tests.public import public
 
 
 async def test_a_queues_life(url: str, name: str) -> None:
@@ -152,16 +153,6 @@ def test_errors() -> None:
     others = (RedisFailure, JobFailed, JobStalled, JobTimeout, LateFinish, ListenerFailed, NotConnected)
     more = (OperationTimedOut, OutcomeNotRecorded, OutcomeUnknown, QueueClosed, TaskFailed, UnreadableData, WrongLoop)
     assert all(issubclass(error, BeeQueueError) for error in (*others, *more))
-
-
-def public(owner: type) -> set[str]:
-    """What a user may call or read, our own bookkeeping left out."""
-    own = {name for kind in owner.__mro__ if kind.__module__.startswith("beequeue") for name in vars(kind)}
-    return {name for name in own if not name.startswith("_")} - INTERNAL
-
-
-INTERNAL = {"created_at", "receive", "end", "encode", "decode", "ended", "bound", "saved_as", "saving", "last_event", "emit"}
-INTERNAL |= {"open", "attach", "detach", "connection", "address"}
 
 
 @pytest.mark.parametrize(

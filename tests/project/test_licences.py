@@ -1,4 +1,4 @@
-"""README's list of licences: what requirements.txt installs, and what each package says of itself."""
+"""The list of licences: what requirements.txt installs, and what each package says of itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 import pytest
 
 from tests import ROOT
-from tests.project.test_pages import table
+from tests.pages import section, tables
 
-LISTED = {row[0].split(",")[0]: row[1] for row in table("## Licences", "package")}
+LISTED = {row[0].split(",")[0]: row[1] for row in tables(section("docs/operations.md", "Licences"), "package")}
 PINNED = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""Redis's ACL: the users that README names can do all that belongs to their role, and every one of their rights is needed."""
+"""Redis's ACL: the users that the page names can do all that belongs to their role, and every one of their rights is needed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from harness.server import Server, find_server, running_server
 from tests.conftest import Seen, echo, until
 from tests.fsck.test_fsck import command, entry, put
 from tests.observe import soon, takes_no_more
-from tests.project.test_pages import README
+from tests.pages import PAGES
 
-LINES = re.findall(r"^    ACL SETUSER (\w+) (.*)$", README, re.MULTILINE)
+PAGE = PAGES["docs/operations.md"]
+LINES = re.findall(r"^    ACL SETUSER (\w+) (.*)$", PAGE, re.MULTILINE)
 ROLES = ("worker", "producer", "checker")
 RIGHTS = {role: " ".join(rights for name, rights in LINES if name == role).split() for role in ROLES}
-"""Of each user that README makes: the words of all its lines."""
+"""Of each user that the page makes: the words of all its lines."""
 OPTIONAL = {"+ping", "+role", "+client|id", "+client|unblock"}
 REFUSED = re.compile("(?i)NOPERM|no permissions to run|can't run this command|can't access|can't publish")
 
@@ -45,7 +46,7 @@ class Access:
         self._queues: list[Queue] = []
 
     async def allow(self, role: str, without: str | None = None) -> None:
-        """Makes the user as README does, for this test's queue; less one right."""
+        """Makes the user as the page does, for this test's queue; less one right."""
         rights = [right.replace("bq:add:", f"bq:{self.name}:") for right in RIGHTS[role] if right != without]
         assert len(rights) == len(RIGHTS[role]) - (without is not None)
         await self.redis.execute_command("ACL SETUSER", self.user, *rights)
@@ -324,9 +325,9 @@ async def test_without_these_a_quiet_connection_stays(access: Access, monkeypatc
     assert (queue.reconnects, access.errors) == (0, [])
 
 
-async def test_what_readme_says_a_worker_without_max_stalls_can_do_without(access: Access) -> None:
+async def test_what_the_page_says_a_worker_without_max_stalls_can_do_without(access: Access) -> None:
     """its check finds a job that is marked, one that is not, and a count of another worker's"""
-    (named,) = re.findall(r"Some can be left out: (.*) where no `max_stalls` is set", README)
+    (named,) = re.findall(r"^- (.*) where no `max_stalls` is set", PAGE, re.MULTILINE)
     await access.allow("worker")
     rights = [f"-{right}" for right in re.findall(r"`(\w+)`", named)]
     assert {f"+{right[1:]}" for right in rights} <= {*RIGHTS["worker"]}
