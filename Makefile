@@ -36,7 +36,7 @@ chart: logs $(VENV)/.chart ## a picture of saved logs
 logs:
 	@$(if $(LOGS),,echo 'Name the logs: make chart LOGS="a.log NAME=b.log"' >&2; exit 2)
 
-docs: $(VENV)/.docs ## these pages and the API reference as a site, in site/
+docs: $(VENV)/.docs ## the pages and the API reference as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
