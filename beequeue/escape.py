@@ -1,7 +1,7 @@
-"""Text that others wrote, made safe to show: one line, and nothing that steers a terminal.
+"""Makes text that others wrote safe to show: one line without anything that controls a terminal.
 
-Ids, messages and results come from every process that shares the Redis. What programs read stays as it is; what people read
-goes through here: the errors' own text, each line that is logged, each line that the command line or the harness prints.
+Ids, messages and results come from every process that shares the Redis. Text for programs stays unchanged. Text for people
+passes through here: the errors' own text, each logged line, and each line that the command line or the harness prints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import traceback
 
 
 def escape(what: object) -> str:
-    """`what` as text in which control characters, line breaks, bidi marks and lone surrogates are escaped as in `repr`."""
+    """`what` as text, with control characters, line breaks, bidi marks and lone surrogates escaped as in `repr`."""
     text = str(what)
     if text.isprintable():
         return text
@@ -19,16 +19,16 @@ def escape(what: object) -> str:
 
 
 def one_line(what: object) -> str:
-    """`what` as one line that is safe to show; its class when its text is empty."""
+    """`what` as one line that is safe to show, or the name of its class when its text is empty."""
     return escape(" ".join(str(what).split())) or type(what).__name__
 
 
 def escaped_traceback(error: BaseException | None) -> str:
-    """The traceback of an error and of those that led to it, the newest first; each line of it is safe to show."""
+    """The traceback of an error and of those that caused it, newest first; each line is safe to show."""
     lines: list[str] = []
-    told: set[int] = set()
-    while error is not None and id(error) not in told:
-        told.add(id(error))
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         lines += map(escape, "".join(traceback.format_tb(error.__traceback__)).rstrip("\n").split("\n"))
         lines.append(f"{type(error).__qualname__}: {escape(error)}")
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -38,17 +38,17 @@ def escaped_traceback(error: BaseException | None) -> str:
 
 
 class OneLine(logging.Filter):
-    """Makes what is logged safe to show, whoever handles it; for a logger, or for a handler that a program owns."""
+    """Makes log records safe to show, whichever handler prints them; for a logger, or for a program's own handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except Exception:  # wrong arguments: the handler reports them
+        except Exception:  # the arguments do not fit, which the handler reports
             return True
         if not message.isprintable():
             record.msg, record.args = escape(message), ()
         if record.exc_info and record.exc_info[1] is not None:
-            record.exc_text = escaped_traceback(record.exc_info[1])  # which a formatter then takes
+            record.exc_text = escaped_traceback(record.exc_info[1])  # a formatter prefers it to exc_info
         return True
 
 

@@ -1,7 +1,7 @@
-"""Tasks that live as long as their owner: none of them ends without a word.
+"""Background tasks that live as long as their owner, none of which ends unnoticed.
 
-A connection's keeper, the heartbeat, the clocks and the look-ups run under `supervised`. An error that their own code does not
-expect is reported, with its traceback, and the work begins anew after a pause. Knows nothing of what the work is.
+A connection's keeper, the heartbeat, the clocks and the look-ups run under `supervised`. It reports an unexpected error with
+its traceback and starts the work again after a pause. It knows nothing about the work itself.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from beequeue.errors import BeeQueueError, TaskFailed
 
 log = logging.getLogger("beequeue")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
-"""How long work that has failed waits before it begins anew; doubles with each failure in a row."""
+"""The pause before failed work starts again; doubles with each failure in a row."""
 CALM_S = 60.0
-"""Work that has run so long has not failed in a row."""
+"""A failure after this long counts as the first in a row."""
 
 
 def supervised(work: Callable[[], Awaitable[None]], name: str, report: Callable[[BeeQueueError], None]) -> asyncio.Task[None]:
     """Starts a task that calls `work` until it returns; cancelling the task ends it.
 
-    What `work` raises goes to `report` as `TaskFailed`, which names the task and has the error as its cause; then `work` is
-    called again, after 1 s and at most 15 s. `report` runs in the task and may raise: that is logged, and ends nothing.
+    When `work` raises, `report` receives a `TaskFailed` that names the task and has the error as its cause. Then `work` is
+    called again, after 1 s at first and 15 s at most. `report` runs in the task; an exception of its own is only logged.
     """
     return asyncio.get_running_loop().create_task(_run(work, name, report), name=f"beequeue {name}")
 
@@ -46,21 +45,17 @@ async def _run(work: Callable[[], Awaitable[None]], name: str, report: Callable[
                 pause_s = FIRST_PAUSE_S
             failure = TaskFailed(f"{name}: {type(error).__name__}: {error}; starting again in {pause_s:g} s")
             failure.__cause__ = error
-        _tell(partial(report, failure), name)
-        del failure  # which has this frame in its traceback
+        try:
+            report(failure)
+        except Exception:
+            log.exception("%s: its failure could not be reported", name)
+        del failure  # its cause's traceback refers to this frame
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _tell(report: Callable[[], None], name: str) -> None:
-    try:
-        report()
-    except Exception:
-        log.exception("%s: its failure could not be reported", name)
-
-
 class Calls:
-    """Counts the calls that are under way: `with calls:` around what waits for an answer."""
+    """Counts the calls under way: put `with calls:` around a wait for an answer."""
 
     __slots__ = ("_over", "count")
 
@@ -77,7 +72,7 @@ class Calls:
             self._over.set_result(None)
 
     def over(self) -> asyncio.Future[None]:
-        """Completes when no call is under way; for one caller."""
+        """A future that completes when no call is under way; for one caller at a time."""
         self._over = asyncio.get_running_loop().create_future()
         if not self.count:
             self._over.set_result(None)

@@ -1,4 +1,4 @@
-"""What others wrote steers no terminal and begins no line, wherever the library, the command line or the harness shows it."""
+"""Text from others controls no terminal and starts no line, wherever the library, the command line or the harness shows it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ENCODABLE = "\x1b[2J\n\u2028\u202e\x9b"
 
 
 def assert_safe(text: str) -> None:
-    """Has nothing but letters, and the ends of lines that do not begin with what was put in."""
+    """Checks that `text` is printable, and that no line of it starts with a part of the hostile text."""
     for line in text.split("\n"):
         assert line.isprintable(), repr(line)
         assert not line.startswith(("c\\r", "[2J", "\\u2028"))
 
 
-def test_shown() -> None:
+def test_escape() -> None:
     assert escape(HOSTILE).isprintable()
     assert escape("é ü 漢字 😀 \\n") == "é ü 漢字 😀 \\n"
     assert escape("a\nb\x1b\u2028\ud800") == "a\\nb\\x1b\\u2028\\ud800"
@@ -49,8 +49,8 @@ AS_IS = (JobFailed, beequeue.errors.JobTimeout, beequeue.errors.JobStalled)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "__init__" not in vars(kind)])
-def test_an_error_as_text(kind: type[BeeQueueError]) -> None:
-    """one line; but what a job failed with is what its worker wrote"""
+def test_the_text_of_an_error(kind: type[BeeQueueError]) -> None:
+    """one line, except that the error a job failed with keeps its worker's text"""
     error = kind(HOSTILE)
     assert str(error) == (HOSTILE if kind in AS_IS else escape(HOSTILE))
     assert error.args == (HOSTILE,)
@@ -82,8 +82,8 @@ def _logged_with_traceback(log: logging.Logger) -> None:
 
 
 @pytest.mark.parametrize("case", LOGGED)
-def test_each_line_that_the_library_logs(case: str, caplog: pytest.LogCaptureFixture) -> None:
-    """by itself, whoever handles it"""
+def test_log_records_of_the_library(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """safe by themselves, whichever handler prints them"""
     LOGGED[case](logging.getLogger("beequeue"))
     assert caplog.records
     for record in caplog.records:
@@ -95,13 +95,13 @@ def test_each_line_that_the_library_logs(case: str, caplog: pytest.LogCaptureFix
         assert "KeyError" in str(caplog.records[0].exc_text)
 
 
-def test_a_log_call_with_wrong_arguments_is_the_handlers_to_report() -> None:
+def test_a_log_call_with_wrong_arguments_is_left_to_the_handler() -> None:
     record = logging.LogRecord("x", logging.INFO, "", 1, "%d", ("x",), None)
     assert OneLine().filter(record)
 
 
-async def test_what_a_queue_logs(make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """a hostile id, message and payload; with no listener of `error`"""
+async def test_the_log_of_a_queue(make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """with a hostile id, message and payload, and no listener of `error`"""
     queue = beequeue.Queue(f"{name}{ENCODABLE}", url, reconnect=soon)
     queue.on("job succeeded", lambda job_id, result: (_ for _ in ()).throw(RuntimeError(f"{job_id} {result}")))
     await queue.ready()
@@ -113,7 +113,7 @@ async def test_what_a_queue_logs(make_queue: MakeQueue, name: str, url: str, cap
         await queue.client.connection.call("PUBLISH", queue.to_key("events"), ENCODABLE)
     await ended.reaches(1)
     assert ended.calls[0][0] == ENCODABLE
-    assert str(ended.calls[0][1]) == ENCODABLE  # what a program reads is as it was written
+    assert str(ended.calls[0][1]) == ENCODABLE  # text for programs stays as it was written
     queue._host.report(beequeue.errors.LateFinish(f"job {ENCODABLE}"))
     await queue.destroy()
     await queue.close()
@@ -130,8 +130,8 @@ async def work(job):
 """
 
 
-async def test_what_a_worker_prints(make_queue: MakeQueue, name: str, url: str, tmp_path: Path) -> None:
-    """`-v`: a job's id and its message"""
+async def test_the_output_of_a_worker(make_queue: MakeQueue, name: str, url: str, tmp_path: Path) -> None:
+    """`-v` prints a job's id and its message"""
     (tmp_path / "app.py").write_text(APP)
     queue = make_queue()
     ended = Seen()
@@ -153,7 +153,7 @@ async def test_what_a_worker_prints(make_queue: MakeQueue, name: str, url: str, 
     assert_safe(said.decode())
 
 
-def test_what_the_command_line_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert_safe(one_line(HOSTILE))
     with pytest.raises(SystemExit):
         Parser(prog="p").error(HOSTILE)
@@ -167,7 +167,7 @@ def test_what_the_command_line_says(capsys: pytest.CaptureFixture[str]) -> None:
 # --- the harness -------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_program_of_the_harness_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_the_harness(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         config.fail(HOSTILE)
     monkeypatch.setattr(logging, "root", logging.RootLogger(logging.WARNING))
@@ -180,10 +180,10 @@ def test_what_a_program_of_the_harness_says(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("member", ["client", "worker_1"])
-async def test_what_the_harness_passes_on(
+async def test_output_that_the_harness_passes_on(
     member: str, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """a member that prints what steers a terminal"""
+    """from a member that prints control characters"""
     from harness import local
 
     class Printing(Member):

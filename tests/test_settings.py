@@ -1,4 +1,4 @@
-"""Settings: every wrong one is named, and nothing is silently replaced."""
+"""Settings: a message names every wrong value, and none is silently replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beequeue.settings import QueueOptions, milliseconds, whole_number
 
 
 def test_defaults() -> None:
-    """bee-queue's own, and five of the port"""
+    """bee-queue's own, and the port's five"""
     settings = dataclasses.asdict(QueueSettings())
     assert settings == {
         "prefix": "bq",
@@ -65,7 +65,11 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("stall_interval", 0, "stall_interval must be at least 1 ms, not 0"),
         ("stall_interval", 1.5, "stall_interval must be an int of milliseconds or a timedelta, not 1.5"),
         ("near_term_window", -5, "near_term_window must be at least 1 ms, not -5"),
-        ("near_term_window", 2**53, "near_term_window must be less than 2**53 ms, which JavaScript can count"),
+        (
+            "near_term_window",
+            2**53,
+            "near_term_window must be less than 2**53 ms, the limit of JavaScript's integers, not 9007199254740992",
+        ),
         ("delayed_debounce", -1, "delayed_debounce must be at least 0 ms, not -1"),
         ("stalled_check_interval", True, "stalled_check_interval must be an int of milliseconds or a timedelta, not True"),
         ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
@@ -120,7 +124,7 @@ def test_the_least_value(name: str, least: int) -> None:
         QueueSettings(**{name: least - 1})  # type: ignore[arg-type]
 
 
-def test_a_duration_may_be_none_at_all() -> None:
+def test_a_duration_may_be_0() -> None:
     assert milliseconds("n", 0) == 0
     with pytest.raises(ValueError, match="^n must be at least 0 ms, not -1$"):
         milliseconds("n", -1)

@@ -1,4 +1,4 @@
-"""`supervised`: a long-lived task that never ends without a word."""
+"""`supervised`: a long-lived task that never ends unnoticed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing(calls: list[int], *raised: BaseException) -> Callable[[], asyncio.Future[None]]:
-    """Work that raises these, one each time, and then returns."""
+    """Work that raises one of these at each call, and then returns."""
 
     async def work() -> None:
         calls.append(len(calls))
@@ -31,39 +31,39 @@ def failing(calls: list[int], *raised: BaseException) -> Callable[[], asyncio.Fu
     return lambda: asyncio.ensure_future(work())
 
 
-async def test_what_is_raised_is_reported_and_the_work_begins_anew(seen: Callable[[], Seen]) -> None:
+async def test_an_exception_is_reported_and_the_work_starts_again(seen: Callable[[], Seen]) -> None:
     calls: list[int] = []
-    told = seen()
+    reported = seen()
     first, second = RuntimeError("token service down"), KeyError("x")
-    await supervised(failing(calls, first, second), "keeper", told)
+    await supervised(failing(calls, first, second), "keeper", reported)
     assert len(calls) == 3
-    assert [type(error) for (error,) in told.calls] == [TaskFailed, TaskFailed]
-    assert [error.__cause__ for (error,) in told.calls] == [first, second]
-    assert str(told.calls[0][0]) == "keeper: RuntimeError: token service down; starting again in 0.001 s"
+    assert [type(error) for (error,) in reported.calls] == [TaskFailed, TaskFailed]
+    assert [error.__cause__ for (error,) in reported.calls] == [first, second]
+    assert str(reported.calls[0][0]) == "keeper: RuntimeError: token service down; starting again in 0.001 s"
 
 
-async def test_a_cancellation_that_nobody_asked_for_is_a_failure(seen: Callable[[], Seen]) -> None:
+async def test_a_cancelled_error_without_a_cancellation_is_a_failure(seen: Callable[[], Seen]) -> None:
     calls: list[int] = []
-    told = seen()
-    await supervised(failing(calls, asyncio.CancelledError()), "keeper", told)
+    reported = seen()
+    await supervised(failing(calls, asyncio.CancelledError()), "keeper", reported)
     assert len(calls) == 2
-    assert len(told.calls) == 1
+    assert len(reported.calls) == 1
 
 
-async def test_cancelling_ends_it(seen: Callable[[], Seen]) -> None:
-    told = seen()
+async def test_cancelling_the_task_ends_it(seen: Callable[[], Seen]) -> None:
+    reported = seen()
     begun = asyncio.Event()
 
     async def work() -> None:
         begun.set()
         await asyncio.Event().wait()
 
-    task = supervised(work, "keeper", told)
+    task = supervised(work, "keeper", reported)
     await begun.wait()
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
-    assert told.calls == []
+    assert reported.calls == []
 
 
 async def test_a_report_that_raises_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
