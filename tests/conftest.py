@@ -1,4 +1,4 @@
-"""A real Redis, queues with names of their own, and no error that nobody claimed."""
+"""Fixtures: a real Redis, queues with unique names, and a check that every error was expected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 
 
 class InGroups(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives all tests of a group to one process, one after another; each other test to any."""
+    """Gives all tests of a group to one process, one after another, and each other test to any process."""
 
     def _split_scope(self, nodeid: str) -> str:
         return next((group for group, files in ALONE.items() if nodeid.startswith(files)), nodeid)
@@ -49,12 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two for a core: most tests wait more than they compute."""
+    """Two for each core: most tests wait more than they compute."""
     return 2 * (os.cpu_count() or 1)
 
 
 def skip(reason: str) -> None:
-    """A test that cannot run here; in CI that is a failure."""
+    """Skips a test that cannot run here; in CI that is a failure."""
     if os.environ.get("CI"):
         pytest.fail(f"CI skips nothing: {reason}")
     pytest.skip(reason)
@@ -62,7 +62,7 @@ def skip(reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
-    """The Redis of this run: REDIS_URL, else a server of our own."""
+    """The Redis of this run: REDIS_URL, otherwise a server that the tests start."""
     with redis_url(os.environ) as found:
         yield found
 
@@ -81,7 +81,7 @@ def name() -> str:
 
 @pytest.fixture
 async def redis(url: str) -> AsyncIterator[Redis]:
-    """A plain client, to look at what the queue wrote."""
+    """A plain client, to look at the keys that the queue wrote."""
     async with Redis.from_url(url, decode_responses=True) as client:
         yield client
 
@@ -102,7 +102,7 @@ class MakeQueue:
         return queue
 
     def claim(self, kind: type[Exception]) -> list[Exception]:
-        """The reported errors of a kind, which are thereby expected."""
+        """Returns the reported errors of a kind; the test expects them."""
         claimed = [error for error in self.errors if isinstance(error, kind)]
         self.errors[:] = [error for error in self.errors if not isinstance(error, kind)]  # the list that the queues append to
         return claimed
@@ -136,7 +136,7 @@ async def echo(job: Job) -> Any:
 
 
 class Seen:
-    """A listener that remembers, and can be waited for."""
+    """A listener that records its calls and can be waited for."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -147,7 +147,7 @@ class Seen:
         self._changed.set()
 
     async def reaches(self, count: int, deadline_s: float = 10) -> list[tuple[Any, ...]]:
-        """Returns the calls when there are `count`."""
+        """Returns the calls when there are `count` of them."""
         async with asyncio.timeout(deadline_s):
             while len(self.calls) < count:
                 self._changed.clear()
@@ -161,7 +161,7 @@ def seen() -> Callable[[], Seen]:
 
 
 async def until(condition: Callable[[], Any], deadline_s: float = 10) -> None:
-    """Waits for what no event tells."""
+    """Polls a condition that no event signals."""
     async with asyncio.timeout(deadline_s):
         while True:
             result = condition()
@@ -178,7 +178,7 @@ def sync_threads() -> list[threading.Thread]:
 
 @pytest.fixture
 def own_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A background thread of the test's own, which ends as at the interpreter's exit; tests without it have none."""
+    """Gives the test its own background thread, which ends as at the interpreter's exit; tests without it have none."""
     monkeypatch.setattr(sync, "_background", sync._Background())
     yield
     started = sync._background.is_started()

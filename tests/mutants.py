@@ -40,7 +40,7 @@ from tests import ROOT
 MODULES = {
     "worker.outcome": "worker/test_outcome",
     "settings": "test_settings",
-    "events": "test_events producer/test_job_events",
+    "events": "test_events producer/test_job_events wire/test_hostile::test_a_failure_with_a_deep_message_cuts_nothing",
     "wire.node_json": "wire/test_node_json",
     "producer.saver": "producer/test_jobs producer/test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
     " test_sync::test_a_save_with_a_time_out_while_redis_is_silent wire/test_connection test_queue"

@@ -1,4 +1,4 @@
-"""Messages, listeners, and the registry's rule."""
+"""Messages and listeners."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_garbage_is_named_not_raised_elsewhere(payload: bytes) -> None:
     "payload", [b'"' + b"a" * 100_000, b"\xff" * 100_000, b"[" * 100_000, b"9" * 100_000, b"[1]" + b" " * 100_000]
 )
 def test_an_error_keeps_no_message(payload: bytes) -> None:
-    """neither itself nor by the errors that led to it; its traceback is told apart, below"""
+    """Neither itself nor the errors that led to it. The traceback has a test of its own, below."""
     with pytest.raises(UnreadableData) as caught:
         Event.decode(payload)
     error: BaseException = caught.value.with_traceback(None)
@@ -145,7 +145,7 @@ def test_once_off_and_decorators() -> None:
 
 
 def test_a_once_listener_that_emits_again_is_called_once() -> None:
-    """it is taken off before its call"""
+    """It is removed before its call."""
     emitter, calls = Collecting(), []
 
     def once(value: int) -> None:
@@ -219,7 +219,7 @@ def test_a_listener_that_cannot_be_called_is_refused() -> None:
     ids=range(8),
 )
 def test_peek(payload: bytes, seen: tuple[str, str] | None) -> None:
-    """job and event, of a message in bee-queue's order; it decodes nothing"""
+    """Job and event of a message in bee-queue's order; it decodes nothing."""
     assert peek(payload) == seen
 
 

@@ -1,4 +1,4 @@
-"""The port and the real bee-queue 2.0.0 on one queue, in both directions, and what each writes, byte for byte."""
+"""The port and the real bee-queue 2.0.0 on one queue, in both directions, and the bytes that each writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def snake_case(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What peer.js tells of a value."""
+    """A value as peer.js prints it."""
     if isinstance(value, Exception):
         return {"message": str(value)}
     if isinstance(value, Job):
@@ -58,14 +58,14 @@ def plain(value: Any) -> Any:
 
 
 def triple(job: Job) -> int:
-    """A strategy of our own, under the same name in peer.js."""
+    """A custom strategy, under the same name in peer.js."""
     delay: int = job.options["backoff"]["delay"]
     job.options["backoff"]["delay"] = delay * 3
     return delay
 
 
 class PythonPeer(Peer):
-    """The port, under the names that peer.js has."""
+    """The port, with the method names of peer.js."""
 
     def __init__(self, queue: Queue) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PythonPeer(Peer):
         self._hear(event, [plain(arg) for arg in args])
 
     async def handle(self, job: Job) -> Any:
-        """Its data says what becomes of a job: the same in peer.js."""
+        """A handler; the job's data says how it ends, as in peer.js."""
         self._tell("started", job, now_ms())
         order = job.data if isinstance(job.data, dict) else {}
         failures = len(job.options["stacktraces"])
@@ -148,14 +148,14 @@ class PythonPeer(Peer):
 
 
 class MakePeer:
-    """Makes the sides of a test, ready, on queues of one name."""
+    """Makes the two sides of a test, ready, on queues of one name."""
 
     def __init__(self, make_queue: MakeQueue) -> None:
         self._make_queue = make_queue
         self.peers: list[Peer] = []
 
     async def __call__(self, kind: str, *, name: str | None = None, **settings: Any) -> Peer:
-        """`settings` are bee-queue's."""
+        """Makes one side; `settings` have bee-queue's names."""
         if kind == NODE:
             return await self.node(name, settings)
         return await self.python(kind, name, settings)
@@ -191,7 +191,7 @@ async def make_peer(make_queue: MakeQueue) -> AsyncIterator[MakePeer]:
 
 @pytest.fixture
 def pair(make_peer: MakePeer) -> Callable[..., Any]:
-    """Makes a producer, whose further settings are given, and a worker."""
+    """Makes a producer, with further settings, and a worker."""
 
     async def make(producing: str, working: str, **settings: Any) -> tuple[Peer, Peer]:
         producer = await make_peer(producing, isWorker=False, **settings)
@@ -201,7 +201,7 @@ def pair(make_peer: MakePeer) -> Callable[..., Any]:
 
 
 async def stored(redis: Any, queue_name: str, job_id: str) -> Any:
-    """The entry of a job."""
+    """Reads a job's entry."""
     entry = await redis.hget(f"bq:{queue_name}:jobs", job_id)
     return None if entry is None else json.loads(entry)
 
@@ -214,7 +214,7 @@ RESULTS: list[Any] = ["baz", {"ü": [1, {}]}, [], {}, 0, 7, -2.5, "", False, Tru
 
 @directions
 async def test_success(pair: Any, name: str, redis: Any, producing: str, working: str) -> None:
-    """S-01, P-01, P-02, EV-01, EV-20, EV-21, EV-27: every kind of result; nothing and null arrive as nothing"""
+    """S-01, P-01, P-02, EV-01, EV-20, EV-21, EV-27: Every kind of result; nothing and null arrive as nothing."""
     producer, worker = await pair(producing, working)
     jobs = [await producer.save({"do": "return", "value": value}, ("setId", f"ä {value}")) for value in RESULTS]
     jobs.append(await producer.save({"do": "return"}))
@@ -233,7 +233,7 @@ async def test_success(pair: Any, name: str, redis: Any, producing: str, working
 
 @directions
 async def test_failure(pair: Any, name: str, redis: Any, producing: str, working: str) -> None:
-    """P-03, P-05, EV-02, EV-22: the message travels, the stack is stored"""
+    """P-03, P-05, EV-02, EV-22: The message arrives, and the stack is stored."""
     producer, worker = await pair(producing, working)
     await producer.save({"do": "fail", "message": "Grüße 🎉: fail!"})
     await worker.call("process", 1)
@@ -253,7 +253,7 @@ async def test_failure(pair: Any, name: str, redis: Any, producing: str, working
     ("thrown", "message", "trace"), [("text", "", "text"), (True, "", True), ({"message": "object"}, "object", "object")]
 )
 async def test_what_node_throws_need_not_be_an_error(pair: Any, thrown: Any, message: str, trace: Any) -> None:
-    """P-05, the wire: a failed message without data, a stack trace that is no string"""
+    """P-05, the wire: a failed message without data, and a stack trace that is no string."""
     producer, worker = await pair(PYTHON, NODE, storeJobs=False)
     await producer.save({"do": "throw", "value": thrown})
     await worker.call("process", 1)
@@ -268,7 +268,9 @@ async def test_what_node_throws_need_not_be_an_error(pair: Any, thrown: Any, mes
     [("immediate", [0, 0, 0]), ("fixed", [30, 30, 30]), ("exponential", [20, 40, 80]), ("triple", [10, 30, 90])],
 )
 async def test_retries(pair: Any, producing: str, working: str, strategy: str, delays: list[int]) -> None:
-    """B-01, B-03, B-04, B-05, B-06, B-08, B-09, B-11, B-12, EV-03, EV-24: raised by the producer; what attempts find"""
+    """B-01, B-03, B-04, B-05, B-06, B-08, B-09, B-11, B-12, EV-03, EV-24: The producer raises the delayed retries. Each
+    attempt finds the status, the options and the stack traces that the last one left.
+    """
     producer, worker = await pair(producing, working, activateDelayedJobs=True)
     order = {"do": "fail first", "times": 2, "message": "not yet", "value": "at last"}
     await producer.save(order, ("retries", 3), ("backoff", strategy, *delays[:1]))
@@ -295,7 +297,7 @@ async def test_retries(pair: Any, producing: str, working: str, strategy: str, d
 
 @directions
 async def test_retries_end(pair: Any, name: str, redis: Any, producing: str, working: str) -> None:
-    """B-13, EV-32: the last failure is final; every stack is kept, newest first"""
+    """B-13, EV-32: The last failure is final; every stack is kept, the newest first."""
     producer, worker = await pair(producing, working)
     await producer.save({"do": "fail", "message": "never"}, ("retries", 1))
     await worker.call("process", 1)
@@ -308,7 +310,7 @@ async def test_retries_end(pair: Any, name: str, redis: Any, producing: str, wor
 
 @directions
 async def test_time_out(pair: Any, name: str, redis: Any, producing: str, working: str) -> None:
-    """T-01, T-02, T-03: each attempt has the whole time"""
+    """T-01, T-02, T-03: Each attempt has the whole time."""
     producer, worker = await pair(producing, working)
     await producer.save({"do": "hang"}, ("timeout", 10), ("retries", 1))
     await worker.call("process", 1)
@@ -322,7 +324,7 @@ async def test_time_out(pair: Any, name: str, redis: Any, producing: str, workin
 
 @directions
 async def test_progress(pair: Any, name: str, redis: Any, producing: str, working: str) -> None:
-    """PR-02, PR-04, EV-23: any value, in order, before the end; the last one is stored"""
+    """PR-02, PR-04, EV-23: Any value, in order, before the end; the last one is stored."""
     producer, worker = await pair(producing, working)
     steps = [20, 0, "", False, [], {"done": {"ü": 0.5}, "of": [None, "🎉"]}]
     await producer.save({"do": "report", "steps": steps, "value": "end"})
@@ -335,7 +337,7 @@ async def test_progress(pair: Any, name: str, redis: Any, producing: str, workin
 
 @pytest.mark.parametrize("kind", [PYTHON, TWO_SOCKETS])
 async def test_result_from_a_node_worker(make_peer: MakePeer, make_queue: MakeQueue, kind: str) -> None:
-    """EV-20, EV-22: `result()` is the worker's value, or its error"""
+    """EV-20, EV-22: `result()` returns the worker's value, or raises its error."""
     worker = await make_peer(NODE)
     queue = await make_queue(is_worker=False, ordered_events=kind == PYTHON).ready()
     good = await queue.create_job({"do": "return", "value": {"ü": [None]}}).save()
@@ -348,7 +350,7 @@ async def test_result_from_a_node_worker(make_peer: MakePeer, make_queue: MakeQu
 
 
 async def test_no_result_of_a_running_node_worker_is_lost(make_peer: MakePeer, make_queue: MakeQueue) -> None:
-    """With one socket no event overtakes its save"""
+    """With one socket no event overtakes its save."""
     worker = await make_peer(NODE)
     await worker.call("process", 5)
     queue = await make_queue(is_worker=False).ready()
@@ -379,7 +381,7 @@ DATA = {
 
 @directions
 async def test_data(pair: Any, producing: str, working: str) -> None:
-    """the wire: what is saved is what the handler gets, and what it returns"""
+    """The wire: the handler gets the data that was saved, and returns it."""
     producer, worker = await pair(producing, working)
     expected = [{} if data is None else data for data in DATA.values()]
     for kind, data in DATA.items():
@@ -392,7 +394,7 @@ async def test_data(pair: Any, producing: str, working: str) -> None:
 
 
 async def test_not_a_number_arrives_as_null(pair: Any) -> None:
-    """the wire: as JSON.stringify has it"""
+    """The wire: as JSON.stringify writes it."""
     producer, worker = await pair(PYTHON, NODE)
     await producer.save([math.nan, math.inf, -math.inf])
     await worker.call("process", 1)
@@ -408,7 +410,7 @@ HALVES: dict[str, Any] = {
 
 
 async def test_half_a_character(pair: Any) -> None:
-    """the wire: Node writes lone surrogates; the port reads them, runs such a job and returns it"""
+    """The wire: Node writes lone surrogates; the port reads them, runs such a job and returns it."""
     producer, worker = await pair(NODE, PYTHON)
     for kind, data in HALVES.items():
         await producer.save(data, ("setId", kind))
@@ -421,7 +423,7 @@ async def test_half_a_character(pair: Any) -> None:
 
 @both_ways
 async def test_ids(make_peer: MakePeer, name: str, redis: Any, one: str, other: str) -> None:
-    """S-01, S-05, S-06, S-07, HC-06: one counter; the second save of an id gets none and changes nothing"""
+    """S-01, S-05, S-06, S-07, HC-06: One counter; the second save of an id gets none and changes nothing."""
     first, second = await make_peer(one, isWorker=False), await make_peer(other, isWorker=False)
     assert (await first.save({"n": 1}, ("setId", "mine")))["id"] == "mine"
     assert (await first.save({"n": 2}, ("setId", "later"), ("delayUntil", FAR)))["id"] == "later"
@@ -446,7 +448,7 @@ async def test_an_automatic_id_passes_over_one_that_node_took(make_peer: MakePee
 
 @both_ways
 async def test_save_all(make_peer: MakePeer, one: str, other: str) -> None:
-    """S-12, S-18: what one side saves at once, the other finds"""
+    """S-12, S-18: One side saves many jobs at once, and the other finds them."""
     first, second = await make_peer(one, isWorker=False), await make_peer(other, isWorker=False)
     setters: list[list[Setter]] = [[], [("setId", "mine")], [("delayUntil", FAR)], [("setId", "mine")], []]
     ids = await first.call("saveAll", [[{"n": number}, of_job] for number, of_job in enumerate(setters)])
@@ -457,7 +459,7 @@ async def test_save_all(make_peer: MakePeer, one: str, other: str) -> None:
 
 @both_ways
 async def test_removal(make_peer: MakePeer, make_queue: MakeQueue, name: str, redis: Any, one: str, other: str) -> None:
-    """RM-05, RM-09: a job that the other side saved, wherever it is; an id may be used again"""
+    """RM-05, RM-09: A job that the other side saved, in whichever key it is; its id may be used again."""
     saver, remover = await make_peer(one), await make_peer(other, isWorker=False)
     await saver.save({"do": "return"}, ("setId", "succeeded"))
     await saver.save({"do": "fail", "message": "fail!"}, ("setId", "failed"))
@@ -482,7 +484,7 @@ async def test_removal(make_peer: MakePeer, make_queue: MakeQueue, name: str, re
 
 @both_ways
 async def test_both_tell_the_same_of_a_queue(make_peer: MakePeer, one: str, other: str) -> None:
-    """HC-01, HC-02, HC-03, HC-04, HC-08, G-02, G-03, G-08, G-09, G-10, G-11, G-12, G-21, G-26: each field of each job"""
+    """HC-01, HC-02, HC-03, HC-04, HC-08, G-02, G-03, G-08, G-09, G-10, G-11, G-12, G-21, G-26: Each field of each job."""
     saver, worker = await make_peer(one, isWorker=False, storeJobs=False), await make_peer(other, storeJobs=False)
     for number in range(3):
         await saver.save({"do": "report", "steps": [{"ü": number}]}, ("timeout", 5000))
@@ -511,7 +513,7 @@ async def test_both_tell_the_same_of_a_queue(make_peer: MakePeer, one: str, othe
 
 @both_ways
 async def test_destroy(make_peer: MakePeer, name: str, redis: Any, one: str, other: str) -> None:
-    """DE-01, DE-04, DE-05: of what the other side made"""
+    """DE-01, DE-04, DE-05: Of keys that the other side made."""
     saver, destroyer = await make_peer(one, isWorker=False), await make_peer(other, isWorker=False)
     await saver.save({})
     await saver.save({}, ("delayUntil", FAR))
@@ -524,7 +526,7 @@ async def test_destroy(make_peer: MakePeer, name: str, redis: Any, one: str, oth
 @both_ways
 @pytest.mark.parametrize("working", [NODE, PYTHON])
 async def test_jobs_are_run_in_the_order_of_their_saves(make_peer: MakePeer, one: str, other: str, working: str) -> None:
-    """P-10, P-14: saved by both sides in turn"""
+    """P-10, P-14: Both sides save in turn."""
     savers = [await make_peer(kind, isWorker=False) for kind in (one, other)]
     ids = [(await savers[number % 2].save({}))["id"] for number in range(10)]
     worker = await make_peer(working)
@@ -545,7 +547,7 @@ async def test_a_failed_job_is_retried_by_the_other_side(make_peer: MakePeer, on
 
 
 async def test_node_runs_what_a_closing_python_worker_hands_back(make_peer: MakePeer, make_queue: MakeQueue) -> None:
-    """CL-11: nothing is left behind, and it is the next to be run"""
+    """CL-11: Nothing is left behind, and the job is the next to run."""
     producer = await make_peer(NODE, isWorker=False)
     await producer.save({"n": 1})
     await producer.save({"n": 2})
@@ -570,7 +572,7 @@ async def test_node_runs_what_a_closing_python_worker_hands_back(make_peer: Make
 
 @pytest.mark.parametrize(("saving", "raising"), [(NODE, PYTHON), (PYTHON, NODE), (TWO_SOCKETS, NODE)])
 async def test_the_other_side_raises_delayed_jobs(make_peer: MakePeer, saving: str, raising: str) -> None:
-    """DL-01, DL-02, DL-05, DL-11: woken by earlierDelayed, twice; the job that is not due stays"""
+    """DL-01, DL-02, DL-05, DL-11: earlierDelayed wakes it, twice; the job that is not due stays."""
     raiser = await make_peer(raising, isWorker=False, activateDelayedJobs=True)
     saver = await make_peer(saving)
     await saver.call("process", 1)
@@ -640,7 +642,7 @@ async def test_node_recovers_the_job_of_a_killed_python_worker(make_peer: MakePe
 
 @both_ways
 async def test_a_living_worker_is_not_taken_for_dead(make_peer: MakePeer, redis: Any, name: str, one: str, other: str) -> None:
-    """ST-16: over several checks by the other side"""
+    """ST-16: Over several checks by the other side."""
     worker = await make_peer(one, stallInterval=100, stalledCheckInterval=0)
     checker = await make_peer(other, stallInterval=100, isWorker=False)
     await worker.save({"do": "hang", "value": "once"})
@@ -663,7 +665,7 @@ async def heartbeat_seen(redis: Any, name: str) -> bool:
 
 
 async def test_a_mixed_fleet(make_peer: MakePeer, name: str, redis: Any) -> None:
-    """P-13, EV-28: 10,000 jobs of two producers through two workers of each kind, each exactly once"""
+    """P-13, EV-28: 10,000 jobs of two producers through two workers of each kind, each exactly once."""
     count, batch = 10_000, 250
     producers = [await make_peer(kind, isWorker=False, storeJobs=False) for kind in (NODE, PYTHON)]
     workers = [await make_peer(kind, getEvents=False) for kind in (NODE, PYTHON, NODE, PYTHON)]
@@ -696,7 +698,7 @@ async def test_a_mixed_fleet(make_peer: MakePeer, name: str, redis: Any) -> None
 
 
 class Wire:
-    """What a queue writes and publishes, with what differs from run to run (the time, stack traces) made equal."""
+    """All that a queue writes and publishes; times and stack traces, which differ from run to run, are made equal."""
 
     def __init__(self, redis: Any, queue_name: str) -> None:
         self._redis = redis
@@ -729,7 +731,7 @@ class Wire:
         return {job_id: self._without_chance(entry) for job_id, entry in entries.items()}
 
     async def places(self) -> Any:
-        """Where the ids are."""
+        """Which keys hold which ids."""
         lists = [await self._redis.lrange(self._prefix + key, 0, -1) for key in ("waiting", "active")]
         sets = [await self._redis.smembers(self._prefix + key) for key in ("succeeded", "failed", "stalling")]
         return lists, sets, await self._redis.zrange(self._prefix + "delayed", 0, -1, withscores=True)
@@ -769,7 +771,7 @@ SAVES: dict[str, Order] = {
 
 
 async def test_what_a_save_writes(make_peer: MakePeer, raw_redis: Any, name: str) -> None:
-    """S-03, S-04, J-08, J-09, J-13: the wire, byte for byte"""
+    """S-03, S-04, J-08, J-09, J-13: The wire, byte for byte."""
     seen: dict[str, dict[str, Any]] = {}
     for kind in (NODE, PYTHON, TWO_SOCKETS):
         queue_name = f"{name}-{kind}"
@@ -790,7 +792,7 @@ async def test_what_a_save_writes(make_peer: MakePeer, raw_redis: Any, name: str
 
 
 async def test_half_a_character_as_it_is_written(make_peer: MakePeer, raw_redis: Any, name: str) -> None:
-    """the wire: the lone surrogate as an escape, all other characters as themselves"""
+    """The wire: the lone surrogate as an escape, all other characters as themselves."""
     entries = []
     for kind in (NODE, PYTHON):
         peer = await make_peer(kind, name=f"{name}-{kind}", isWorker=False)
@@ -825,7 +827,7 @@ FAILING = {"failure", "time-out", "for good"}
     ids=["kept", "removed", "no events"],
 )
 async def test_what_a_worker_writes(make_peer: MakePeer, raw_redis: Any, name: str, settings: dict[str, bool]) -> None:
-    """B-11, B-12, RO-01, RO-02, RO-03, RO-04, PS-02, PS-03, PS-04, PR-04: the wire, byte for byte, in the same order"""
+    """B-11, B-12, RO-01, RO-02, RO-03, RO-04, PS-02, PS-03, PS-04, PR-04: The wire, byte for byte, in the same order."""
     seen: dict[str, dict[str, Any]] = {}
     for kind in (NODE, PYTHON):
         queue_name = f"{name}-{kind}"
@@ -851,7 +853,10 @@ async def test_what_a_worker_writes(make_peer: MakePeer, raw_redis: Any, name: s
 
 
 async def test_node_works_on_a_repaired_queue(make_peer: MakePeer, make_queue: MakeQueue, redis: Redis) -> None:
-    """Damage to jobs that Node saved: what has ended stays so, each of the others runs once, and Node finds them all."""
+    """Jobs that Node saved are damaged and repaired.
+
+    Ended jobs stay ended, each of the others runs once, and Node finds them all.
+    """
     node = await make_peer(NODE)
     ids = ["ended", "ghost", "orphan", "twice", "active too", "silent", "well"]
     queue = make_queue(is_worker=False, get_events=False)

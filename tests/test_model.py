@@ -1,7 +1,8 @@
-"""Random sequences of public calls, each compared with a model of a queue that knows nothing of Redis.
+"""Random sequences of public calls, each compared with a model of a queue that does not know Redis.
 
-One worker, whose handlers end when a rule says so, and one producer. After each call the model says what is waiting, active,
-delayed, succeeded and failed, in which order, which handlers run, and which events must have come; the queue must agree.
+There is one worker, whose handlers end when a rule says so, and one producer. After each call the model says which jobs are
+waiting, active, delayed, succeeded and failed, in which order, which handlers run, and which events must have come. The queue
+must agree.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ VALUES: st.SearchStrategy[Any] = st.sampled_from([None, 0, False, "", "text", "Ã
 
 @dataclass
 class Stored:
-    """What the model knows of a job's entry."""
+    """A job's entry, as far as the model knows it."""
 
     data: Any
     retries: int = 0
@@ -38,7 +39,7 @@ class Stored:
 
 @dataclass
 class Run:
-    """A handler that has begun; `end` is how a rule ends it."""
+    """A handler that has begun; a rule ends it through `end`."""
 
     job: Job
     end: asyncio.Future[Any]
@@ -46,7 +47,7 @@ class Run:
 
 @dataclass
 class Model:
-    """A queue as its documentation tells it. Lists have their head, where jobs are pushed, at index 0."""
+    """A queue as its documentation describes it. The head of a list, where jobs are pushed, is index 0."""
 
     newest: int = 0
     jobs: dict[str, Stored] = field(default_factory=dict)
@@ -314,7 +315,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 def plain(outcome: Any) -> Any:
-    """An event's data as the model has it; of an outcome that is unknown the reason does not matter."""
+    """An event's data as the model has it; it ignores the reason of an unknown outcome."""
     if not isinstance(outcome, Exception):
         return outcome
     return str(outcome) if str(outcome) == "no luck" else None

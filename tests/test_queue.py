@@ -36,7 +36,9 @@ both_orderings = pytest.mark.parametrize("ordered", [True, False], ids=["one soc
 
 @both_orderings
 async def test_save_process_event(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """S-01, P-01, EV-01, EV-20: id, handler, local event, queue-level event, the job's own event, result"""
+    """S-01, P-01, EV-01, EV-20: The id, the handler, the local event, the queue-level event, the job's own event, the
+    result.
+    """
     producer = await make_queue(is_worker=False, ordered_events=ordered).ready()
     worker = make_queue(get_events=False)
     of_queue, of_job, local = Seen(), Seen(), Seen()
@@ -59,7 +61,7 @@ async def test_save_process_event(make_queue: MakeQueue, redis: Any, ordered: bo
 
 
 async def test_what_is_stored(make_queue: MakeQueue, redis: Any) -> None:
-    """C-08, S-03: the entry is what to_data() says, members in order; the id is at the head of waiting"""
+    """C-08, S-03: The entry is what to_data() returns, its members in order. The id is at the head of waiting."""
     queue = make_queue(is_worker=False)
     first = await queue.create_job({"ü": [1, 2.5, None, {}]}).save()
     second = queue.create_job({"b": 1, "a": []}).retries(2).backoff("fixed", 100).timeout(timedelta(seconds=5))
@@ -74,7 +76,7 @@ async def test_what_is_stored(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_ids_of_ones_own(make_queue: MakeQueue, redis: Any) -> None:
-    """S-05, S-06, QK-51: stored under that id; one in use changes nothing; automatic ids pass over it"""
+    """S-05, S-06, QK-51: The job is stored under that id. An id in use changes nothing; automatic ids skip it."""
     queue = make_queue(is_worker=False)
     assert (await queue.create_job({"n": 1}).set_id("1").save()).id == "1"
     assert (await queue.create_job({"n": 2}).set_id("1").save()).id is None
@@ -129,7 +131,7 @@ async def test_concurrency_is_a_limit_and_is_reached(make_queue: MakeQueue) -> N
 
 
 async def test_several_workers_share_the_jobs(make_queue: MakeQueue) -> None:
-    """P-13: each job exactly once"""
+    """P-13: Each job runs exactly once."""
     producer = make_queue(is_worker=False, get_events=False)
     done = Seen()
     for _ in range(3):
@@ -143,7 +145,7 @@ async def test_several_workers_share_the_jobs(make_queue: MakeQueue) -> None:
 
 @both_orderings
 async def test_no_event_of_a_burst_is_lost_on_one_socket(make_queue: MakeQueue, ordered: bool) -> None:
-    """The race: with one socket every job hears of its end and nothing stays bound; with two, at most that."""
+    """The race: with one socket every job receives its end and nothing stays bound; with two, some may not."""
     producer = make_queue(is_worker=False, ordered_events=ordered)
     worker = make_queue(get_events=False, remove_on_success=True)
     worker.process(echo, 4)
@@ -169,7 +171,7 @@ async def test_no_event_of_a_burst_is_lost_on_one_socket(make_queue: MakeQueue, 
 
 
 async def test_failure(make_queue: MakeQueue, redis: Any) -> None:
-    """P-03, EV-02, EV-22, P-05: local events with the error itself, remote ones with its message; the entry has the trace"""
+    """P-03, EV-02, EV-22, P-05: Local events carry the error itself, remote ones its message. The entry has the trace."""
     queue = make_queue()
     error = ValueError("fail!")
 
@@ -199,7 +201,7 @@ async def test_failure(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_retries(make_queue: MakeQueue) -> None:
-    """B-01, EV-03, EV-24: total attempts = retries + 1; retrying, then failed; the producer's job follows"""
+    """B-01, EV-03, EV-24: There are retries + 1 attempts: retrying, then failed. The producer's object follows."""
     queue = make_queue()
     log: list[tuple[str, str]] = []
 
@@ -224,7 +226,7 @@ async def test_retries(make_queue: MakeQueue) -> None:
 
 
 async def test_a_delayed_retry_waits_in_delayed(make_queue: MakeQueue, redis: Any) -> None:
-    """B-04, B-08, B-12: fixed backoff; in delayed with status retrying; raised when due"""
+    """B-04, B-08, B-12: With fixed backoff it waits in delayed with status retrying, and is raised when due."""
     worker = make_queue()
     attempts: list[int] = []
 
@@ -264,7 +266,7 @@ async def test_a_retry_does_not_go_straight_back_to_its_worker(make_queue: MakeQ
 
 
 async def test_timeout(make_queue: MakeQueue) -> None:
-    """T-01, T-02: its message; a failure like others; the handler is cancelled"""
+    """T-01, T-02: It has its own message, is a failure like others, and cancels the handler."""
     queue = make_queue()
     cancelled = Seen()
 
@@ -337,7 +339,7 @@ async def test_a_handler_that_cancels_itself_fails_its_job(make_queue: MakeQueue
 
 
 async def test_a_result_that_json_cannot_carry_fails_the_job(make_queue: MakeQueue) -> None:
-    """QK-20: and does not run it again and again"""
+    """QK-20: It does not run the job again and again."""
     queue = make_queue()
     runs = Seen()
 
@@ -384,7 +386,7 @@ async def test_a_plain_function_runs_in_a_thread(make_queue: MakeQueue) -> None:
 
 
 async def test_finish_is_one_step(make_queue: MakeQueue, redis: Any) -> None:
-    """EV-05: when an event arrives everything else is written, and the next job has been taken"""
+    """EV-05: When an event arrives everything else is written, and the next job has been taken."""
     worker = make_queue(get_events=False)
     gate, started = asyncio.Event(), Seen()
 
@@ -413,7 +415,7 @@ async def test_finish_is_one_step(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_a_job_removed_while_it_runs_does_not_come_back(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-18: a late finish is reported, and nothing is written"""
+    """QK-18: A late finish is reported, and nothing is written."""
     queue = make_queue()
 
     async def handler(job: Job) -> None:
@@ -428,7 +430,7 @@ async def test_a_job_removed_while_it_runs_does_not_come_back(make_queue: MakeQu
 
 
 async def test_an_id_without_data_is_dropped(make_queue: MakeQueue, redis: Any) -> None:
-    """RM-07, QK-16: whether a blocking take or a finish comes upon it"""
+    """RM-07, QK-16: Whether a blocking take or a finish meets it."""
     queue = make_queue()
     await redis.lpush(queue.to_key("waiting"), "ghost-1")
     first = await queue.create_job(1).save()
@@ -517,7 +519,7 @@ async def test_garbage_on_the_channels_stops_nothing(make_queue: MakeQueue, redi
 
 
 async def test_a_listener_that_raises_is_reported(make_queue: MakeQueue) -> None:
-    """QK-37, ER-03: the others still hear, and the job is forgotten"""
+    """QK-37, ER-03: The other listeners are called, and the job is unbound."""
     queue = make_queue()
 
     def bad(*args: Any) -> None:
@@ -539,7 +541,7 @@ async def test_a_listener_that_raises_is_reported(make_queue: MakeQueue) -> None
 
 
 async def test_flags(make_queue: MakeQueue) -> None:
-    """EV-25, EV-26, SJ-02: without get_events, send_events or store_jobs the job's own event does not come"""
+    """EV-25, EV-26, SJ-02: Without get_events, send_events or store_jobs the job's own event does not come."""
     deaf = make_queue(is_worker=False, get_events=False)
     forgetful = make_queue(is_worker=False, store_jobs=False)
     worker = make_queue(send_events=False)
@@ -562,7 +564,9 @@ async def test_flags(make_queue: MakeQueue) -> None:
 
 
 async def test_ready(make_queue: MakeQueue) -> None:
-    """R-01, R-04, R-07, R-08, C-06: the queue itself; `ready` once, also for a listener attached after construction"""
+    """R-01, R-04, R-07, R-08, C-06: It returns the queue itself; `ready` comes once, also for a listener added after
+    construction.
+    """
     queue = make_queue()
     seen = Seen()
     queue.on("ready", seen)
@@ -616,7 +620,7 @@ async def test_another_loop_is_refused(make_queue: MakeQueue) -> None:
 
 
 async def test_results_that_cannot_come_are_refused(make_queue: MakeQueue) -> None:
-    """a job that was not saved; a queue that closes first"""
+    """For a job that was not saved, and for a queue that closes first."""
     queue = make_queue()
     with pytest.raises(BeeQueueError, match="for a job that this queue has saved"):
         await queue.create_job({}).set_id("own").result()
@@ -649,7 +653,7 @@ async def test_process_is_checked(make_queue: MakeQueue) -> None:
 
 
 async def test_close_waits_for_handlers_and_starts_no_more(make_queue: MakeQueue, redis: Any) -> None:
-    """CL-08, CL-09, C-18: the result is written and told; saving works meanwhile; the second job stays"""
+    """CL-08, CL-09, C-18: The result is written and published; saving works meanwhile; the second job stays."""
     queue = make_queue()
     gate, started, done = asyncio.Event(), Seen(), Seen()
 
@@ -675,7 +679,7 @@ async def test_close_waits_for_handlers_and_starts_no_more(make_queue: MakeQueue
 
 
 async def test_close_past_its_time_out_hands_back(make_queue: MakeQueue, redis: Any) -> None:
-    """CL-11, CL-03: raises, twice the same; handlers are cancelled; the oldest job is the next to be taken"""
+    """CL-11, CL-03: It raises, twice the same. Handlers are cancelled; the oldest job is the next to be taken."""
     queue = make_queue()
     started = Seen()
 
@@ -697,7 +701,7 @@ async def test_close_past_its_time_out_hands_back(make_queue: MakeQueue, redis: 
 
 
 async def test_closing_under_load_loses_nothing(make_queue: MakeQueue, redis: Any) -> None:
-    """CL-07, QK-31: whatever is being taken goes back; every job runs"""
+    """CL-07, QK-31: A job that is being taken goes back; every job runs."""
     producer = make_queue(is_worker=False)
     jobs: list[Job] = []
     stop = asyncio.Event()
@@ -736,7 +740,7 @@ async def test_a_handler_cannot_close_its_queue(make_queue: MakeQueue) -> None:
 
 
 async def test_an_idle_worker_closes_at_once(make_queue: MakeQueue) -> None:
-    """the open take is ended, not waited for"""
+    """The open take is ended, not waited for."""
     queue = make_queue()
     queue.process(echo)
     await (await queue.create_job({}).save()).result()
@@ -759,7 +763,7 @@ async def test_run_returns_when_the_queue_is_closed(make_queue: MakeQueue) -> No
 
 
 async def test_delayed_jobs(make_queue: MakeQueue, redis: Any) -> None:
-    """S-04, DL-01, DL-02, J-09: not before its time; `raised jobs`; nothing in waiting until then"""
+    """S-04, DL-01, DL-02, J-09: Not before its time; `raised jobs` comes; nothing is in waiting until then."""
     queue = make_queue(activate_delayed_jobs=True)
     raised = Seen()
     queue.on("raised jobs", raised)
@@ -778,7 +782,7 @@ async def test_delayed_jobs(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_what_became_due_while_nobody_looked_is_raised(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-58: at the start, also by a queue that never processes"""
+    """QK-58: At the start, also by a queue that never processes."""
     worker = make_queue()
     job = await worker.create_job({}).delay_until(datetime.fromtimestamp(now_ms() / 1000 + 60, UTC)).save()
     await redis.zadd(worker.to_key("delayed"), {job.id: 1})
@@ -788,7 +792,7 @@ async def test_what_became_due_while_nobody_looked_is_raised(make_queue: MakeQue
 
 
 async def test_many_due_jobs_are_raised_in_slices(make_queue: MakeQueue, redis: Any) -> None:
-    """DL-13: more than 8000, in order"""
+    """DL-13: More than 8000, in order."""
     queue = await make_queue(is_worker=False).ready()
     await redis.zadd(queue.to_key("delayed"), {f"{number:05}": 5 for number in range(9000)})
     activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True)
@@ -801,7 +805,7 @@ async def test_many_due_jobs_are_raised_in_slices(make_queue: MakeQueue, redis: 
 
 
 async def test_stalled_jobs_are_found_by_the_second_check(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-06, ST-12, ST-13, ST-14, EV-07: 9000 of them; a check within the interval does nothing"""
+    """ST-06, ST-12, ST-13, ST-14, EV-07: 9000 of them; a check within the interval does nothing."""
     queue = make_queue(is_worker=False, stall_interval=5000)
     stalled = Seen()
     queue.on("stalled", stalled)
@@ -822,7 +826,7 @@ async def test_stalled_jobs_are_found_by_the_second_check(make_queue: MakeQueue,
 
 
 async def test_a_living_worker_keeps_its_jobs(make_queue: MakeQueue) -> None:
-    """ST-16, P-19: over several stall intervals, while another worker checks"""
+    """ST-16, P-19: Over several stall intervals, while another worker checks."""
     queue = make_queue(stall_interval=60)
     checker = make_queue(stall_interval=60)
     checks, stalled = Seen(), Seen()

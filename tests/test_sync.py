@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("own_thread")
 
 @pytest.fixture
 def make_sync(make_queue: MakeQueue) -> MakeSync:
-    """Makes synchronous queues, mostly of the test's name."""
+    """Makes synchronous queues, usually with the test's name."""
 
     def make(name: str | None = None, redis: Any = None, **settings: Any) -> Queue:
         if redis is None:
@@ -55,7 +55,7 @@ def make_sync(make_queue: MakeQueue) -> MakeSync:
 
 
 def until(condition: Callable[[], Any], deadline_s: float = 10) -> None:
-    """Waits for what nothing tells a thread."""
+    """Polls a condition that nothing signals to a thread."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -104,7 +104,7 @@ def test_an_id_in_use(make_sync: MakeSync) -> None:
 
 
 async def test_results(make_sync: MakeSync, make_queue: MakeQueue) -> None:
-    """of a worker that runs in another loop"""
+    """From a worker that runs in another loop."""
     queue = make_sync()
     make_queue(get_events=False).process(handler)
 
@@ -173,7 +173,7 @@ def test_strategies_of_ones_own(make_sync: MakeSync) -> None:
 
 
 def test_a_listener_cannot_call_a_queue(make_sync: MakeSync) -> None:
-    """it runs in the thread that would do the work"""
+    """It runs in the thread that would do the work."""
     queue, other = make_sync(), make_sync()
     heard = []
 
@@ -362,7 +362,7 @@ def test_a_redis_that_is_not_up_yet(own_server: Server, make_sync: MakeSync, cap
 
 
 def test_a_save_with_a_time_out_while_redis_is_down(own_server: Server, make_sync: MakeSync) -> None:
-    """before the queue has ever been connected, and later: nothing is sent, also not once Redis is back"""
+    """Before the queue has ever been connected, and later: nothing is sent, not even once Redis is back."""
     own_server.stop()
     queue = make_sync(redis=own_server.url, reconnect=lambda attempt: 10)
     first, second = queue.create_job("first"), queue.create_job("second")
@@ -389,7 +389,7 @@ def test_a_save_with_a_time_out_while_redis_is_down(own_server: Server, make_syn
 
 
 def test_a_save_with_a_time_out_while_redis_is_silent(own_server: Server, make_sync: MakeSync) -> None:
-    """it was sent, and happens once Redis goes on; nobody can tell before"""
+    """The job was sent, and is stored once Redis goes on; nobody can tell before."""
     queue = make_sync(redis=own_server.url)
     queue.check_health()
     jobs = [queue.create_job(number) for number in range(3)]
@@ -423,7 +423,7 @@ def test_a_save_with_a_time_out_while_redis_is_silent(own_server: Server, make_s
 
 
 def test_closing_while_threads_save(own_server: Server, make_sync: MakeSync) -> None:
-    """what was sent is answered; a call that had to wait for its turn says `closed`"""
+    """Jobs that were sent are answered; a call that had to wait for its turn raises `closed`."""
     queue = make_sync(redis=own_server.url)
     queue.check_health()
     jobs = [queue.create_job(number) for number in range(20)]
@@ -449,7 +449,7 @@ def test_a_synchronous_queue_without_events_keeps_no_job(make_sync: MakeSync) ->
 
 
 def test_other_calls_with_a_time_out_while_redis_is_down(own_server: Server, make_sync: MakeSync) -> None:
-    """before the queue has ever been connected, and later: nothing is sent, also not once Redis is back"""
+    """Before the queue has ever been connected, and later: nothing is sent, not even once Redis is back."""
     queue = make_sync(redis=own_server.url, reconnect=lambda attempt: 10)
     calls: list[Callable[[], Any]] = [
         lambda: queue.get_job("a", timeout=20),
@@ -479,7 +479,7 @@ def queue_is_open(queue: Queue) -> bool:
 
 
 def is_up(queue: Queue) -> bool:
-    """Whether its connection for saves is there."""
+    """Whether the connection for saves is up."""
     (opened,) = [each for mine, each in beequeue.sync._background.queues.items() if mine is queue]
     assert opened._connections.events is not None
     return opened._connections.events.link is not None
@@ -500,7 +500,7 @@ def test_closing_while_it_opens(own_server: Server, make_sync: MakeSync) -> None
 
 
 class Script:
-    """A program of its own, with warnings as errors; its forks end with it."""
+    """A separate program, with warnings as errors; its forks end with it."""
 
     def __init__(self, source: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -518,9 +518,9 @@ class Script:
         return self.process.stdout.readline().strip()
 
     def end(self, said: str = "") -> tuple[int, list[str], str]:
-        """Its exit code, the lines of stdout that are left, and stderr; `said` is for its stdin.
+        """Returns its exit code, the remaining lines of stdout, and stderr; `said` goes to its stdin.
 
-        Without the lines in which asyncio's debug mode names what took long: that is a busy machine's.
+        Leaves out the lines in which asyncio's debug mode names slow callbacks: they only tell that the machine is busy.
         """
         try:
             out, err = self.process.communicate(said, timeout=30)
@@ -575,7 +575,7 @@ ask("parent, after the child")
 
 
 async def test_a_fork(make_queue: MakeQueue) -> None:
-    """The child has connections of its own; the parent is not disturbed; both end in silence"""
+    """The child has its own connections and does not disturb the parent; both end in silence."""
     make_queue(get_events=False).process(handler)
     code, out, err = await asyncio.to_thread(Script(FORK, make_queue.name, make_queue.url).end)
     assert err == ""
@@ -760,7 +760,7 @@ def test_the_exit_is_quiet(make_sync: MakeSync, name: str, url: str, way: str) -
 
 
 def test_the_exit_closes_what_is_open(own_server: Server) -> None:
-    """and what is used after that is closed, also at its first use"""
+    """A queue that is used after the exit began raises `closed`, also at its first use."""
     assert Script(EXIT, "late", "q", own_server.url).end() == (0, ["closed", "closed", "1"], "")
 
 

@@ -1,4 +1,4 @@
-"""Calls that are under way when their queue is closed: what was sent is answered, within the time-out of `close()`."""
+"""Calls under way when their queue closes: what was sent is answered, within the time-out of `close()`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG_MS = 600_000
 
 
 def closes(queue: Queue) -> bool:
-    """Whether `close()` has come as far as refusing calls."""
+    """Whether `close()` has begun to refuse calls."""
     return repr(queue).startswith(f"<Queue {queue.name} closed")
 
 
@@ -49,7 +49,7 @@ CALLS: dict[str, Callable[[Queue, Job], Awaitable[Any]]] = {
 
 @both_orderings
 async def test_ten_thousand_saves_in_flight(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """CL-19: each is stored, and its caller hears of that"""
+    """CL-19: Each is stored, and its caller gets the answer."""
     queue = await make_queue(is_worker=False, ordered_events=ordered).ready()
     saving = [asyncio.ensure_future(queue.create_job(number).save()) for number in range(10_000)]
     await asyncio.sleep(0)  # each is sent
@@ -64,7 +64,7 @@ async def test_ten_thousand_saves_in_flight(make_queue: MakeQueue, redis: Any, o
 async def test_a_call_in_flight_is_answered(
     make_queue: MakeQueue, url: str, ordered: bool, call: Callable[[Queue, Job], Awaitable[Any]]
 ) -> None:
-    """CL-19: while close() waits for it, new ones raise"""
+    """CL-19: New calls raise while close() waits for it."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         job = await queue.create_job({}).set_id("own").save()
@@ -88,7 +88,7 @@ async def test_a_call_in_flight_is_answered(
 
 
 async def test_a_redis_that_does_not_answer(make_queue: MakeQueue, url: str) -> None:
-    """QK-32, CL-11: past the time-out close() raises, and the save may have been applied"""
+    """QK-32, CL-11: After the time-out close() raises, and the save may have been applied."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)
@@ -105,7 +105,7 @@ async def test_a_redis_that_does_not_answer(make_queue: MakeQueue, url: str) -> 
 
 
 async def test_a_connection_that_is_lost_ends_the_wait(make_queue: MakeQueue, url: str) -> None:
-    """also for what would be sent once more when it is back"""
+    """Also for commands that would be repeated once the connection is back."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: LONG_MS).ready()
         spoken = Spoken(relay)
@@ -129,7 +129,7 @@ async def test_a_connection_that_is_lost_ends_the_wait(make_queue: MakeQueue, ur
 
 @pytest.mark.parametrize("was_up", [True, False])
 async def test_what_was_never_sent_is_refused_at_once(own_server: Server, make_queue: MakeQueue, was_up: bool) -> None:
-    """CL-04: while Redis is down, or was never there"""
+    """CL-04: While Redis is down, or was never up."""
     queue = make_queue(redis=own_server.url, is_worker=False, reconnect=soon)
     if was_up:
         await queue.ready()

@@ -1,4 +1,4 @@
-"""Events of jobs, on the worker and over Redis: who hears what, when, in which order; progress; and listeners that fail."""
+"""Events of jobs, on the worker and over Redis: who receives which, when, in which order; progress; failing listeners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMOTE = ("succeeded", "retrying", "failed", "progress")
 
 
 async def work(job: Job) -> Any:
-    """Its data says what becomes of a job."""
+    """A handler; the job's data says how it ends."""
     order = job.data if isinstance(job.data, dict) else {}
     for value in order.get("report", []):
         await job.report_progress(value)
@@ -33,7 +33,7 @@ async def work(job: Job) -> Any:
 
 
 async def test_the_order_of_local_events(make_queue: MakeQueue) -> None:
-    """EV-01, EV-02, EV-03, EV-04, QK-47: `failed` for each attempt, `failed:fatal` for the last one only"""
+    """EV-01, EV-02, EV-03, EV-04, QK-47: `failed` comes for each attempt, `failed:fatal` only for the last one."""
     worker = make_queue()
     log: list[tuple[Any, ...]] = []
     outcomes: list[Any] = []
@@ -68,7 +68,7 @@ async def test_the_order_of_local_events(make_queue: MakeQueue) -> None:
 
 
 async def test_local_events_come_after_redis_was_told(make_queue: MakeQueue) -> None:
-    """EV-05, P-01: what a listener finds there in the step in which it is called"""
+    """EV-05, P-01: A listener finds the new state in Redis in the step in which it is called."""
     worker = make_queue()
     found = Seen()
     with sync_redis.Redis.from_url(make_queue.url, decode_responses=True) as client:
@@ -102,7 +102,7 @@ async def test_local_events_come_after_redis_was_told(make_queue: MakeQueue) -> 
 @pytest.mark.parametrize("get_events", [True, False])
 @pytest.mark.parametrize("send_events", [True, False])
 async def test_local_events_need_no_flags(make_queue: MakeQueue, redis: Any, get_events: bool, send_events: bool) -> None:
-    """EV-06, EV-25, EV-26, PS-02: published ones need both, and who does not get them does not subscribe"""
+    """EV-06, EV-25, EV-26, PS-02: Published events need both flags. A queue that receives none does not subscribe."""
     worker = make_queue(get_events=get_events, send_events=send_events)
     log = Seen()
     for event in LOCAL:
@@ -124,7 +124,7 @@ async def test_local_events_need_no_flags(make_queue: MakeQueue, redis: Any, get
 
 
 async def test_what_other_events_of_a_queue_carry(make_queue: MakeQueue, redis: Any) -> None:
-    """EV-08, DL-02: `ready` nothing, `error` the error, `raised jobs` the count, on the queue that raised them only"""
+    """EV-08, DL-02: `ready` carries nothing, `error` the error, `raised jobs` the count, only on the queue that raised them."""
     activator = make_queue(activate_delayed_jobs=True, is_worker=False)
     other = make_queue(is_worker=False, get_events=False)
     log, elsewhere = Seen(), Seen()
@@ -144,7 +144,7 @@ async def test_what_other_events_of_a_queue_carry(make_queue: MakeQueue, redis: 
 
 
 async def test_a_jobs_own_events_come_from_messages_only(make_queue: MakeQueue, redis: Any) -> None:
-    """EV-09: also on the worker that runs it; the handler's object hears nothing"""
+    """EV-09: Also on the worker that runs the job: the handler's object receives none."""
     queue = make_queue(send_events=False)
     own, of_handler, local = Seen(), Seen(), Seen()
 
@@ -170,7 +170,7 @@ async def test_a_jobs_own_events_come_from_messages_only(make_queue: MakeQueue, 
 
 @both_orderings
 async def test_what_each_outcome_tells_a_producer(make_queue: MakeQueue, ordered: bool) -> None:
-    """EV-20, EV-21, EV-22, EV-24, EV-27, EV-28, EV-31, EV-32, EV-33: on every queue alike"""
+    """EV-20, EV-21, EV-22, EV-24, EV-27, EV-28, EV-31, EV-32, EV-33: The same on every queue."""
     producer = make_queue(is_worker=False, ordered_events=ordered)
     onlooker = await make_queue(is_worker=False, ordered_events=ordered).ready()
     worker = make_queue(get_events=False)
@@ -209,7 +209,9 @@ async def test_what_each_outcome_tells_a_producer(make_queue: MakeQueue, ordered
 
 @both_orderings
 async def test_the_order_within_one_message(make_queue: MakeQueue, ordered: bool) -> None:
-    """EV-23, EV-24, EV-30, EV-31, PR-05: queue's event, bookkeeping, job's own event, then forgotten"""
+    """EV-23, EV-24, EV-30, EV-31, PR-05: First the queue's event, then the bookkeeping, then the job's own event; then the
+    job is unbound.
+    """
     queue = make_queue(ordered_events=ordered)
     log: list[Any] = []
     job = queue.create_job({"report": [20], "fail": 1, "return": "end"}).retries(1)
@@ -242,7 +244,10 @@ async def test_the_order_within_one_message(make_queue: MakeQueue, ordered: bool
 
 @both_orderings
 async def test_which_objects_hear_of_their_job(make_queue: MakeQueue, ordered: bool) -> None:
-    """EV-29: those saved, or fetched by get_job; not those of get_jobs or from_id, nor those of a queue without get_events"""
+    """EV-29: Jobs that were saved, or fetched by get_job.
+
+    Not those of get_jobs or from_id, nor those of a queue without get_events.
+    """
     saver = make_queue(is_worker=False, ordered_events=ordered)
     fetcher = make_queue(is_worker=False, ordered_events=ordered)
     lister = await make_queue(is_worker=False, ordered_events=ordered).ready()
@@ -268,7 +273,7 @@ async def test_which_objects_hear_of_their_job(make_queue: MakeQueue, ordered: b
 
 
 async def test_listeners_hear_what_comes_later(make_queue: MakeQueue) -> None:
-    """EV-34: nothing is repeated"""
+    """EV-34: No event is repeated for a late listener."""
     queue = make_queue()
     reported, gate, late = asyncio.Event(), asyncio.Event(), Seen()
 
@@ -298,7 +303,7 @@ async def test_listeners_hear_what_comes_later(make_queue: MakeQueue) -> None:
 
 
 async def test_any_value_but_none_is_progress(make_queue: MakeQueue) -> None:
-    """PR-01, PR-02, PR-07, QK-45: 0, False and "" too; a job that was not saved has nobody to tell"""
+    """PR-01, PR-02, PR-07, QK-45: 0, False and "" too. A job that was not saved cannot report progress."""
     queue = make_queue(is_worker=False)
     heard = Seen()
     job = queue.create_job({})
@@ -319,7 +324,7 @@ async def test_any_value_but_none_is_progress(make_queue: MakeQueue) -> None:
 
 
 async def test_progress_tells_how_many_it_reached(make_queue: MakeQueue, redis: Any) -> None:
-    """PR-03, PR-04, PR-06: from any object of a job with an id; nothing is stored before the job ends"""
+    """PR-03, PR-04, PR-06: From any object of a job with an id. Nothing is stored before the job ends."""
     silent = make_queue(is_worker=False, get_events=False)
     job = await silent.create_job({}).save()
     entry = await redis.hget(silent.to_key("jobs"), "1")
@@ -370,7 +375,7 @@ async def test_progress_is_set_before_it_is_sent_and_stored_with_the_outcome(
 
 
 async def test_listeners_that_raise_stop_nothing(make_queue: MakeQueue) -> None:
-    """QK-37, ER-03: the next listener, the next event of one outcome, the bookkeeping, and the next job"""
+    """QK-37, ER-03: Not the next listener, the next event of one outcome, the bookkeeping, nor the next job."""
     queue = make_queue()
     log: list[str] = []
     job = queue.create_job({"report": [20], "fail": 1, "return": "end"}).retries(1)
@@ -427,7 +432,7 @@ MESSAGES = [
 
 @both_orderings
 async def test_messages_that_are_none_are_reported(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """QK-38: each of them, and they change nothing"""
+    """QK-38: Each of them is, and it changes nothing."""
     queue = await make_queue(ordered_events=ordered).ready()
     heard = Seen()
     job = queue.create_job({"return": "good"})
@@ -446,7 +451,7 @@ async def test_messages_that_are_none_are_reported(make_queue: MakeQueue, redis:
 
 
 async def test_messages_about_jobs_that_nobody_holds(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-38, EV-28: they are the queue's alone"""
+    """QK-38, EV-28: Only the queue emits them."""
     queue = await make_queue(is_worker=False).ready()
     heard = Seen()
     queue.on("job succeeded", heard)
@@ -457,7 +462,10 @@ async def test_messages_about_jobs_that_nobody_holds(make_queue: MakeQueue, redi
 
 @both_orderings
 async def test_unknown_events_are_handed_on(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """QK-49: also one named `error`, with and without listeners; none of them ends a job, and none is the queue's own event"""
+    """QK-49: Also one named `error`, with and without listeners.
+
+    None of them ends a job, and none becomes the queue's own event.
+    """
     queue = await make_queue(is_worker=False, ordered_events=ordered).ready()
     of_queue, own, not_these = Seen(), Seen(), Seen()
     job = await queue.create_job({}).save()
@@ -480,7 +488,7 @@ async def test_unknown_events_are_handed_on(make_queue: MakeQueue, redis: Any, o
 
 
 async def test_a_listener_of_a_jobs_event_named_error_may_fail(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-37, QK-49: it is reported like any other"""
+    """QK-37, QK-49: Its failure is reported like any other."""
     queue = await make_queue(is_worker=False).ready()
     job = await queue.create_job({}).save()
 

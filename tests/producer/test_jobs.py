@@ -1,4 +1,4 @@
-"""Jobs before they run: options, data, `save` and `save_all`, and what each refuses."""
+"""Jobs before they run: options, data, `save` and `save_all`, and which arguments each refuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CIRCLE.append(CIRCLE)
 
 
 async def test_a_fresh_job(make_queue: MakeQueue, redis: Any) -> None:
-    """J-02, J-03: no id, data {}, two options; Redis does not know of it"""
+    """J-02, J-03: It has no id, data {} and two options; Redis does not know it."""
     queue = await make_queue(is_worker=False).ready()
     before = now_ms()
     job = queue.create_job()
@@ -45,7 +45,7 @@ async def test_a_fresh_job(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_setters(make_queue: MakeQueue) -> None:
-    """J-04, J-05, J-10, J-13, J-14: each returns the job; the options are in the order of the calls"""
+    """J-04, J-05, J-10, J-13, J-14: Each returns the job. The options stand in the order of the calls."""
     queue = make_queue(is_worker=False)
     queue.backoff_strategies["own"] = lambda job: 1
     job = queue.create_job({})
@@ -70,7 +70,7 @@ async def test_setters(make_queue: MakeQueue) -> None:
 
 @pytest.mark.parametrize("as_datetime", [False, True], ids=["epoch ms", "datetime"])
 async def test_delay_until(make_queue: MakeQueue, as_datetime: bool) -> None:
-    """J-07, J-08, J-09, QK-55: a time to come is an int of epoch ms; now or the past takes it away"""
+    """J-07, J-08, J-09, QK-55: A future time becomes an int of epoch ms; now or a past time removes the delay."""
     job = make_queue(is_worker=False).create_job({})
     due = now_ms() + 60_000
     job.delay_until(datetime.fromtimestamp(due / 1000, UTC) if as_datetime else due)
@@ -134,7 +134,7 @@ async def test_delay_until(make_queue: MakeQueue, as_datetime: bool) -> None:
 async def test_setters_refuse(
     make_queue: MakeQueue, setter: str, args: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
-    """J-06, J-07, J-11, J-12, QK-44, QK-55: at once, in one line, and the job stays as it was"""
+    """J-06, J-07, J-11, J-12, QK-44, QK-55: They raise at once, in one line, and leave the job as it was."""
     queue = make_queue(is_worker=False)
     queue.backoff_strategies["own"] = lambda job: 1
     job = queue.create_job({}).retries(1).delay_until(now_ms() + 60_000)
@@ -150,7 +150,7 @@ async def test_setters_refuse(
 
 
 async def test_a_strategy_that_is_no_name_is_refused(make_queue: MakeQueue) -> None:
-    """J-12: also one that cannot be looked up"""
+    """J-12: Also one that cannot be looked up."""
     with pytest.raises(ValueError, match="^unknown strategy$"):
         make_queue(is_worker=False).create_job({}).backoff(["fixed"], 100)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ async def test_a_strategy_that_is_no_name_is_refused(make_queue: MakeQueue) -> N
 )
 @both_orderings
 async def test_data_comes_back_equal(make_queue: MakeQueue, ordered: bool, data: Any) -> None:
-    """J-01, J-15, QK-53: from the entry, to the handler and as its result"""
+    """J-01, J-15, QK-53: From the entry, in the handler, and as its result."""
     queue = make_queue(ordered_events=ordered)
     handled: list[Any] = []
 
@@ -198,7 +198,7 @@ async def test_data_comes_back_equal(make_queue: MakeQueue, ordered: bool, data:
 
 @pytest.mark.parametrize("entry", ['{"data":null,"options":{}}', '{"options":{}}', '{"data":{}}', "{}"])
 async def test_an_entry_that_lacks_members_is_completed(make_queue: MakeQueue, redis: Any, entry: str) -> None:
-    """J-17, QK-53: data {}, timestamp now, no stack traces"""
+    """J-17, QK-53: With data {}, the present time as timestamp, and no stack traces."""
     queue = make_queue(is_worker=False)
     await redis.hset(queue.to_key("jobs"), "old", entry)
     before = now_ms()
@@ -222,7 +222,7 @@ UNSERIALISABLE = [
 
 @pytest.mark.parametrize(("data", "message"), UNSERIALISABLE)
 async def test_data_that_json_cannot_carry(make_queue: MakeQueue, redis: Any, data: Any, message: str) -> None:
-    """S-11, QK-54: raises from the await of save, in one line; nothing is sent, and the job may be saved later"""
+    """S-11, QK-54: Awaiting save raises, in one line. Nothing is sent, and the job may be saved later."""
     queue = await make_queue(is_worker=False).ready()
     job = queue.create_job(data)
     saving = job.save()
@@ -237,7 +237,7 @@ async def test_data_that_json_cannot_carry(make_queue: MakeQueue, redis: Any, da
 
 @pytest.mark.parametrize(("data", "message"), UNSERIALISABLE)
 async def test_save_all_of_data_that_json_cannot_carry(make_queue: MakeQueue, data: Any, message: str) -> None:
-    """S-13, S-14, QK-54: each such job has its own error, the others are saved"""
+    """S-13, S-14, QK-54: Each such job has its own error; the others are saved."""
     queue = make_queue(is_worker=False)
     jobs = [queue.create_job(each) for each in (1, data, 2, data)]
     errors = await queue.save_all(jobs)
@@ -258,7 +258,10 @@ async def test_save_all_of_data_that_json_cannot_carry(make_queue: MakeQueue, da
     ids=ascii,
 )
 async def test_what_was_put_into_a_job_by_hand(make_queue: MakeQueue, redis: Any, member: str, value: Any) -> None:
-    """is checked too: save names it and sends nothing, save_all has it as that job's error; the job may be saved later"""
+    """It is checked too.
+
+    save names it and sends nothing, save_all returns it as that job's error, and the job may be saved later.
+    """
     queue = await make_queue(is_worker=False).ready()
     job, other = queue.create_job({}), queue.create_job({})
     if member == "id":
@@ -281,7 +284,7 @@ async def test_what_was_put_into_a_job_by_hand(make_queue: MakeQueue, redis: Any
 
 @pytest.mark.parametrize("delay", [0, 0.5, 2**53 - 1])
 async def test_a_delay_that_was_put_in_by_hand(make_queue: MakeQueue, redis: Any, delay: float) -> None:
-    """may be any time that a double can tell"""
+    """It may be any time that a double can hold."""
     queue = make_queue(is_worker=False)
     job = queue.create_job({})
     job.options["delay"] = delay
@@ -290,7 +293,7 @@ async def test_a_delay_that_was_put_in_by_hand(make_queue: MakeQueue, redis: Any
 
 
 async def test_an_id_that_was_put_in_as_an_int(make_queue: MakeQueue) -> None:
-    """QK-41: is text all the same"""
+    """QK-41: It becomes text all the same."""
     queue = make_queue(is_worker=False)
     job = queue.create_job({})
     job.id = 7  # type: ignore[assignment]
@@ -303,7 +306,7 @@ async def test_an_id_that_was_put_in_as_an_int(make_queue: MakeQueue) -> None:
 
 
 async def test_a_handler_may_change_options(make_queue: MakeQueue) -> None:
-    """J-18, J-05: whether it is tried again follows what the handler set last, and that is stored"""
+    """J-18, J-05: The last value that the handler set decides whether the job is tried again, and is stored."""
     queue = make_queue()
 
     async def handler(job: Job) -> str:
@@ -328,7 +331,7 @@ async def test_a_handler_may_change_options(make_queue: MakeQueue) -> None:
 
 
 async def test_the_producers_retries(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-43: a number after each `retrying`, and never below 0"""
+    """QK-43: It is a number after each `retrying`, and never below 0."""
     queue = make_queue(is_worker=False)
     none, two = await queue.create_job({}).save(), await queue.create_job({}).retries(2).save()
     left: list[Any] = []
@@ -348,7 +351,10 @@ async def test_the_producers_retries(make_queue: MakeQueue, redis: Any) -> None:
 @both_orderings
 @pytest.mark.parametrize("delayed", [False, True], ids=["now", "later"])
 async def test_a_save_is_one_command(make_queue: MakeQueue, url: str, redis: Any, ordered: bool, delayed: bool) -> None:
-    """S-01, S-03, S-04, J-16: one script, on the event connection if that is ordered; the entry is what to_data says"""
+    """S-01, S-03, S-04, J-16: It is one script, on the event connection of an ordered queue.
+
+    The entry is what to_data returns.
+    """
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         spoken = Spoken(relay)
@@ -370,7 +376,7 @@ async def test_a_save_is_one_command(make_queue: MakeQueue, url: str, redis: Any
 
 @both_orderings
 async def test_a_job_is_taken_as_it_is_when_save_is_called(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """S-11: entry, id and time, though the queue is not ready yet"""
+    """S-11: With its entry, id and time, even if the queue is not ready yet."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = queue.create_job("early")
     saving = asyncio.ensure_future(job.save())
@@ -386,7 +392,7 @@ async def test_a_job_is_taken_as_it_is_when_save_is_called(make_queue: MakeQueue
 
 
 async def test_what_was_saved_is_kept(make_queue: MakeQueue) -> None:
-    """S-09, SJ-01, SJ-02: under its id, with store_jobs"""
+    """S-09, SJ-01, SJ-02: Under its id, with store_jobs."""
     keeping = make_queue(is_worker=False)
     forgetful = make_queue(is_worker=False, store_jobs=False)
     job, delayed = keeping.create_job({}).set_id("own"), keeping.create_job({}).delay_until(now_ms() + 60_000)
@@ -401,7 +407,7 @@ async def test_what_was_saved_is_kept(make_queue: MakeQueue) -> None:
     "job_id", [" ", "a b\r\n", "ü😀", "x" * 2**20, "5", 7, -1, "\udc80"], ids=lambda job_id: ascii(job_id)[:12]
 )
 async def test_an_id_of_ones_own(make_queue: MakeQueue, redis: Any, ordered: bool, job_id: str | int) -> None:
-    """J-14, S-05, P-02: any text, as it is; its events find the job; the counter stays"""
+    """J-14, S-05, P-02: Any text, unchanged. Its events find the job; the counter stays as it is."""
     queue = make_queue(ordered_events=ordered)
     handled: list[str | None] = []
     job = await queue.create_job("x").set_id(job_id).save()
@@ -416,7 +422,7 @@ async def test_an_id_of_ones_own(make_queue: MakeQueue, redis: Any, ordered: boo
 
 
 async def test_an_id_in_use(make_queue: MakeQueue, redis: Any) -> None:
-    """S-06, S-07: nothing is written, delayed or not; job.id is None, and the first job is still the one that is kept"""
+    """S-06, S-07: Nothing is written, delayed or not. job.id becomes None, and the first job stays bound."""
     queue = make_queue(is_worker=False)
     due = now_ms() + 60_000
     first = await queue.create_job("first").set_id("own").delay_until(due).save()
@@ -433,7 +439,7 @@ async def test_an_id_in_use(make_queue: MakeQueue, redis: Any) -> None:
 @both_orderings
 @pytest.mark.parametrize("in_bulk", [False, True], ids=["save", "save_all"])
 async def test_saving_a_saved_job(make_queue: MakeQueue, redis: Any, ordered: bool, in_bulk: bool) -> None:
-    """QK-50: writes nothing, and the job keeps its id; one whose entry has gone is stored again under that id"""
+    """QK-50: It writes nothing, and the job keeps its id. A job whose entry is gone is stored again under that id."""
     queue = make_queue(ordered_events=ordered)
     job = await queue.create_job("first").save()
 
@@ -465,7 +471,7 @@ async def test_saving_a_saved_job(make_queue: MakeQueue, redis: Any, ordered: bo
 
 @both_orderings
 async def test_a_saved_job_does_not_take_over_another_ones_id(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """S-06: whether that is refused at once or found out by the save"""
+    """S-06: Whether save refuses at once, or learns it from Redis."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     other = await queue.create_job("other").set_id("other").save()
     job = await queue.create_job("mine").save()
@@ -478,7 +484,7 @@ async def test_a_saved_job_does_not_take_over_another_ones_id(make_queue: MakeQu
 
 @both_orderings
 async def test_two_saves_at_once(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """the second raises and changes nothing; once the first has ended it may be tried again"""
+    """The second raises and changes nothing. After the first has ended, the job may be saved again."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = queue.create_job({})
     first, second, third = await asyncio.gather(job.save(), job.save(), queue.save_all([job]), return_exceptions=True)
@@ -493,7 +499,7 @@ async def test_two_saves_at_once(make_queue: MakeQueue, redis: Any, ordered: boo
 
 @pytest.mark.parametrize("delayed", [False, True])
 async def test_a_save_beside_save_all(make_queue: MakeQueue, redis: Any, delayed: bool) -> None:
-    """each job is stored once, also the first one of a call that has not left yet"""
+    """Each job is stored once, also the first one of a call that has not left yet."""
     queue = await make_queue(is_worker=False).ready()
     jobs = [queue.create_job(number) for number in range(3 * JOBS_A_CALL)]
     if delayed:
@@ -531,7 +537,7 @@ async def test_a_save_that_was_cancelled_leaves_a_usable_job(make_queue: MakeQue
 
 @both_orderings
 async def test_an_id_is_free_again_when_its_job_was_removed_at_its_end(make_queue: MakeQueue, ordered: bool) -> None:
-    """S-08: by success and by failure, and then used once more"""
+    """S-08: After success and after failure; it is then used once more."""
     queue = make_queue(ordered_events=ordered, remove_on_success=True, remove_on_failure=True)
 
     gate = asyncio.Event()
@@ -557,7 +563,7 @@ async def test_an_id_is_free_again_when_its_job_was_removed_at_its_end(make_queu
 
 
 async def test_a_delayed_save_sets_the_queues_own_timer(make_queue: MakeQueue, redis: Any) -> None:
-    """S-10: though no notice tells, since another job is due before; not so when the id was in use"""
+    """S-10: Even without a message, since another job is due before. Not when the id was in use."""
     queue = await make_queue(activate_delayed_jobs=True).ready()
     looked, raised = Seen(), Seen()
     queue.on("raised jobs", raised)
@@ -576,7 +582,10 @@ async def test_a_delayed_save_sets_the_queues_own_timer(make_queue: MakeQueue, r
 
 @both_orderings
 async def test_save_all_needs_one_round_trip(make_queue: MakeQueue, url: str, redis: Any, ordered: bool) -> None:
-    """S-12, S-13, S-18: all leave before any reply has come, many in a call; delayed jobs and used ids as with save"""
+    """S-12, S-13, S-18: All calls leave before any reply has come, many jobs in a call.
+
+    Delayed jobs and used ids are treated as by save.
+    """
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         await queue.create_job("first").set_id("used").save()
@@ -604,7 +613,7 @@ async def test_save_all_needs_one_round_trip(make_queue: MakeQueue, url: str, re
 
 
 async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """by number and by size: Redis serves nobody else while a script runs; a job that is large has a call to itself"""
+    """By number and by size: Redis serves no other client while a script runs. A large job has a call to itself."""
     monkeypatch.setattr(saving_module, "JOBS_A_CALL", 3)
     monkeypatch.setattr(saving_module, "BYTES_A_CALL", 2_000)
     async with Relay(url) as relay:
@@ -619,7 +628,7 @@ async def test_save_all_bounds_each_call(make_queue: MakeQueue, url: str, monkey
 
 
 async def test_the_size_of_a_call_is_exact(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """entries that make up the limit leave together, one byte more does not; a delayed job starts anew"""
+    """Entries that fill the limit leave together; one byte more starts a new call, and so does a delayed job."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
 
@@ -643,7 +652,7 @@ async def test_the_size_of_a_call_is_exact(make_queue: MakeQueue, url: str, monk
 async def test_a_job_saved_meanwhile_does_not_count_for_a_call(
     make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """while one call leaves, somebody else saves the first job of the next"""
+    """While one call leaves, other code saves the first job of the next call."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         jobs = [queue.create_job("x") for _ in range(5)]
@@ -662,7 +671,7 @@ async def test_a_job_saved_meanwhile_does_not_count_for_a_call(
 async def test_calls_of_save_all_let_others_have_their_turn(
     make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch, delayed: bool, steps: list[int]
 ) -> None:
-    """behind each call of several jobs: it leaves while the next one is written"""
+    """After each call of several jobs: it leaves while the next one is encoded."""
     monkeypatch.setattr(saving_module, "JOBS_A_CALL", 2)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
@@ -683,7 +692,7 @@ async def test_calls_of_save_all_let_others_have_their_turn(
 
 
 async def test_save_all_without_time_is_sent(make_queue: MakeQueue, url: str) -> None:
-    """and not waited for"""
+    """It is sent, and not waited for."""
     async with Relay(url) as relay, make_queue(redis=relay.url, is_worker=False) as queue:
         relay.hold("event")
         job = queue.create_job({})
@@ -694,7 +703,7 @@ async def test_save_all_without_time_is_sent(make_queue: MakeQueue, url: str) ->
 
 
 async def test_save_all_of_many(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """more than go out at once, in order"""
+    """More jobs than leave at once are stored in order."""
     monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 7)
     queue = make_queue(is_worker=False)
     jobs = [queue.create_job(number) for number in range(30)]
@@ -712,7 +721,7 @@ async def test_save_all_of_nothing(make_queue: MakeQueue) -> None:
 
 @both_orderings
 async def test_a_save_that_redis_refuses(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """S-15: is that job's error alone, and it may be saved later"""
+    """S-15: It is that job's error alone, and the job may be saved later."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     await redis.set(queue.to_key("id"), "no number")
     jobs = [queue.create_job({}).set_id("a"), queue.create_job({}), queue.create_job({}).set_id("b")]
@@ -733,7 +742,7 @@ async def test_a_save_that_redis_refuses(make_queue: MakeQueue, redis: Any, orde
 async def test_a_connection_lost_under_save_all(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
-    """S-16, S-13: each job without an answer has an error of its own; what came before and after is saved"""
+    """S-16, S-13: Each job without an answer has its own error. The jobs before and after it are saved."""
     monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 3)
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, is_worker=False, ordered_events=ordered, reconnect=lambda attempt: 10)
@@ -760,7 +769,7 @@ async def test_a_connection_lost_under_save_all(
 
 
 async def test_save_all_on_a_closed_queue(make_queue: MakeQueue, redis: Any) -> None:
-    """S-19: raises, and changes no job"""
+    """S-19: It raises, and changes no job."""
     queue = await make_queue(is_worker=False).ready()
     await queue.close()
     job = queue.create_job({}).set_id("own")
@@ -775,7 +784,7 @@ async def test_save_all_on_a_closed_queue(make_queue: MakeQueue, redis: Any) -> 
 
 
 async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S-16, S-13: once something is sent it never raises; what was not sent has the queue's closing as its error"""
+    """S-16, S-13: Once a job is sent it never raises. Each job that was not sent has `QueueClosed` as its error."""
     monkeypatch.setattr(saving_module, "JOBS_IN_FLIGHT", 3)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
@@ -798,7 +807,7 @@ async def test_a_queue_that_closes_under_save_all(make_queue: MakeQueue, url: st
 
 @pytest.mark.parametrize("foreign", ["of another queue", "of another queue of this name"])
 async def test_save_all_refuses_jobs_of_another_queue(make_queue: MakeQueue, redis: Any, name: str, foreign: str) -> None:
-    """QK-57: before anything is sent"""
+    """QK-57: It raises before anything is sent."""
     queue = await make_queue(is_worker=False).ready()
     other = await make_queue(f"{name}-other" if foreign == "of another queue" else name, is_worker=False).ready()
     own, strange = queue.create_job({}), other.create_job({}).set_id("strange")
@@ -811,7 +820,7 @@ async def test_save_all_refuses_jobs_of_another_queue(make_queue: MakeQueue, red
 
 @pytest.mark.parametrize("wrong", [None, "a", 5, {}, [], {"data": 1}], ids=repr)
 async def test_save_all_refuses_what_is_no_job(make_queue: MakeQueue, redis: Any, wrong: Any) -> None:
-    """names it, before anything is sent"""
+    """It names the argument before anything is sent."""
     queue = await make_queue(is_worker=False).ready()
     job = queue.create_job({})
     with pytest.raises(TypeError) as refused:
@@ -822,7 +831,10 @@ async def test_save_all_refuses_what_is_no_job(make_queue: MakeQueue, redis: Any
 
 
 async def test_the_older_job_of_an_id_that_is_given_anew(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-71, DE-06: destroy leaves jobs as they are; a new one with its id ends the older one's wait"""
+    """QK-71, DE-06: destroy leaves the queue's job objects as they are.
+
+    A new job with an older one's id ends the older one's wait.
+    """
     queue = make_queue(is_worker=False)
     older = await queue.create_job("older").save()
     waiting = asyncio.ensure_future(older.result())

@@ -1,4 +1,4 @@
-"""What a queue keeps of the jobs that it saves: those whose event may still come, and no others."""
+"""The jobs that a queue keeps after saving them: those whose event may still come, and no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def even_or_fail(job: Job) -> Any:
 
 @both_orderings
 async def test_a_queue_without_events_keeps_nothing(make_queue: MakeQueue, ordered: bool) -> None:
-    """S-09: saved, fetched or retried: no event comes that would end it"""
+    """S-09: Saved, fetched or retried: no event would ever end the binding."""
     queue = make_queue(get_events=False, ordered_events=ordered)
     done = Seen()
     queue.on("succeeded", done)
@@ -60,7 +60,7 @@ async def test_a_queue_without_events_keeps_nothing(make_queue: MakeQueue, order
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_jobs_that_end_on_a_worker_without_events_are_let_go(make_queue: MakeQueue) -> None:
-    """PS-02, QK-40: nobody waits for them; their listeners hear how they ended"""
+    """PS-02, QK-40: Although nobody awaits them. Their listeners hear how they ended."""
     queue = make_queue(is_worker=False)
     told = Seen()
     for number in range(250):
@@ -89,7 +89,7 @@ async def test_a_job_that_ended_behind_many_that_wait_is_let_go(make_queue: Make
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_a_job_that_has_not_ended_is_kept(make_queue: MakeQueue, url: str) -> None:
-    """SJ-01: a sweep asks, and its own event ends it, though nothing but its listener refers to it"""
+    """SJ-01: A sweep asks about it, and its own event ends it, even if only its listener refers to it."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         heard = Seen()
@@ -113,7 +113,7 @@ async def test_a_job_that_has_not_ended_is_kept(make_queue: MakeQueue, url: str)
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_an_end_that_was_read_comes_before_what_a_sweep_finds(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """QK-39: event and answers stand in one read"""
+    """QK-39: The event and the answers come in one read."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker, done, heard = make_queue(get_events=False), Seen(), Seen()
@@ -136,7 +136,7 @@ async def test_an_end_that_was_read_comes_before_what_a_sweep_finds(make_queue: 
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_on_two_sockets_what_is_lost_stays(make_queue: MakeQueue) -> None:
-    """bee-queue 2.0.0's way: the growth is what the harness shows"""
+    """As in bee-queue 2.0.0: this is the growth that the harness shows."""
     queue = make_queue(is_worker=False, ordered_events=False)
     worker, done = make_queue(send_events=False), Seen()
     worker.on("succeeded", done)
@@ -161,7 +161,7 @@ async def test_a_sweep_that_redis_refuses_goes_on(make_queue: MakeQueue, redis: 
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_closing_while_a_sweep_is_under_way(make_queue: MakeQueue, url: str) -> None:
-    """ER-07: reports no `error`, and leaves no task"""
+    """ER-07: It reports no `error`, and leaves no task."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         await queue.create_job({}).save()
@@ -173,7 +173,7 @@ async def test_closing_while_a_sweep_is_under_way(make_queue: MakeQueue, url: st
 
 
 async def test_a_job_that_is_bound_while_its_queue_closes_starts_no_sweep(make_queue: MakeQueue) -> None:
-    """as by a reply that comes when the look-ups have been stopped"""
+    """A reply may bind a job after the look-ups have been stopped."""
     queue = await make_queue(is_worker=False).ready()
     await queue.close()
     queue._tracker.bind(queue.create_job({}).set_id("1"))
@@ -181,7 +181,7 @@ async def test_a_job_that_is_bound_while_its_queue_closes_starts_no_sweep(make_q
 
 
 async def test_a_get_job_that_is_cancelled_keeps_nothing(make_queue: MakeQueue, url: str) -> None:
-    """QK-40: though it had been sent, and its reply comes"""
+    """QK-40: Although it was sent, and its reply comes."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         job = await make_queue(is_worker=False, get_events=False).create_job({}).save()
@@ -202,7 +202,7 @@ async def test_a_get_job_that_is_cancelled_keeps_nothing(make_queue: MakeQueue, 
 
 
 class Fails:
-    """In place of a look-up: raises what nobody expects, once, and is the look-up from then on."""
+    """Replaces a look-up: raises an unexpected error once, and is the look-up from then on."""
 
     def __init__(self, look_up: Callable[..., Any]) -> None:
         self._look_up = look_up
@@ -255,7 +255,7 @@ async def test_a_look_for_results_that_fails_begins_anew(
 async def test_a_look_for_large_results_that_fails_begins_anew(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
-    """the next message that is too large is looked at"""
+    """The next message that is too large is looked up."""
     queue = await make_queue(is_worker=False, ordered_events=ordered, max_event_bytes=1_000).ready()
     monkeypatch.setattr(queue._store, "look_up", Fails(queue._store.look_up))
     job = await queue.create_job("x").save()
@@ -277,7 +277,7 @@ def tasks() -> list[str]:
 
 @pytest.mark.usefixtures("sweep_often")
 async def test_another_job_under_the_same_id_is_not_taken_for_it(make_queue: MakeQueue, redis: Any) -> None:
-    """no listener hears the result of a job that somebody else saved later under the id"""
+    """No listener receives the result of a job that was saved later under the same id."""
     queue, other = make_queue(is_worker=False), make_queue(is_worker=False)
     told = Seen()
     job = queue.create_job("mine").set_id("x")
@@ -300,7 +300,7 @@ async def test_another_job_under_the_same_id_is_not_taken_for_it(make_queue: Mak
 async def test_what_a_look_up_found_before_a_retry_is_not_its_end(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, wait: bool
 ) -> None:
-    """QK-39: both answers stand in one read; the job hears of the run that follows"""
+    """QK-39: Both answers come in one read; the job receives the events of the next attempt."""
     monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.02 if wait else 60)
     monkeypatch.setattr(tracker, "SWEEP_EVERY_S", 60 if wait else 0.02)
     async with Relay(url) as relay:

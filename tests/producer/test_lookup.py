@@ -62,7 +62,9 @@ async def good_or_bad(job: Job) -> Any:
 
 @both_orderings
 async def test_get_job(make_queue: MakeQueue, ordered: bool) -> None:
-    """G-01, G-02, G-03, G-06, SJ-01: the very object that was saved or fetched; elsewhere a new one, which hears its events"""
+    """G-01, G-02, G-03, G-06, SJ-01: It returns the object that was saved or fetched here; elsewhere a new one, which
+    receives its events.
+    """
     producer = make_queue(is_worker=False, ordered_events=ordered)
     other = make_queue(is_worker=False, ordered_events=ordered)
     saved = await producer.create_job({"foo": "bar"}).save()
@@ -80,7 +82,7 @@ async def test_get_job(make_queue: MakeQueue, ordered: bool) -> None:
 
 
 async def test_get_job_without_keeping(make_queue: MakeQueue) -> None:
-    """G-04, G-07, SJ-02: with no flag set, an equal and new object each time, which nothing keeps"""
+    """G-04, G-07, SJ-02: Without the flags it returns a new, equal object each time, and keeps none."""
     queue = make_queue(is_worker=False, get_events=False, send_events=False, store_jobs=False)
     saved = await queue.create_job({"foo": ["ü"]}).set_id("an id").save()
     fetched, again = await queue.get_job("an id"), await queue.get_job("an id")
@@ -93,7 +95,7 @@ async def test_get_job_without_keeping(make_queue: MakeQueue) -> None:
 
 
 async def test_a_fetched_job_has_what_is_stored(make_queue: MakeQueue, redis: Any) -> None:
-    """G-26, G-27: all five, and its queue; from_id reads afresh what get_job holds"""
+    """G-26, G-27: All five attributes, and its queue. from_id reads again what get_job keeps."""
     queue = make_queue(is_worker=False)
     saved = await queue.create_job("as saved").save()
     stored = {"data": [1], "options": {"timestamp": saved.options["timestamp"], "stacktraces": ["s"], "mine": 2}}
@@ -109,7 +111,7 @@ async def test_a_fetched_job_has_what_is_stored(make_queue: MakeQueue, redis: An
 
 @both_orderings
 async def test_get_job_of_a_kept_job(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """QK-42: the object as it is, unless its entry is gone or is another job's"""
+    """QK-42: It returns the object as it is, unless its entry is gone or is another job's."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     saved = await queue.create_job("mine").save()
     await redis.hdel(queue.to_key("jobs"), "1")
@@ -126,7 +128,7 @@ async def test_get_job_of_a_kept_job(make_queue: MakeQueue, redis: Any, ordered:
 
 @both_orderings
 async def test_a_job_without_a_timestamp_stays_the_same_job(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """G-06, J-17: the time at which it was read tells nothing of who it is"""
+    """G-06, J-17: The time at which it was read does not identify it."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     await redis.hset(queue.to_key("jobs"), "old", '{"data":1,"options":{}}')
     await redis.lpush(queue.to_key("waiting"), "old")
@@ -138,7 +140,7 @@ async def test_a_job_without_a_timestamp_stays_the_same_job(make_queue: MakeQueu
 
 @both_orderings
 async def test_get_job_keeps_none_that_has_ended(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """QK-40, SJ-01: its result() tells at once how it ended, by its set and not by its status"""
+    """QK-40, SJ-01: Its result() tells at once how it ended: by the set that holds it, not by its status."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     worker = make_queue(get_events=False)
     for data in ("good", "bad", "node"):
@@ -166,8 +168,8 @@ async def test_get_job_keeps_none_that_has_ended(make_queue: MakeQueue, redis: A
     assert await queue.get_job("1") is not good
 
 
-async def test_a_reconnect_settles_what_ended_unseen(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """QK-40: a job that was removed elsewhere is kept no longer than until then"""
+async def test_a_reconnect_finds_what_ended_unseen(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """QK-40: A job that was removed elsewhere is kept until the reconnect, and no longer."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
         gone, stays = await queue.create_job({}).save(), await queue.create_job({}).save()
@@ -186,7 +188,7 @@ async def test_a_reconnect_settles_what_ended_unseen(make_queue: MakeQueue, url:
 
 @both_orderings
 async def test_clearing_jobs(make_queue: MakeQueue, ordered: bool) -> None:
-    """SJ-03: the next get_job reads afresh, and that object hears its events"""
+    """SJ-03: The next get_job reads the job again, and that object receives its events."""
     queue = make_queue(ordered_events=ordered)
     saved = await queue.create_job({}).save()
     queue.jobs = {}
@@ -204,7 +206,7 @@ async def test_clearing_jobs(make_queue: MakeQueue, ordered: bool) -> None:
 
 @both_orderings
 async def test_ids_are_text_at_every_door(make_queue: MakeQueue, ordered: bool) -> None:
-    """QK-41: 3 means "3" """
+    """QK-41: 3 means "3"."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     saved = await queue.create_job({}).set_id("3").save()
     assert await queue.get_job(3) is saved
@@ -234,7 +236,7 @@ async def test_wrong_ids(make_queue: MakeQueue, job_id: Any, error: type[Excepti
 @pytest.mark.parametrize("entry", ["not json", "[]", '{"data":{},"options":[]}', "[" * 100_000])
 @both_orderings
 async def test_an_entry_that_cannot_be_read(make_queue: MakeQueue, redis: Any, ordered: bool, entry: str) -> None:
-    """raises, names the job in one line, and keeps nothing; in a list it is reported and left out"""
+    """get_job raises, names the job in one line, and keeps nothing. A list leaves it out and reports it."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     good = await queue.create_job({}).save()
     await redis.hset(queue.to_key("jobs"), "poison", entry)
@@ -254,7 +256,7 @@ async def test_an_entry_that_cannot_be_read(make_queue: MakeQueue, redis: Any, o
 
 
 async def test_get_jobs_of_each_kind(make_queue: MakeQueue) -> None:
-    """G-08, G-09, G-10, G-11, G-12, G-14, G-15, G-17: by start and end, or by size, or by neither"""
+    """G-08, G-09, G-10, G-11, G-12, G-14, G-15, G-17: By start and end, by size, or by neither."""
     queue = make_queue()
     listed: list[list[str | None]] = []
 
@@ -279,7 +281,7 @@ async def test_get_jobs_of_each_kind(make_queue: MakeQueue) -> None:
 
 @pytest.mark.parametrize("store_jobs", [True, False])
 async def test_get_jobs_keeps_order_and_objects(make_queue: MakeQueue, redis: Any, store_jobs: bool) -> None:
-    """G-18, G-19, G-21, G-25, QK-67: the order of the list, whether jobs are kept here or not, and nothing new is kept"""
+    """G-18, G-19, G-21, G-25, QK-67: In the order of the list, whether jobs are kept here or not; it keeps no new ones."""
     queue = make_queue(is_worker=False, store_jobs=store_jobs)
     other = make_queue(is_worker=False, get_events=False)
     saved = [await (queue if number % 2 else other).create_job(number).save() for number in range(1, 7)]
@@ -303,7 +305,7 @@ async def test_get_jobs_keeps_order_and_objects(make_queue: MakeQueue, redis: An
 
 
 async def test_get_jobs_without_a_page(make_queue: MakeQueue, redis: Any) -> None:
-    """G-20, QK-66: 101 of a list, since end is included; 100 of a set"""
+    """G-20, QK-66: It returns 101 of a list, since end is included, and 100 of a set."""
     queue = make_queue(is_worker=False)
     ids = await store(redis, queue, 150)
     await redis.rpush(queue.to_key("waiting"), *ids)
@@ -318,7 +320,7 @@ async def test_get_jobs_without_a_page(make_queue: MakeQueue, redis: Any) -> Non
 
 
 async def test_some_of_many_succeeded_jobs(make_queue: MakeQueue, redis: Any) -> None:
-    """G-13: 80 different ones of 10,000"""
+    """G-13: 80 different jobs of 10,000."""
     queue = make_queue(is_worker=False, redis_scan_count=50)
     await redis.sadd(queue.to_key("succeeded"), *await store(redis, queue, 10_000))
     jobs = await queue.get_jobs("succeeded", size=80)
@@ -327,7 +329,7 @@ async def test_some_of_many_succeeded_jobs(make_queue: MakeQueue, redis: Any) ->
 
 
 async def test_get_jobs_of_thousands(make_queue: MakeQueue, redis: Any) -> None:
-    """more than one read asks for, in order"""
+    """More than one read asks for, in order."""
     queue = make_queue(is_worker=False)
     ids = await store(redis, queue, 2500)
     await redis.rpush(queue.to_key("waiting"), *ids)
@@ -335,7 +337,7 @@ async def test_get_jobs_of_thousands(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_how_get_jobs_reads(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """G-22, G-24: SSCAN asks for the lesser of size and redis_scan_count; one HMGET reads all entries"""
+    """G-22, G-24: SSCAN asks for the lesser of size and redis_scan_count; one HMGET reads all entries."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, redis_scan_count=50).ready()
         ids = await store(redis, queue, 101)
@@ -355,7 +357,7 @@ async def test_how_get_jobs_reads(make_queue: MakeQueue, url: str, redis: Any) -
 
 
 async def test_get_jobs_leaves_out_what_has_gone(make_queue: MakeQueue, redis: Any) -> None:
-    """G-23: silently"""
+    """G-23: It does not report them."""
     queue = make_queue(is_worker=False)
     kept, gone = await queue.create_job({}).save(), await queue.create_job({}).save()
     await redis.hdel(queue.to_key("jobs"), gone.id)
@@ -387,7 +389,7 @@ async def test_get_jobs_leaves_out_what_has_gone(make_queue: MakeQueue, redis: A
 async def test_get_jobs_refuses(
     make_queue: MakeQueue, kind: Any, page: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """G-16, QK-66: names the argument and its value; once the queue is closed, that comes first"""
+    """G-16, QK-66: It names the argument and its value. Once the queue is closed, `closed` comes first."""
     queue = make_queue(is_worker=False)
     with pytest.raises(error) as refused:
         await queue.get_jobs(kind, **page)
@@ -400,7 +402,7 @@ async def test_get_jobs_refuses(
 
 @pytest.mark.parametrize("name", ["start", "end"])
 async def test_an_index_that_redis_cannot_count_to(make_queue: MakeQueue, name: str) -> None:
-    """QK-66: is named too"""
+    """QK-66: It is named too."""
     queue = make_queue(is_worker=False)
     with pytest.raises(ValueError, match=rf"^{name} must .*{2**63}$"):
         await queue.get_jobs("waiting", **{name: 2**63})
@@ -412,7 +414,10 @@ async def test_an_index_that_redis_cannot_count_to(make_queue: MakeQueue, name: 
 @both_orderings
 @pytest.mark.parametrize("store_jobs", [True, False])
 async def test_removal(make_queue: MakeQueue, redis: Any, ordered: bool, store_jobs: bool) -> None:
-    """RM-01, RM-02, RM-03, RM-05, RM-06: both ways at once; the job is gone, here too, and removing it again is no error"""
+    """RM-01, RM-02, RM-03, RM-05, RM-06: Both ways do the same.
+
+    The job is gone, here too, and removing it again is no error.
+    """
     queue = make_queue(is_worker=False, ordered_events=ordered, store_jobs=store_jobs)
     first, second = await queue.create_job(1).save(), await queue.create_job(2).save()
     third = await queue.create_job(3).delay_until(FAR).save()
@@ -430,7 +435,7 @@ async def test_removal(make_queue: MakeQueue, redis: Any, ordered: bool, store_j
 
 
 async def test_a_removal_takes_the_id_out_of_every_place(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """RM-09, QK-17: in one step, on the event connection, and touches no other id"""
+    """RM-09, QK-17: In one step, on the event connection; no other id is touched."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         jobs = [await queue.create_job({}).save() for _ in range(3)]
@@ -452,7 +457,7 @@ async def test_a_removal_takes_the_id_out_of_every_place(make_queue: MakeQueue, 
 
 
 async def test_a_removal_tells_nobody(make_queue: MakeQueue, redis: Any) -> None:
-    """RM-10: nothing is published; another queue keeps what it holds"""
+    """RM-10: Nothing is published; another queue keeps its objects."""
     queue, other = make_queue(is_worker=False), make_queue(is_worker=False)
     saved = await queue.create_job({}).delay_until(FAR).save()
     kept = await other.get_job("1")
@@ -464,7 +469,7 @@ async def test_a_removal_tells_nobody(make_queue: MakeQueue, redis: Any) -> None
 
 
 async def test_a_job_whose_data_is_gone_when_it_is_taken(make_queue: MakeQueue, redis: Any) -> None:
-    """RM-07, RM-01: its worker passes it over silently, and runs the next"""
+    """RM-07, RM-01: Its worker skips it without a report, and runs the next."""
     worker, producer = make_queue(get_events=False), make_queue(is_worker=False)
     handled: list[Any] = []
 
@@ -484,7 +489,7 @@ async def test_a_job_whose_data_is_gone_when_it_is_taken(make_queue: MakeQueue, 
 
 @both_orderings
 async def test_removing_a_running_job(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """SJ-01, QK-18: its result is unknown at once; its worker reports a late finish and writes nothing"""
+    """SJ-01, QK-18: Its result is unknown at once. Its worker reports a late finish and writes nothing."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     worker = make_queue(get_events=False)
     gate, started, unknown = asyncio.Event(), Seen(), Seen()
@@ -510,7 +515,7 @@ async def test_removing_a_running_job(make_queue: MakeQueue, redis: Any, ordered
 
 @both_orderings
 async def test_removing_a_job_that_has_ended(make_queue: MakeQueue, ordered: bool) -> None:
-    """its result stays known"""
+    """Its result stays known."""
     queue = make_queue(ordered_events=ordered)
     job = await queue.create_job("x").save()
     queue.process(echo)
@@ -525,7 +530,10 @@ async def test_removing_a_job_that_has_ended(make_queue: MakeQueue, ordered: boo
 
 @both_orderings
 async def test_retry(make_queue: MakeQueue, url: str, redis: Any, ordered: bool) -> None:
-    """JR-03, QK-48: from failed or succeeded to the head of waiting, in one step; it hears of its new run"""
+    """JR-03, QK-48: From failed or succeeded to the head of waiting, in one step.
+
+    The job receives the events of its new attempt.
+    """
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         worker = make_queue(get_events=False)
@@ -558,7 +566,7 @@ async def test_retry(make_queue: MakeQueue, url: str, redis: Any, ordered: bool)
 
 @both_orderings
 async def test_retry_from_a_listener_of_failed(make_queue: MakeQueue, ordered: bool) -> None:
-    """JR-01: the handler's own object; it runs again, and succeeds"""
+    """JR-01: With the handler's own object: the job runs again, and succeeds."""
     queue = make_queue(ordered_events=ordered)
     failed, done = Seen(), Seen()
     queue.on("succeeded", done)
@@ -583,7 +591,7 @@ async def test_retry_from_a_listener_of_failed(make_queue: MakeQueue, ordered: b
 @both_orderings
 @pytest.mark.parametrize("kind", ["waiting", "active", "delayed"])
 async def test_retry_of_a_job_that_has_not_ended(make_queue: MakeQueue, redis: Any, ordered: bool, kind: str) -> None:
-    """JR-02, QK-48: no error; it is left where it is, and runs once"""
+    """JR-02, QK-48: It is no error; the job stays where it is, and runs once."""
     queue = make_queue(ordered_events=ordered)
     gate, runs = asyncio.Event(), Seen()
 
@@ -615,7 +623,7 @@ async def test_retry_of_a_job_that_has_not_ended(make_queue: MakeQueue, redis: A
 
 @both_orderings
 async def test_retry_of_a_job_that_is_gone(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """QK-48: raises, queues nothing and keeps nothing"""
+    """QK-48: It raises, queues nothing and keeps nothing."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = await queue.create_job({}).save()
     await redis.delete(queue.to_key("jobs"), queue.to_key("waiting"))
@@ -640,7 +648,7 @@ async def test_a_retry_in_vain_does_not_unsettle_a_result(make_queue: MakeQueue,
 
 
 async def test_retry_of_a_fetched_job(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-48, QK-40: one that had ended, so that nothing was kept; its new run is heard of"""
+    """QK-48, QK-40: The job had ended, so it was not bound; it receives the events of its new attempt."""
     queue = make_queue(remove_on_success=True)
     await store(redis, queue, 2)
     await redis.sadd(queue.to_key("failed"), "1")
@@ -660,7 +668,7 @@ async def test_retry_of_a_fetched_job(make_queue: MakeQueue, redis: Any) -> None
 
 @both_orderings
 async def test_is_in_set(make_queue: MakeQueue, url: str, redis: Any, ordered: bool) -> None:
-    """JR-04, JR-05, QK-70: of lists and of the sorted set too; False while the key does not exist"""
+    """JR-04, JR-05, QK-70: Of lists and of the sorted set too; False while the key does not exist."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         kinds = (*KINDS, "stalling")
@@ -679,7 +687,7 @@ async def test_is_in_set(make_queue: MakeQueue, url: str, redis: Any, ordered: b
 
 @pytest.mark.parametrize("kind", ["", "jobs", "id", "success", "Waiting", None, 5, ["waiting"]], ids=repr)
 async def test_is_in_set_of_another_name(make_queue: MakeQueue, kind: Any) -> None:
-    """QK-70: raises, naming it"""
+    """QK-70: It raises, and names it."""
     job = await make_queue(is_worker=False).create_job({}).save()
     with pytest.raises(
         ValueError, match="^is_in_set takes one of waiting, active, delayed, succeeded, failed, stalling, not "
@@ -689,7 +697,7 @@ async def test_is_in_set_of_another_name(make_queue: MakeQueue, kind: Any) -> No
 
 
 async def test_without_an_id(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-52, QK-45: raises, and neither writes nor publishes"""
+    """QK-52, QK-45: Each call raises, and neither writes nor publishes."""
     queue = await make_queue(is_worker=False).ready()
     job = queue.create_job({})
     calls: list[tuple[Callable[[], Awaitable[Any]], str]] = [
@@ -711,7 +719,7 @@ async def test_without_an_id(make_queue: MakeQueue, redis: Any) -> None:
 
 @pytest.mark.parametrize("progress", [object(), {1, 2}, b"x"], ids=lambda value: type(value).__name__)
 async def test_progress_that_json_cannot_carry(make_queue: MakeQueue, redis: Any, progress: Any) -> None:
-    """raises naming its type; nothing is published, and the job's own value stays"""
+    """It raises and names the type. Nothing is published, and the job's own value stays."""
     queue = make_queue(is_worker=False)
     job = await queue.create_job({}).save()
     async with Heard(redis, queue) as heard:
@@ -723,7 +731,7 @@ async def test_progress_that_json_cannot_carry(make_queue: MakeQueue, redis: Any
 
 @both_orderings
 async def test_the_last_progress_is_stored(make_queue: MakeQueue, ordered: bool) -> None:
-    """QK-46: with a retry and with the end; get_job and from_id read it"""
+    """QK-46: With a retry and with the end; get_job and from_id read it."""
     queue = make_queue(ordered_events=ordered)
     other = make_queue(is_worker=False, ordered_events=ordered)
     gate, started = asyncio.Event(), Seen()
@@ -755,7 +763,7 @@ async def test_the_last_progress_is_stored(make_queue: MakeQueue, ordered: bool)
 
 
 async def test_what_is_issued_behind_a_save_sees_it(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """QK-39: get, retry, is_in_set and remove, though all replies come late and in one read"""
+    """QK-39: get, retry, is_in_set and remove, even if all replies come late and in one read."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)
@@ -783,7 +791,7 @@ async def test_what_is_issued_behind_a_save_sees_it(make_queue: MakeQueue, url: 
 
 
 async def test_a_job_saved_right_behind_a_removal_of_its_id_is_kept(make_queue: MakeQueue, url: str) -> None:
-    """QK-39: their replies come in one read; the removed job is lost, the new one hears of its end"""
+    """QK-39: Their replies come in one read. The removed job ends as unknown; the new one receives its end."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         spoken = Spoken(relay)
@@ -802,7 +810,10 @@ async def test_a_job_saved_right_behind_a_removal_of_its_id_is_kept(make_queue: 
 
 
 async def test_get_job_of_a_job_that_ends_right_behind(make_queue: MakeQueue, url: str) -> None:
-    """QK-39, G-06, EV-29: reply and event stand in one read; the object hears it, also by a listener added after the call"""
+    """QK-39, G-06, EV-29: Reply and event come in one read.
+
+    The object receives it, also a listener that was added after the call.
+    """
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker = make_queue(get_events=False)
@@ -829,7 +840,7 @@ async def test_get_job_of_a_job_that_ends_right_behind(make_queue: MakeQueue, ur
 
 
 async def test_get_job_of_a_job_whose_end_stands_before_the_reply(make_queue: MakeQueue, url: str) -> None:
-    """QK-39, QK-40: the kept object, which hears of its end once; nothing stays"""
+    """QK-39, QK-40: It returns the kept object, which receives its end once; nothing stays bound."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker = make_queue(get_events=False)
@@ -851,7 +862,7 @@ async def test_get_job_of_a_job_whose_end_stands_before_the_reply(make_queue: Ma
 
 
 async def test_removing_a_job_whose_end_stands_before_the_reply(make_queue: MakeQueue, url: str) -> None:
-    """QK-39: it has ended with its result, and is not lost"""
+    """QK-39: The job has ended with its result, which is not lost."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker, done, heard = make_queue(get_events=False), Seen(), Seen()
@@ -875,7 +886,9 @@ async def test_removing_a_job_whose_end_stands_before_the_reply(make_queue: Make
 
 @pytest.mark.parametrize("by", ["the same object", "another object"])
 async def test_retry_behind_a_failure_in_the_same_read(make_queue: MakeQueue, url: str, by: str) -> None:
-    """QK-48, QK-39: the old `failed` is heard once and is not the new run's; the object that retried hears the new run"""
+    """QK-48, QK-39: The old `failed` is heard once and does not end the new attempt; the object that retried receives the
+    new attempt's events.
+    """
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker = make_queue(get_events=False)
@@ -927,7 +940,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 @both_orderings
 @pytest.mark.usefixtures("look_often")
 async def test_the_result_of_a_job_removed_elsewhere(make_queue: MakeQueue, ordered: bool) -> None:
-    """QK-40: is unknown, not waited for for ever, and the job is kept no longer"""
+    """QK-40: The wait ends as unknown, and the job is not kept."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job, heard = await queue.create_job({}).save(), Seen()
     job.on("unknown", heard)
@@ -943,7 +956,7 @@ async def test_the_result_of_a_job_removed_elsewhere(make_queue: MakeQueue, orde
 @both_orderings
 @pytest.mark.usefixtures("look_often")
 async def test_the_results_of_a_worker_that_sends_no_events(make_queue: MakeQueue, ordered: bool) -> None:
-    """PS-02, EV-26: a success is unknown; a failure has the message line of its stack trace"""
+    """PS-02, EV-26: A success is unknown; a failure has the message line of its stack trace."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     good, bad = await queue.create_job("good").save(), await queue.create_job("bad").save()
     heard = Seen()
@@ -963,7 +976,7 @@ async def test_the_results_of_a_worker_that_sends_no_events(make_queue: MakeQueu
 @both_orderings
 @pytest.mark.usefixtures("look_often")
 async def test_the_result_of_a_job_that_node_failed(make_queue: MakeQueue, redis: Any, ordered: bool) -> None:
-    """a failure that no event told has the first line of Node's stack"""
+    """Without an event, the failure has the first line of Node's stack."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = await queue.create_job({}).save()
     waiting = asyncio.ensure_future(job.result())
@@ -978,7 +991,7 @@ async def test_the_result_of_a_job_that_node_failed(make_queue: MakeQueue, redis
 @both_orderings
 @pytest.mark.usefixtures("look_often")
 async def test_clearing_jobs_while_a_result_is_waited_for(make_queue: MakeQueue, ordered: bool) -> None:
-    """SJ-03: no event finds the job any more; what Redis knows of its end is told all the same"""
+    """SJ-03: No event finds the job any more, but Redis still tells how it ended."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     good, bad = await queue.create_job("good").save(), await queue.create_job("bad").save()
     results = [asyncio.ensure_future(job.result()) for job in (good, bad)]
@@ -998,7 +1011,7 @@ async def test_clearing_jobs_while_a_result_is_waited_for(make_queue: MakeQueue,
 async def test_looking_does_not_disturb_a_job_that_has_not_ended(
     make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool, what: str
 ) -> None:
-    """whatever its entry is like: the result comes when the job ends"""
+    """For every kind of entry: the result comes when the job ends."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         data = {"lone surrogates": "\udc00 \ud800", "500 deep": nested(500)}.get(what, "x")
@@ -1028,7 +1041,7 @@ async def test_looking_does_not_disturb_a_job_that_has_not_ended(
 @pytest.mark.usefixtures("look_often")
 @pytest.mark.parametrize("data", ["x", "\ud800"], ids=["plain", "lone surrogate"])
 async def test_looking_tells_another_job_with_the_same_id(make_queue: MakeQueue, redis: Any, ordered: bool, data: str) -> None:
-    """QK-71: by its timestamp, whatever its entry is like: the older job's end is unknown"""
+    """QK-71: By its timestamp, for every kind of entry: the older job's end is unknown."""
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = await queue.create_job({}).save()
     await put(redis, queue, "1", {"data": data, "options": {"timestamp": 5, "stacktraces": []}})
@@ -1038,7 +1051,7 @@ async def test_looking_tells_another_job_with_the_same_id(make_queue: MakeQueue,
 
 @pytest.mark.usefixtures("look_often")
 async def test_an_end_that_was_read_comes_before_what_a_look_finds(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """QK-39: event and answer stand in one read, and the event is told a step later"""
+    """QK-39: Event and answer come in one read, and the event is delivered a step later."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         worker, done, heard = make_queue(get_events=False), Seen(), Seen()
@@ -1063,7 +1076,7 @@ async def test_an_end_that_was_read_comes_before_what_a_look_finds(make_queue: M
 async def test_on_two_sockets_an_event_may_come_after_the_answer(
     make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """what a look finds is believed by the next one only"""
+    """Only the next look believes what the first one found."""
     monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.02)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=False).ready()
@@ -1086,7 +1099,7 @@ async def test_on_two_sockets_an_event_may_come_after_the_answer(
 @both_orderings
 @pytest.mark.usefixtures("look_often")
 async def test_closing_while_a_look_is_under_way(make_queue: MakeQueue, url: str, ordered: bool) -> None:
-    """ER-07: ends the wait with `closed`, and reports no `error`"""
+    """ER-07: It ends the wait with `closed`, and reports no `error`."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         job = await queue.create_job({}).save()
@@ -1100,7 +1113,7 @@ async def test_closing_while_a_look_is_under_way(make_queue: MakeQueue, url: str
 
 
 async def test_several_wait_for_one_result(make_queue: MakeQueue) -> None:
-    """each has its own time-out, in ms or as a timedelta"""
+    """Each has its own time-out, in ms or as a timedelta."""
     queue = make_queue()
     job = await queue.create_job("x").save()
     for limit in (0, 10, timedelta(milliseconds=10)):
@@ -1139,7 +1152,7 @@ async def test_wrong_time_outs(make_queue: MakeQueue, limit: Any, error: type[Ex
 
 @both_orderings
 async def test_check_health(make_queue: MakeQueue, url: str, redis: Any, ordered: bool) -> None:
-    """HC-01, HC-08, QK-72: ints, of one moment: one script counts all"""
+    """HC-01, HC-08, QK-72: Ints, all of one moment: one script counts them."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
         assert await queue.check_health() == (0, 0, 0, 0, 0, 0)
@@ -1157,7 +1170,7 @@ async def test_check_health(make_queue: MakeQueue, url: str, redis: Any, ordered
 
 
 async def test_ids_of_ones_own_count_for_nothing(make_queue: MakeQueue) -> None:
-    """HC-06: no newest job"""
+    """HC-06: There is no newest job."""
     queue = make_queue(is_worker=False)
     await queue.create_job({}).set_id("own").save()
     await queue.create_job({}).set_id("99").save()
@@ -1165,7 +1178,7 @@ async def test_ids_of_ones_own_count_for_nothing(make_queue: MakeQueue) -> None:
 
 
 async def test_health_while_a_job_runs(make_queue: MakeQueue) -> None:
-    """HC-02: as its own handler sees it"""
+    """HC-02: As its own handler sees it."""
     queue = make_queue()
 
     async def handler(job: Job) -> dict[str, int]:
@@ -1178,7 +1191,9 @@ async def test_health_while_a_job_runs(make_queue: MakeQueue) -> None:
 
 
 async def test_health_by_the_time_of_an_event(make_queue: MakeQueue) -> None:
-    """HC-03, HC-04, HC-05: succeeded; failed, for both events; retried, and then counted once, with its status each time"""
+    """HC-03, HC-04, HC-05: After succeeded; after failed, for both events; after a retry, and then counted once, with its
+    status each time.
+    """
     queue = make_queue(get_events=False, store_jobs=False)
     seen = Seen()
 
@@ -1214,7 +1229,7 @@ async def test_health_by_the_time_of_an_event(make_queue: MakeQueue) -> None:
 
 
 def test_what_is_promised_is_documented() -> None:
-    """QK-72: every event has its place in the docstrings, and every public method has one"""
+    """QK-72: Every event is named in the docstrings, and every public method has a docstring."""
     assert Queue.__doc__
     assert Job.__doc__
     for event in (
@@ -1235,7 +1250,7 @@ def test_what_is_promised_is_documented() -> None:
 
 
 async def test_destroy(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """DE-01, DE-03, DE-04, DE-05: one DEL of ten keys; how many there were; the ids begin anew"""
+    """DE-01, DE-03, DE-04, DE-05: One DEL of ten keys; it returns how many there were; automatic ids start again."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url).ready()
         await queue.create_job({}).save()
@@ -1273,7 +1288,7 @@ async def test_destroy_on_a_closed_queue(make_queue: MakeQueue, redis: Any) -> N
 
 
 async def test_destroy_stops_nothing(make_queue: MakeQueue, redis: Any) -> None:
-    """DE-06, QK-71: jobs stay kept, timers and connections go on; the end of a running job creates no key"""
+    """DE-06, QK-71: Jobs stay bound, timers and connections go on, and the end of a running job creates no key."""
     queue = make_queue(activate_delayed_jobs=True)
     gate, started, raised = asyncio.Event(), Seen(), Seen()
 
@@ -1313,7 +1328,7 @@ async def test_destroy_stops_nothing(make_queue: MakeQueue, redis: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["succeeded", "failed"])
 async def test_clean(make_queue: MakeQueue, url: str, redis: Any, kind: str) -> None:
-    """those that were created long enough ago, in one set, and nothing else"""
+    """It deletes jobs created long enough ago, from one set, and nothing else."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         now = now_ms()
@@ -1343,7 +1358,7 @@ async def test_clean(make_queue: MakeQueue, url: str, redis: Any, kind: str) -> 
 
 
 async def test_clean_has_a_limit(make_queue: MakeQueue, redis: Any) -> None:
-    """1000 by default; more pages than one, and never more than the limit"""
+    """1000 by default. It reads more pages than one, and never deletes more than the limit."""
     queue = make_queue(is_worker=False, redis_scan_count=50)
     await redis.sadd(queue.to_key("failed"), *await store(redis, queue, 2500))
     assert await queue.clean("failed", limit=1) == 1
@@ -1355,7 +1370,7 @@ async def test_clean_has_a_limit(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_clean_of_ended_jobs(make_queue: MakeQueue, redis: Any) -> None:
-    """real ones: gone for get_job; an id without an entry goes too; what was retried stays"""
+    """Real jobs: get_job finds none of them. An id without an entry goes too; a job that was retried stays."""
     queue = make_queue()
     jobs = [await queue.create_job(data).save() for data in ("good", "bad", "bad")]
     queue.process(good_or_bad)
@@ -1375,7 +1390,7 @@ async def test_clean_of_ended_jobs(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_a_job_retried_while_clean_looks_stays(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """looking and deleting are one step"""
+    """Looking and deleting are one step."""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
         await redis.sadd(queue.to_key("failed"), *await store(redis, queue, 2))
@@ -1395,7 +1410,7 @@ async def test_a_job_retried_while_clean_looks_stays(make_queue: MakeQueue, url:
 
 @pytest.mark.parametrize("data", ["\ud800", nested(500), "x" * 2**20], ids=["lone surrogates", "500 deep", "1 MB"])
 async def test_clean_knows_the_age_of_every_job(make_queue: MakeQueue, redis: Any, data: Any) -> None:
-    """whatever it carries: a job that this library reads is not taken for one without a time"""
+    """Whatever data it carries: a job that this library can read always has a time."""
     queue = make_queue(is_worker=False)
     await queue.create_job(data).save()
     await redis.sadd(queue.to_key("succeeded"), "1")
@@ -1426,7 +1441,7 @@ async def test_clean_knows_the_age_of_every_job(make_queue: MakeQueue, redis: An
 async def test_clean_refuses(
     make_queue: MakeQueue, redis: Any, args: tuple[Any, ...], error: type[Exception], message: str
 ) -> None:
-    """names the argument and its value, and deletes nothing; on a closed queue `closed` comes first"""
+    """It names the argument and its value, and deletes nothing. On a closed queue `closed` comes first."""
     queue = make_queue(is_worker=False)
     await redis.sadd(queue.to_key("failed"), *await store(redis, queue, 1))
     with pytest.raises(error) as refused:
@@ -1443,7 +1458,10 @@ async def test_clean_refuses(
 
 
 async def test_only_what_a_flag_asks_for_is_subscribed(make_queue: MakeQueue, redis: Any) -> None:
-    """PS-01, PS-05: get_events and send_events by default; without events only notices, if delayed jobs are raised here"""
+    """PS-01, PS-05: get_events and send_events are on by default.
+
+    Without events a queue hears only `earlierDelayed`, if it raises delayed jobs.
+    """
     settings = QueueSettings()
     assert settings.get_events is settings.send_events is True
     for get_events, activate_delayed_jobs, subscribed in (
@@ -1458,7 +1476,9 @@ async def test_only_what_a_flag_asks_for_is_subscribed(make_queue: MakeQueue, re
 
 
 async def test_what_a_worker_without_send_events_publishes(make_queue: MakeQueue, redis: Any) -> None:
-    """PS-02, PS-03, PS-04: no ends and no retries; but notices, and whatever progress its handler reports"""
+    """PS-02, PS-03, PS-04: No ends and no retries; but messages of `earlierDelayed`, and the progress that its handler
+    reports.
+    """
     worker = make_queue(get_events=False, send_events=False)
     done, fatal, retrying = Seen(), Seen(), Seen()
     worker.on("succeeded", done)
@@ -1484,7 +1504,10 @@ async def test_what_a_worker_without_send_events_publishes(make_queue: MakeQueue
 
 
 async def test_remove_on_success_and_on_failure(make_queue: MakeQueue, redis: Any) -> None:
-    """RO-01, RO-02, RO-03, RO-04, RO-05: at the end, not at a retry; by the worker's flags, not the producer's; events come"""
+    """RO-01, RO-02, RO-03, RO-04, RO-05: At the end, not at a retry; by the worker's flags, not the producer's.
+
+    The events come all the same.
+    """
     producer = make_queue(is_worker=False, remove_on_success=False, remove_on_failure=False)
     worker = make_queue(get_events=False, remove_on_success=True, remove_on_failure=True)
     stored, seen = Seen(), Seen()
@@ -1532,7 +1555,7 @@ async def put(redis: Any, queue: Queue, job_id: str, entry: dict[str, Any]) -> N
 
 
 async def store(redis: Any, queue: Queue, count: int) -> list[str]:
-    """Entries "1" to `count`, each with its number as data; returns the ids."""
+    """Stores entries "1" to `count`, each with its number as data; returns the ids."""
     ids = [str(number) for number in range(1, count + 1)]
     entries = {job_id: f'{{"data":{job_id},"options":{{"timestamp":{job_id}}}}}' for job_id in ids}
     await redis.hset(queue.to_key("jobs"), mapping=entries)
@@ -1550,7 +1573,7 @@ async def add_to(redis: Any, queue: Queue, kind: str, *ids: str) -> None:
 
 
 async def places(queue: Queue, redis: Any) -> dict[str, set[str]]:
-    """The ids that some key holds, and which; an id that a list holds twice is no set's member here."""
+    """Which ids some key holds, and which key; sets list an id once."""
     found: dict[str, set[str]] = {}
     for kind in KINDS:
         key = queue.to_key(kind)

@@ -1,6 +1,7 @@
-"""The rule of job events in every order: bound in the step that reads the reply, or, with two sockets, in a later one.
+"""The rule of job events in every order. A job is bound in the step that reads the reply, or, with two sockets, in a later one.
 
-No Redis here: the rule is pure. A plan is what Redis wrote, in the order in which a client reads it, cut into reads.
+No Redis here: the rule is pure. A plan is a sequence of replies and events as Redis wrote them, in the order in which a client
+reads it, cut into reads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FOREIGN = "foreign"
 
 @dataclass(frozen=True)
 class Item:
-    """Something that Redis wrote: the reply to a save, or a message of the channel `events`."""
+    """One thing that Redis wrote: the reply to a save, or a message of the channel `events`."""
 
     job_id: str
     name: str
@@ -37,13 +38,13 @@ Plan = list[Item | str]
 
 
 def written(job_id: str, *, saved: bool, events: list[str]) -> list[Item]:
-    """What Redis writes of one job, in its order."""
+    """All that Redis writes about one job, in order."""
     return [Item(job_id, name) for name in (REPLY, *events)] if saved else [Item(job_id, REFUSED)]
 
 
 @st.composite
 def jobs_written(draw: st.DrawFn) -> list[list[Item]]:
-    """Of each job what Redis writes; some saves are refused, some jobs are somebody else's."""
+    """All that Redis writes about each of several jobs. Some saves are refused; some jobs belong to another producer."""
     before_the_end = st.lists(st.sampled_from(["progress", "retrying"]), max_size=3)
     jobs = []
     for number in range(draw(st.integers(1, 5))):
@@ -54,7 +55,7 @@ def jobs_written(draw: st.DrawFn) -> list[list[Item]]:
 
 
 def merged(draw: st.DrawFn, streams: list[list[Item]]) -> list[Item]:
-    """One of the ways to interleave streams, each of which keeps its order."""
+    """Draws one interleaving of the streams; each keeps its order."""
     left = [list(stream) for stream in streams if stream]
     together = []
     while left:
@@ -65,7 +66,7 @@ def merged(draw: st.DrawFn, streams: list[list[Item]]) -> list[Item]:
 
 
 def cut(draw: st.DrawFn, items: list[Item]) -> Plan:
-    """The same, cut into reads."""
+    """Cuts the items into reads."""
     plan: Plan = []
     for item in items:
         plan.append(item)
@@ -75,7 +76,7 @@ def cut(draw: st.DrawFn, items: list[Item]) -> Plan:
 
 @st.composite
 def on_one_socket(draw: st.DrawFn) -> Plan:
-    """Replies and events are read in the order in which Redis wrote them."""
+    """A client reads replies and events in the order in which Redis wrote them."""
     return cut(draw, merged(draw, draw(jobs_written())))
 
 
@@ -117,7 +118,7 @@ class Host:
 
 
 async def read(plan: Plan, *, ordered: bool) -> tuple[dict[str, list[str]], set[str]]:
-    """Lets a tracker read a plan; returns what each job heard, and the ids that stay bound."""
+    """Lets a tracker read a plan; returns the events that each job received, and the ids that stay bound."""
     host = Host(ordered=ordered)
     tracker = Tracker(cast(Any, host), cast(Any, None))
     jobs = {item.job_id: Job(host, job_id=item.job_id) for item in plan if isinstance(item, Item) and item.job_id != FOREIGN}
@@ -141,7 +142,7 @@ async def read(plan: Plan, *, ordered: bool) -> tuple[dict[str, list[str]], set[
 
 
 def expected(plan: Plan) -> dict[str, list[str]]:
-    """What each job should hear: all of its events, once, in order."""
+    """The events that each job should receive: all of its own, once, in order."""
     items = [item for item in plan if isinstance(item, Item) and item.job_id != FOREIGN]
     events: dict[str, list[str]] = {item.job_id: [] for item in items}
     for item in items:
@@ -153,12 +154,15 @@ def expected(plan: Plan) -> dict[str, list[str]]:
 @settings(max_examples=200, deadline=None)
 @given(on_one_socket())
 def test_on_one_socket_every_job_hears_all_of_its_events_once(plan: Plan) -> None:
-    """EV-27, EV-30, QK-39: in order, in every order that Redis can write, in whatever pieces; nothing stays bound"""
+    """EV-27, EV-30, QK-39: In order, for every order in which Redis can write, however the stream is cut.
+
+    Nothing stays bound.
+    """
     assert asyncio.run(read(plan, ordered=True)) == (expected(plan), set())
 
 
 def test_on_two_sockets_the_same_finds_the_loss() -> None:
-    """QK-39: whoever's end is read before the reply hears nothing, and stays bound; one job is enough"""
+    """QK-39: A job whose end is read before the reply receives nothing and stays bound; one job is enough."""
 
     def loses(plan: Plan) -> bool:
         heard, bound = asyncio.run(read(plan, ordered=False))
@@ -174,7 +178,7 @@ def test_on_two_sockets_the_same_finds_the_loss() -> None:
 
 @pytest.mark.parametrize("binding", ["late", "never"])
 def test_without_its_other_half_one_socket_loses_too(binding: str) -> None:
-    """Binding in a later step than the reply's: an event in the same read finds nobody."""
+    """When the job is bound in a step after the one that reads the reply, an event in the same read finds no job."""
     plan: Plan = [Item("0", REPLY), Item("0", "succeeded"), NEXT_READ]
 
     async def read_and_bind_late() -> tuple[list[str], set[str]]:

@@ -1,6 +1,6 @@
-"""What the cure rests on, asked of a real Redis: on one RESP3 connection a save's reply comes before its job's event.
+"""The fact that the cure needs, asked of a real Redis: on one RESP3 connection a save's reply comes before its job's event.
 
-`make proof` asks a million times (ROUNDS), the tests less often.
+`make proof` asks a million times (ROUNDS); the tests ask less often.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def start_worker(url: str, name: str) -> asyncio.subprocess.Process:
 
 
 async def save_and_listen(queue: Queue, url: str) -> tuple[list[str], int, int]:
-    """Saves `ROUNDS` jobs, a new one for each that ends; returns the ids whose event came first, and what was counted."""
+    """Saves `ROUNDS` jobs, a new one for each that ends. Returns the ids whose event came before the reply, and the counts."""
     waiting_for_reply = 0
     replied: set[str] = set()
     early: list[str] = []

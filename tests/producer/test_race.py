@@ -16,7 +16,7 @@ JOBS = 20
 
 @pytest.mark.parametrize("own_ids", [False, True], ids=["automatic ids", "own ids"])
 async def test_two_sockets_lose_every_event_that_overtakes_its_reply(make_queue: MakeQueue, url: str, own_ids: bool) -> None:
-    """The reply to each save comes after its job's finished event: each event is lost and each binding stays."""
+    """The reply to each save comes after its job's last event. Each event is lost, and each binding stays."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False, ordered_events=False).ready()
         make_queue(get_events=False).process(echo)
@@ -40,7 +40,7 @@ async def test_two_sockets_lose_every_event_that_overtakes_its_reply(make_queue:
 
 @pytest.mark.parametrize("own_ids", [False, True], ids=["automatic ids", "own ids"])
 async def test_one_socket_loses_none_however_late_it_is_read(make_queue: MakeQueue, url: str, own_ids: bool) -> None:
-    """All replies and all events come late and in one read: each event finds its job, and no binding stays."""
+    """All replies and all events come late and in one read. Each event finds its job, and no binding stays."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False).ready()
         worker = make_queue(get_events=False)
@@ -64,7 +64,7 @@ async def test_one_socket_loses_none_however_late_it_is_read(make_queue: MakeQue
 
 
 async def test_code_behind_a_save_may_still_listen(make_queue: MakeQueue, url: str) -> None:
-    """A reply and its event stand in one read; the code that awaited the save comes in between."""
+    """A reply and its event come in one read; the code that awaited the save runs in between."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False).ready()
         worker = make_queue(get_events=False)
@@ -86,7 +86,7 @@ async def test_code_behind_a_save_may_still_listen(make_queue: MakeQueue, url: s
 
 
 async def test_one_socket_loses_none_when_every_byte_comes_alone(make_queue: MakeQueue, url: str) -> None:
-    """Replies and events are cut at every byte, and one is read while the worker is at the next."""
+    """Replies and events are cut at every byte, and one byte is read while the worker is at the next."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False).ready()
         relay.split("event")
@@ -106,7 +106,7 @@ async def test_one_socket_loses_none_when_every_byte_comes_alone(make_queue: Mak
 
 
 async def test_what_stands_close_behind_a_reply_is_heard_in_order(make_queue: MakeQueue, url: str) -> None:
-    """EV-23, EV-24: a retried job's events and those of jobs that others saved, in one read with its reply."""
+    """EV-23, EV-24: The events of a retried job, and of jobs that others saved, come in one read with its reply."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False).ready()
         other = await make_queue(is_worker=False, get_events=False).ready()
@@ -146,7 +146,7 @@ async def test_what_stands_close_behind_a_reply_is_heard_in_order(make_queue: Ma
 
 
 async def test_a_connection_that_drops_before_the_reply_binds_nothing(make_queue: MakeQueue, url: str) -> None:
-    """QK-22: the save may have happened, and says so; the job runs, and nobody here waits for it"""
+    """QK-22: The save may have been applied, and its error says so. The job runs, and this queue does not wait for it."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
         worker = make_queue(get_events=False)
@@ -172,7 +172,7 @@ async def test_a_connection_that_drops_before_the_reply_binds_nothing(make_queue
 
 
 async def test_a_connection_that_drops_between_the_replies_and_the_events(make_queue: MakeQueue, url: str) -> None:
-    """The jobs are bound, and their events will not be repeated: their ends are asked for, and no result is invented."""
+    """The jobs are bound, and their events will not be repeated: the queue asks how they ended, and invents no result."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
         worker = await make_queue(get_events=False).ready()
@@ -195,8 +195,8 @@ async def test_a_connection_that_drops_between_the_replies_and_the_events(make_q
         await producer.close()
 
 
-async def test_what_ended_while_the_connection_was_down_is_settled(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """Pub/sub has no replay: after a reconnect each tracked job is asked about, and no result is invented."""
+async def test_what_ended_while_the_connection_was_down_is_found(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """Pub/sub has no replay. After a reconnect the queue asks about each tracked job, and invents no result."""
     async with Relay(url) as relay:
         producer = await make_queue(redis=relay.url, is_worker=False, reconnect=lambda attempt: 10).ready()
         worker = make_queue(get_events=False)

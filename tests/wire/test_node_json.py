@@ -19,6 +19,8 @@ from tests.observe import nested
         ({"ü": ["\ud83d\u2028", 5]}, '{"ü":["\\ud83d\u2028",5]}'),
         (["\udc00", datetime(2020, 1, 1, tzinfo=UTC)], '["\\udc00","2020-01-01T00:00:00+00:00"]'),
         (float("nan"), "null"),
+        (["\ud800", math.nan], '["\\ud800",null]'),
+        (["\ud800", math.inf], '["\\ud800",null]'),
     ],
 )
 def test_values_are_written_as_node_writes_them(value: Any, written: str) -> None:
@@ -53,6 +55,8 @@ def test_deep_values_are_carried_and_circles_are_refused() -> None:
 def test_values_that_json_cannot_carry_are_refused() -> None:
     with pytest.raises(TypeError, match="^Type is not JSON serializable: object$"):
         dump_json(object())
+    with pytest.raises(TypeError, match="^Dict key must be str$"):
+        dump_json({1: 2})
     with pytest.raises(TypeError, match="^JSON cannot carry it: "):
         dump_json(nested(100_000))
 
@@ -78,3 +82,10 @@ def test_an_error_quotes_only_the_beginning() -> None:
         load_json(text, "test")
     quoted = repr(text[:200])
     assert str(caught.value) == f"a test is not JSON (Expecting value: line 1 column 6 (char 5)): {quoted}"
+
+
+def test_the_frame_of_an_error_holds_no_text() -> None:
+    """A caller may keep the error; its own frame is the caller's business."""
+    with pytest.raises(UnreadableData) as caught:
+        load_json(b"[", "test")
+    assert "text" not in caught.traceback[-1].frame.f_locals
