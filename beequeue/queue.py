@@ -214,7 +214,7 @@ class Queue(Emitter):
     async def _check_held(self, link: Link) -> None:
         """Runs on each new link on which jobs are settled, before any settlement."""
         if self._consumer is not None:
-            await self._consumer.disown_reused(link)
+            await self._consumer.disown_reused_ids(link)
 
     async def _catch_up(self, link: Link) -> None:
         """Runs on each new event link: asks about everything that was announced while there was none."""

@@ -7,7 +7,7 @@ two sockets it binds as bee-queue 2.0.0 does, after the call. The public method 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from beequeue.errors import BeeQueueError, OutcomeUnknown, UnreadableData
@@ -17,7 +17,7 @@ from beequeue.job import Job, failure_from, id_from, is_same_job, now_ms, stamp_
 from beequeue.producer.saver import timed_out
 from beequeue.producer.tracker import Tracker
 from beequeue.settings import Duration, milliseconds, whole_number
-from beequeue.store.store import Store
+from beequeue.store.store import Retried, Store, Stored
 from beequeue.wire.link import complete
 
 ENTRIES_A_READ = 1_000
@@ -50,11 +50,11 @@ class Producer:
             self._bind_if_open(job)
         return job
 
-    async def _get(self, job_id: str, read: Callable[[str, Any], Job | None]) -> Job | None:
+    async def _get(self, job_id: str, read: Callable[[str, Stored | None], Job | None]) -> Job | None:
         await self._host.opened()
         answered: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
 
-        def on_reply(reply: Any) -> None:
+        def on_stored(reply: Stored | BeeQueueError | None) -> None:
             if answered.done():  # the caller was cancelled: a job that nobody gets must not be bound
                 return
             try:
@@ -65,28 +65,28 @@ class Producer:
                 complete(answered, UnreadableData(f"the stored job {job_id} cannot be read: {type(error).__name__}: {error}"))
 
         with self._host.calls:
-            return await self._store.wait(self._store.get(job_id, on_reply), answered)
+            return await self._store.wait(self._store.get(job_id, on_stored), answered)
 
-    def _read(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
-        """Makes a new object from a reply to `Store.get`; it knows how the job ended, if it has."""
-        if reply is None:
+    def _read(self, job_id: str, stored: Stored | None) -> Job | None:
+        """Makes a new object of a stored job; it knows how the job ended, if it has."""
+        if stored is None:
             return None
-        job = Job.decode(self._host.queue, job_id, reply[0])
+        job = Job.decode(self._host.queue, job_id, stored.entry)
         job.saved_as = job_id
-        if reply[1] == b"failed":
+        if stored.state == "failed":
             traces = job.options["stacktraces"]
             job.end(Event(job_id, "failed", failure_from(traces[0] if traces and isinstance(traces[0], str) else "")))
-        elif reply[1] == b"succeeded":
+        elif stored.state == "succeeded":
             job.end(Event(job_id, "unknown", OutcomeUnknown(f"job {job_id} succeeded, and results are not stored")))
         return job
 
-    def _read_known(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
+    def _read_known(self, job_id: str, stored: Stored | None) -> Job | None:
         """Like `_read`, but returns the bound object if there is one."""
-        job = self._read(job_id, reply)
+        job = self._read(job_id, stored)
         return None if job is None else self._known(job)
 
-    def _read_and_bind(self, job_id: str, reply: Sequence[bytes] | None) -> Job | None:
-        job = self._read_known(job_id, reply)
+    def _read_and_bind(self, job_id: str, stored: Stored | None) -> Job | None:
+        job = self._read_known(job_id, stored)
         if job is not None:
             self._bind_if_open(job)
         return job
@@ -135,19 +135,19 @@ class Producer:
             raise BeeQueueError("a job without an id cannot be retried: save it first")
         job_id, end = job.id, job.last_event
         await self._host.opened()
-        answered: asyncio.Future[list[int] | None] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Retried | None] = asyncio.get_running_loop().create_future()
 
-        def on_reply(reply: Any) -> None:
+        def on_retried(reply: Retried | BeeQueueError | None) -> None:
             if reply is None and not bound:
                 self._tracker.forget(job_id, "it has no entry in jobs")
-            elif type(reply) is list:
+            elif isinstance(reply, Retried):
                 self._tracker.retried(job_id)
                 if self._ordered:  # the events of the attempt before have been read already
                     self._bind_again(job)
             complete(answered, reply)
 
         bound = not self._ordered and self._bind_again(job)
-        command = self._store.retry(job_id, on_reply)
+        command = self._store.retry(job_id, on_retried)
         try:
             with self._host.calls:
                 reply = await answered
@@ -161,7 +161,7 @@ class Producer:
             raise
         if job.last_event is end:  # another object receives the events of the new attempt
             job.last_event = None
-        return reply[0], reply[1]
+        return reply.was_failed, reply.waiting
 
     def _bind_again(self, job: Job) -> bool:
         """Binds a job that is retried, unless another object of the same job is bound and has not ended."""

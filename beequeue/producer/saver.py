@@ -158,7 +158,7 @@ class Saver:
             # the id is in use: by this very job, if it was saved under that id before
             job.id = form.id if form.id == job.saved_as else None
             return False
-        job.id = job.saved_as = Store.job_id(reply)
+        job.id = job.saved_as = reply
         job.created_at = form.created_at
         if self._ordered:
             # in this very step: the job's events may follow the reply in the same read

@@ -51,7 +51,7 @@ from typing import Any, NamedTuple
 
 from hiredis import ReplyError
 
-from beequeue.errors import CommandError
+from beequeue.errors import BeeQueueError, CommandError
 from beequeue.job import id_as_bytes as _bytes
 from beequeue.job import id_as_text as _text
 from beequeue.store.scripts import SCRIPTS
@@ -66,6 +66,7 @@ STALLS_KEPT_MS = 7 * 24 * 3_600_000
 """How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
 
 Reply = Callable[[Any], None]
+OnId = Callable[[str | BeeQueueError | None], None]
 
 
 class Settlement(NamedTuple):
@@ -86,6 +87,23 @@ class Taken(NamedTuple):
 
     id: str
     entry: bytes
+
+
+class Stored(NamedTuple):
+    """A job as it is stored."""
+
+    entry: bytes
+    state: str
+    """`open`, `succeeded` or `failed`."""
+
+
+class Retried(NamedTuple):
+    """What `retry` has done."""
+
+    was_failed: int
+    """1 if the job was in `failed`, else 0."""
+    waiting: int
+    """The length of `waiting`."""
 
 
 class Found(NamedTuple):
@@ -125,42 +143,68 @@ CHECKED_AT_ONCE = 500
 PAGES_RAISED_AT_ONCE = 2
 """How many pages of 1000 delayed jobs one call raises."""
 
-NEWEST = 4
-"""How many jobs the script behind a take reads, to find the one that was taken; see its header."""
-NEWEST_BYTES = 4096
-RUN_ARGS = 6
-"""How many arguments `finish` has for each run; the last one names the attempt."""
+NEWEST, NEWEST_BYTES = 4, 4096
+"""How many jobs, and of what size, the read behind a blocking take reads to find the job that was taken; see `take.lua`."""
+ARGS_AN_ATTEMPT = 6
+"""How many arguments `finish` has for each attempt."""
 
 
-class Finish(Command):
-    """What settles runs. Sent again it takes no jobs, and settles only the attempt of the entry that each run has.
+class Finished(NamedTuple):
+    """What `finish` has done."""
 
-    The entry's SHA-1, which tells that, is made only then.
-    """
+    answers: list[bool | CommandError]
+    """For each attempt, in order: whether it settled its job, or what Redis refused. False: it came too late."""
+    taken: list[Taken]
+    refusal: CommandError | None
+    """Why it has not taken all the jobs that it could; None: Redis refused nothing."""
 
-    __slots__ = ("_at", "_entries", "_is_final")
 
-    def __init__(
-        self, args: tuple[Any, ...], on_reply: Reply, at: int, entries: list[bytes], resend: Callable[[Command], None]
-    ) -> None:
-        super().__init__(args, on_reply, script=SCRIPTS["finish"].text, resend=resend)
-        self._at = at
-        self._entries = entries
-        self._is_final = False
+class BlockingTake:
+    """One blocking take, and the read that follows it in the same write; `on_end` gets it when both are answered."""
 
-    @property
-    def repeat(self) -> tuple[Any, ...] | None:
-        if self._is_final:
-            return None
-        args = list(self.args)
-        args[self._at] = 0
-        shas = (hashlib.sha1(entry, usedforsecurity=False).hexdigest() for entry in self._entries)
-        args[self._at + RUN_ARGS :: RUN_ARGS] = shas
-        return tuple(args)
+    __slots__ = ("_on_end", "commands", "moved", "read_error", "take_error", "taken")
 
-    @repeat.setter
-    def repeat(self, repeat: tuple[Any, ...] | None) -> None:
-        self._is_final = repeat is None
+    def __init__(self, read: Packed, take: Packed, on_end: Callable[[BlockingTake], None]) -> None:
+        self._on_end = on_end
+        self.commands = (
+            Command(take, self._moved_one, repeat=take),
+            Command(read, self._was_read, repeat=read, script=SCRIPTS["take"].text),
+        )
+        self.moved: str | None = None
+        """The job that Redis has moved to `active` while its data is on its way; at the end: it was not among what was read."""
+        self.taken: list[Taken] = []
+        """The job that was moved, and those that the read has taken besides."""
+        self.take_error: BeeQueueError | None = None
+        self.read_error: BeeQueueError | None = None
+
+    def _moved_one(self, reply: Any) -> None:
+        """The reply to the take: an id, None after `TAKE_WAIT_S`, or an error."""
+        if isinstance(reply, BeeQueueError):
+            self.take_error = reply
+        elif reply is not None:
+            self.moved = _text(reply)
+
+    def _was_read(self, reply: Any) -> None:
+        """The reply to the read: the newest jobs in `active`, of which at most one is ours, and those that it has taken."""
+        if isinstance(reply, BeeQueueError):
+            self.read_error = reply
+        else:
+            newest = 1 + 2 * reply[0]
+            if len(reply) > newest:
+                self.taken = _taken_in(reply, newest, len(reply))
+            if self.moved is not None:
+                moved = _bytes(self.moved)
+                for index in range(1, newest, 2):
+                    if reply[index] == moved:
+                        self.taken.insert(0, Taken(self.moved, reply[index + 1]))
+                        self.moved = None
+                        break
+        self._on_end(self)
+
+
+def _taken_in(reply: Sequence[Any], start: int, end: int) -> list[Taken]:
+    """The jobs in a flat list: id, JSON, id, JSON, …"""
+    return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, end, 2)]
 
 
 class Store:
@@ -178,7 +222,7 @@ class Store:
         self._heads = {name: script.head(self.key) for name, script in SCRIPTS.items()}
         waiting, active = self.key("waiting").encode(), self.key("active").encode()
         self._blocking_take = Packed((b"BRPOPLPUSH", waiting, active, str(TAKE_WAIT_S).encode()))
-        self._reads_behind: dict[int, Packed] = {}
+        self._reads: dict[int, Packed] = {}
 
     def withdraw(self, *commands: Command) -> bool:
         """Takes back commands that wait, since Redis is down; False when one of them has been sent, or answered."""
@@ -200,31 +244,33 @@ class Store:
 
     # --- producers ---------------------------------------------------------------------------------------------------
 
-    def add(self, job_id: str, entry: bytes, delay: float | None, on_reply: Reply) -> Command:
-        """Stores a job and makes it available, now or (in `delayed`) at `delay`; the reply is its id, or None.
+    def add(self, job_id: str, entry: bytes, delay: float | None, on_id: OnId) -> Command:
+        """Stores a job and makes it available, now or (in `delayed`) at `delay`; `on_id` gets its id, or None: that is in use.
 
         An empty `job_id` asks for the next automatic one.
         """
+
+        def on_reply(reply: Any) -> None:
+            on_id(reply if reply is None or isinstance(reply, BeeQueueError) else _text(reply))
+
         if delay is None:
             args: tuple[Any, ...] = (*self._heads["add_job"], _bytes(job_id), entry)
             return self._send(Command(args, on_reply, script=SCRIPTS["add_job"].text))
         args = (*self._heads["add_delayed_job"], _bytes(job_id), entry, delay)
         return self._send(Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text))
 
-    def add_all(self, jobs: Iterable[tuple[str, bytes]], on_reply: Reply) -> Command:
-        """`add` for jobs that are available now, by one script; the reply is a list of its replies, or one error for all."""
+    def add_all(
+        self, jobs: Iterable[tuple[str, bytes]], on_ids: Callable[[list[str | BeeQueueError | None] | BeeQueueError], None]
+    ) -> Command:
+        """`add` for jobs that are available now, by one script; `on_ids` gets one answer for each, or one error for all."""
 
-        def on_replies(replies: Any) -> None:
-            on_reply(
-                [CommandError(str(reply)) if isinstance(reply, ReplyError) else reply for reply in replies]
-                if isinstance(replies, list)
-                else replies
-            )
+        def on_reply(reply: Any) -> None:
+            on_ids(reply if isinstance(reply, BeeQueueError) else [_id_or_error(each) for each in reply])
 
         args = [*self._heads["add_jobs"]]
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
-        return self._send(Command(tuple(args), on_replies, script=SCRIPTS["add_jobs"].text))
+        return self._send(Command(tuple(args), on_reply, script=SCRIPTS["add_jobs"].text))
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
@@ -252,8 +298,13 @@ class Store:
 
     # --- one job, by its id ------------------------------------------------------------------------------------------
 
-    def get(self, job_id: str, on_reply: Reply) -> Command:
-        """Reads a job; the reply is its entry in `jobs` and `open`, `succeeded` or `failed`, or None."""
+    def get(self, job_id: str, on_stored: Callable[[Stored | BeeQueueError | None], None]) -> Command:
+        """Reads a job; `on_stored` gets None when it has no entry in `jobs`."""
+
+        def on_reply(reply: Any) -> None:
+            is_decoded = reply is None or isinstance(reply, BeeQueueError)
+            on_stored(reply if is_decoded else Stored(reply[0], reply[1].decode()))
+
         args = (*self._heads["get_job"], _bytes(job_id))
         return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
 
@@ -262,8 +313,12 @@ class Store:
         args = (*self._heads["remove_job"], _bytes(job_id))
         return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
 
-    def retry(self, job_id: str, on_reply: Reply) -> Command:
-        """Moves a job from `failed` or `succeeded` to `waiting`; the reply is [was failed, waiting], or None: no entry."""
+    def retry(self, job_id: str, on_retried: Callable[[Retried | BeeQueueError | None], None]) -> Command:
+        """Moves a job from `failed` or `succeeded` to `waiting`; `on_retried` gets None when it has no entry in `jobs`."""
+
+        def on_reply(reply: Any) -> None:
+            on_retried(reply if reply is None or isinstance(reply, BeeQueueError) else Retried(*reply))
+
         return self._send(Command((*self._heads["retry_job"], _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
 
     async def is_in(self, kind: str, job_id: str) -> bool:
@@ -319,91 +374,93 @@ class Store:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    def take_blocking(self, finishes: Sequence[Command], more: int, on_id: Reply, on_jobs: Reply) -> tuple[Command, ...]:
-        """Waits for a job and moves its id from `waiting` to `active`; behind that reads it, and takes at most `more` besides.
+    def take_blocking(self, finishes: Sequence[Command], more: int, on_end: Callable[[BlockingTake], None]) -> BlockingTake:
+        """Waits up to `TAKE_WAIT_S` for a job, moves it from `waiting` to `active`, reads it, and takes at most `more` besides.
 
-        `on_id` gets the id, or None after 5 s; `on_jobs` what is for `taken_behind`. `finishes` go first, in the same write.
+        `finishes`, made by `build_finish`, go first, in the same write.
         """
         assert self._takes is not None
-        args = self._reads_behind.get(more)
-        if args is None:
-            args = self._reads_behind[more] = Packed((*self._heads["read_taken"], more, NEWEST, NEWEST_BYTES))
-        take = (
-            Command(self._blocking_take, on_id, repeat=self._blocking_take),
-            Command(args, on_jobs, repeat=args, script=SCRIPTS["read_taken"].text),
-        )
+        read = self._reads.get(more)
+        if read is None:
+            read = self._reads[more] = Packed((*self._heads["take"], b"", NEWEST, NEWEST_BYTES, more))
+        take = BlockingTake(read, self._blocking_take, on_end)
         if self._takes.link is None:
-            self.settle(finishes)
+            self.send_finishes(finishes)
             finishes = ()
-        self._takes.send_all((*finishes, *take), can_wait=bool(finishes))
+        self._takes.send_all((*finishes, *take.commands), can_wait=bool(finishes))
         return take
 
-    @staticmethod
-    def taken_behind(job_id: bytes | None, reply: Sequence[Any]) -> tuple[list[Taken], bytes | None]:
-        """The jobs of a blocking take that moved `job_id` (None: nothing); and `job_id`, if its data is not among the reply."""
-        newest = 1 + 2 * reply[0]
-        taken = Store.taken_from(reply, newest)
-        if job_id is None:
-            return taken, None
-        for index in range(1, newest, 2):
-            if reply[index] == job_id:
-                return [Taken(_text(job_id), reply[index + 1]), *taken], None
-        return taken, job_id
+    def withdraw_take(self, take: BlockingTake) -> bool:
+        """Takes back a blocking take, since Redis is down; False when Redis may still answer it.
+
+        A take that was answered before the connection was lost leaves its job to the stall check.
+        """
+        is_withdrawn = self.withdraw(take.commands[1])
+        if is_withdrawn:
+            self.withdraw(take.commands[0])
+        return is_withdrawn
 
     def unblock(self, client_id: int | None, on_reply: Reply) -> None:
         """Ends a blocking take early (`CLIENT UNBLOCK`), or, without a client id, only asks whether Redis answers (`PING`)."""
         args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
         self._commands.send(Command(args, on_reply))
 
-    def take(self, job_id: str | bytes, more: int, on_reply: Reply) -> None:
-        """Reads a job that is in `active`, and takes at most `more` besides; the reply is for `taken_from`."""
-        args = (*self._heads["take"], job_id, more)
-        # a job that only the lost reply named comes back by the stall check
-        repeat = (*self._heads["take"], job_id, 0)
-        self._commands.send(Command(args, on_reply, repeat=repeat, script=SCRIPTS["take"].text))
+    def take(self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None]) -> None:
+        """Reads a job that was moved to `active` (empty: none was), and takes at most `more` besides."""
 
-    @staticmethod
-    def job_id(reply: bytes) -> str:
-        """The id in a reply to `add` or `take_blocking`."""
-        return _text(reply)
+        def on_reply(reply: Any) -> None:
+            on_taken(reply if isinstance(reply, BeeQueueError) else _taken_in(reply, 1, len(reply)))
 
-    @staticmethod
-    def taken_from(reply: Sequence[Any], start: int = 0) -> list[Taken]:
-        """The jobs in a reply to `take`, or, from `start` on, to `finish`."""
-        return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, len(reply), 2)]
+        args = (*self._heads["take"], _bytes(job_id), 0, 0)
+        # repeated, it takes nothing: the stall check brings back the jobs that the lost reply named
+        self._commands.send(Command((*args, more), on_reply, repeat=(*args, 0), script=SCRIPTS["take"].text))
 
-    def finish(self, runs: Iterable[tuple[str, bytes, Settlement]], *, take: int, on_reply: Reply) -> Command:
-        """What settles jobs, publishes their events and takes at most `take` others; the reply has one answer for each run,
-        for `settled_by`, and behind them what is for `taken_from`. Not sent yet. A run is an id, the entry that was taken, and
-        how it ended."""
+    def build_finish(
+        self,
+        attempts: Iterable[tuple[str, bytes, Settlement]],
+        *,
+        take: int,
+        on_end: Callable[[Finished | BeeQueueError], None],
+        is_repeat: bool = False,
+    ) -> Command:
+        """A command, not yet sent, that settles jobs, publishes their events, and takes at most `take` others.
+
+        An attempt is the id of its job, the entry that was taken, and its settlement. `is_repeat` says that the same
+        settlements may have been sent before: the command then takes nothing, and settles a job only while its entry in
+        `jobs` is the very one that was taken. So does the command when it is sent again after a lost connection.
+        """
         args = [*self._heads["finish"], take]
-        taken = []
-        for job_id, had, (status, entry, message, retry_at) in runs:
+        entries = []
+        for job_id, entry, (status, new_entry, message, retry_at) in attempts:
             if status == "retrying":
                 how = "retry now" if retry_at is None else "retry later"
             else:
-                how = "delete" if entry is None else status
-            args += (_bytes(job_id), how, entry or b"", message, b"" if retry_at is None else retry_at, len(had))
-            taken.append(had)
-        # a take may stand behind it on its link: again it goes where nothing blocks
-        return Finish(tuple(args), on_reply, len(self._heads["finish"]), taken, self._commands.send)
+                how = "delete" if new_entry is None else status
+            args += (_bytes(job_id), how, new_entry or b"", message, b"" if retry_at is None else retry_at, len(entry))
+            entries.append(entry)
+        repeat = functools.partial(self._repeat_of_finish, args, entries)
+        on_reply = functools.partial(_finished, len(entries), on_end)
+        # a take may be open on its link, where the command would wait: `resend` goes where nothing blocks
+        command = Command(tuple(args), on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send)
+        if is_repeat:
+            command.args, command.repeated = repeat(), True
+        return command
 
-    @staticmethod
-    def refusal_in(reply: Sequence[Any], runs: int) -> CommandError | None:
-        """Why the jobs in a reply to `finish` of so many `runs` are not all that could be taken, if Redis refused that."""
-        return CommandError(str(reply[-1])) if (len(reply) - runs) % 2 else None
+    def _repeat_of_finish(self, args: Sequence[Any], entries: Sequence[bytes]) -> tuple[Any, ...]:
+        """The arguments of a `finish` that is sent again: it takes nothing, and knows each attempt by its entry's SHA-1."""
+        at = len(self._heads["finish"])
+        repeat = [*args]
+        repeat[at] = 0
+        shas = (hashlib.sha1(entry, usedforsecurity=False).hexdigest() for entry in entries)
+        repeat[at + ARGS_AN_ATTEMPT :: ARGS_AN_ATTEMPT] = shas
+        return tuple(repeat)
 
-    @staticmethod
-    def settled_by(answer: Any) -> bool | CommandError:
-        """Whether a run's answer in a reply to `finish` says that it settled its job, or what Redis refused."""
-        return answer == 1 if type(answer) is int else CommandError(str(answer))
-
-    def settle(self, finishes: Sequence[Command]) -> None:
-        """Sends what `finish` has made, in one write."""
+    def send_finishes(self, finishes: Sequence[Command]) -> None:
+        """Sends what `build_finish` has made, in one write."""
         self._commands.send_all(finishes)
 
     def flush(self) -> None:
-        """Writes what `settle` has sent, without waiting for the loop's next turn."""
+        """Writes what was sent, without waiting for the loop's next turn."""
         self._commands.flush()
 
     def heartbeat(self, job_ids: Iterable[str]) -> asyncio.Future[Any]:
@@ -442,22 +499,21 @@ class Store:
         text, step, is_over = SCRIPTS["check_stalled_jobs"].text, b"", False
         while not is_over:
             step, stalled, too_often = await self._commands.call(*args, step, repeatable=True, script=text)
-            yield [_text(job_id) for job_id in stalled], self.taken_from(too_often)
+            yield [_text(job_id) for job_id in stalled], _taken_in(too_often, 0, len(too_often))
             is_over = not step
 
     async def settle_stalled(self, taken: Taken, settlement: Settlement) -> bool:
         """Settles the attempt of a worker that is gone; False when anybody has settled, removed or handed it on meanwhile."""
-        future = asyncio.get_running_loop().create_future()
-        on_reply = functools.partial(complete, future)
-        command = self.finish([(*taken, settlement)], take=0, on_reply=on_reply)
-        assert command.repeat is not None
-        command.args = command.repeat  # the id may be a new job's by now, or another attempt's, of the same length
-        command.repeat = None  # the next check finds it again, if it is still there
-        self.settle((command,))
-        settled = self.settled_by((await future)[0])
-        if isinstance(settled, CommandError):
-            raise settled
-        return settled
+        ended: asyncio.Future[Finished] = asyncio.get_running_loop().create_future()
+        on_end = functools.partial(complete, ended)
+        # the id may be another attempt's by now, or a new job's
+        command = self.build_finish([(*taken, settlement)], take=0, on_end=on_end, is_repeat=True)
+        command.repeat = None  # if the reply is lost, the next check finds the job again, if it is still there
+        self.send_finishes((command,))
+        (answer,) = (await ended).answers
+        if isinstance(answer, CommandError):
+            raise answer
+        return answer
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
         """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left).
@@ -467,3 +523,25 @@ class Store:
         args = (*self._heads["raise_delayed_jobs"], now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
         return raised, float(look_again)
+
+
+def _id_or_error(reply: Any) -> str | CommandError | None:
+    """One of the replies to `add_jobs`."""
+    if isinstance(reply, ReplyError):
+        return CommandError(str(reply))
+    return None if reply is None else _text(reply)
+
+
+def _finished(attempts: int, on_end: Callable[[Finished | BeeQueueError], None], reply: Any) -> None:
+    """Decodes the reply to a `finish` of so many attempts: an answer for each; ids and JSON of jobs; perhaps a refusal."""
+    if isinstance(reply, BeeQueueError):
+        on_end(reply)
+        return
+    answers = [answer == 1 if type(answer) is int else CommandError(str(answer)) for answer in reply[:attempts]]
+    if len(answers) < attempts:
+        raise ValueError(f"{attempts} attempts have {len(answers)} answers")
+    taken, refusal, count = [], None, len(reply)
+    if count > attempts:
+        taken = _taken_in(reply, attempts, count - 1)
+        refusal = CommandError(str(reply[-1])) if (count - attempts) % 2 else None
+    on_end(Finished(answers, taken, refusal))

@@ -314,7 +314,7 @@ class Connection:
             unanswered[0].losses += 1
         for command in unanswered:
             if command.repeat is not None and command.losses <= MOST_LOSSES and not self._closed:
-                command.args = command.repeat
+                command.args = command.repeat() if callable(command.repeat) else command.repeat
                 command.repeated = True
                 kept.append(command)
             else:

@@ -64,9 +64,9 @@ class Command:
     """A command and the function that receives its reply.
 
     `on_reply` gets the reply or an exception: `CommandError`, or `ConnectionLost` when no reply will come. `repeat` holds the
-    arguments to send if the connection is lost before the reply (`repeated` is then True); None means that repeating is not
-    safe. `script` is the source to send when the server does not know the script; `resend` sends it when this link may be
-    blocked. `losses` counts the links that were lost while this reply was the next one due.
+    arguments to send if the connection is lost before the reply (`repeated` is then True), or a function that makes them; None
+    means that repeating is not safe. `script` is the source to send when the server does not know the script; `resend` sends it
+    when this link may be blocked. `losses` counts the links that were lost while this reply was the next one due.
     """
 
     __slots__ = ("args", "losses", "on_reply", "repeat", "repeated", "resend", "script")
@@ -76,7 +76,7 @@ class Command:
         args: tuple[Any, ...],
         on_reply: Callable[[Any], None],
         *,
-        repeat: tuple[Any, ...] | None = None,
+        repeat: tuple[Any, ...] | Callable[[], tuple[Any, ...]] | None = None,
         script: str | None = None,
         resend: Callable[[Command], None] | None = None,
     ) -> None:

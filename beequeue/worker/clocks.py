@@ -1,7 +1,7 @@
-"""The two clocks: raising delayed jobs when they are due, and recovering the jobs of workers that went silent.
+"""The two clocks: one raises delayed jobs when they are due, the other recovers the jobs of silent workers.
 
-Both only decide when to ask; what is done is a script of the store. Neither stops for an error: it is reported, and the
-clock goes on; unless it is that the connection was closed, as can happen to one that is shared. Both run under `supervised`.
+They decide when to ask; the scripts of the store do the work. A clock reports an error and goes on, unless the connection was
+closed, as its owner can do with a shared one. Both run under `supervised`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from functools import partial
 from beequeue.errors import BeeQueueError, JobStalled, QueueClosed, UnreadableData
 from beequeue.host import Host
 from beequeue.job import Job, now_ms
-from beequeue.store.store import Settlement, Store, Taken
+from beequeue.store.store import Store, Taken
 from beequeue.tasks import supervised
-from beequeue.worker.outcome import fail, fail_as_stored
+from beequeue.worker.outcome import fail_for_good, fail_unread
 
 RETRY_S = 1.0
-"""How long to wait before asking again after Redis refused."""
+"""How long the clock of delayed jobs waits after an error before it asks again."""
 
 
 class EagerTimer:
-    """Calls `trigger` at the earliest of the times it was given, and at the latest `max_delay_ms` after the last call.
+    """Calls `trigger` at the earliest time it was given, but no later than `max_delay_ms` after the last call.
 
-    Times are epoch ms of `clock`; None, NaN and negative ones mean "as late as allowed".
+    Times are epoch ms of `clock`. None, NaN and negative times mean "as late as allowed".
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class EagerTimer:
         self._stopped = False
 
     def schedule(self, when: float | None) -> None:
-        """Triggers at `when` unless an earlier time is scheduled; at once when it has passed."""
+        """Triggers at `when`, unless an earlier time is scheduled; at once when `when` has passed."""
         if self._stopped:
             return
         now = self._clock()
@@ -61,7 +61,7 @@ class EagerTimer:
             self._arm(min(when, latest))
 
     def stop(self) -> None:
-        """Never triggers again."""
+        """Ends the timer: it never triggers again."""
         self._stopped = True
         if self._handle is not None:
             self._handle.cancel()
@@ -75,7 +75,7 @@ class EagerTimer:
 
     def _fire(self) -> None:
         self._handle = None
-        # a timer may fire early, and the clock may have been set back: then what is left, but never more than allowed
+        # a timer may fire early, and the clock may have been set back: wait for the rest, but never longer than allowed
         if self._due > self._clock():
             self._arm(min(self._due, self._clock() + self._max_delay_ms))
             return
@@ -99,7 +99,7 @@ class DelayedActivator:
         self._timer.schedule(when)
 
     def look_now(self) -> None:
-        """Looks at once: what became due while nobody looked."""
+        """Looks at once, for jobs that became due while nobody looked."""
         self._wanted.set()
 
     async def close(self) -> None:
@@ -121,7 +121,7 @@ class DelayedActivator:
                 self._timer.schedule(now_ms() + RETRY_S * 1000)
                 continue
             except Exception:
-                self._wanted.set()  # for the task that begins anew
+                self._wanted.set()  # for the task that starts again
                 raise
             if raised:
                 self._host.emit("raised jobs", raised)
@@ -129,9 +129,9 @@ class DelayedActivator:
 
 
 class StallChecker:
-    """Recovers the jobs of silent workers (`stalled`, id): once, or again and again.
+    """Recovers the jobs of silent workers (`stalled`, id), once or repeatedly.
 
-    One that has stalled more than `max_stalls` times fails instead (`failed` and `failed:fatal`, job, error).
+    A job that has stalled more than `max_stalls` times fails instead (`failed` and `failed:fatal`, job, error).
     """
 
     def __init__(self, store: Store, host: Host) -> None:
@@ -142,7 +142,7 @@ class StallChecker:
         self._closed = False
 
     async def check(self) -> int:
-        """Checks once; returns how many jobs were recovered. Raises what Redis answered."""
+        """Checks once; returns how many jobs were recovered. Raises the error that Redis answered."""
         settings = self._settings
         recovered, refused = 0, None
         async for stalled, too_often in self._store.check_stalled(settings.stall_interval, settings.max_stalls):
@@ -152,30 +152,28 @@ class StallChecker:
             try:
                 for taken in too_often if refused is None else ():
                     await self._fail(taken)
-            except BeeQueueError as error:  # the others still get their jobs back
+            except BeeQueueError as error:  # the other jobs are still recovered
                 refused = error
         if refused is not None:
             raise refused
         return recovered
 
     async def _fail(self, taken: Taken) -> None:
-        """Settles a job that has stalled too often, unless it has ended meanwhile. If this fails, the next check does it."""
+        """Settles a job that has stalled too often, unless it has ended since. If this fails, the next check does it."""
         job, limit = None, self._settings.max_stalls
         error = JobStalled(f"job {taken.id} stalled more than {limit} time{'' if limit == 1 else 's'}")
         try:
             job = Job.decode(self._host.queue, taken.id, taken.entry)
-            settlement = fail(job, error, None, now_ms(), self._settings)
+            settlement = fail_for_good(job, taken.entry, error, self._settings)
         except UnreadableData as unreadable:
             self._host.report(unreadable)
-            settlement = Settlement("failed", taken.entry, b"")
-        except TypeError:  # nested so deep that it could be read, but not be written
-            settlement = fail_as_stored(taken.id, taken.entry, error, self._settings)
+            settlement = fail_unread(taken.entry)
         if await self._store.settle_stalled(taken, settlement) and job is not None:
             self._host.emit("failed", job, error)
             self._host.emit("failed:fatal", job, error)
 
     async def check_and_repeat(self, interval_ms: int) -> int:
-        """Checks, and again `interval_ms` after each check, instead of at the interval set before; raises like `check`."""
+        """Checks now, and from now on `interval_ms` after each check, in place of any earlier interval; raises like `check`."""
         if self._task is not None:
             self._task.cancel()
         try:
@@ -184,7 +182,7 @@ class StallChecker:
             self.repeat(interval_ms)
 
     def repeat(self, interval_ms: int) -> None:
-        """Checks again and again from now on, `interval_ms` after each check."""
+        """Checks repeatedly from now on, `interval_ms` after each check."""
         if self._closed:
             return
         if self._task is not None:
@@ -193,11 +191,11 @@ class StallChecker:
 
     @property
     def repeats(self) -> bool:
-        """Whether a repetition is under way."""
+        """Whether it checks repeatedly."""
         return self._task is not None
 
     async def close(self) -> None:
-        """Ends the repetition; none can begin any more."""
+        """Stops checking repeatedly, and never starts again."""
         self._closed = True
         if self._task is not None:
             self._task.cancel()

@@ -1,244 +1,228 @@
-"""What brings a worker its jobs and carries off what has become of them: one blocking take while a slot is free, one script
-for all runs that end together.
+"""The exchange between a worker and Redis: it takes jobs, settles attempts, and does both in one write where it can.
 
-Shape of the hot path, because speed is decided here:
-- a take is two commands in one write: BRPOPLPUSH, and behind it the script that reads what was taken, which Redis runs in the
-  moment in which the take is answered. So a job is here, data and all, after one trip;
-- runs that end in one step of the loop are settled by one script, which brings the next jobs for their slots;
-- the next take is issued when the runs that have just begun have made their first step. What they have settled by then goes in
-  front of it, in the same write. Behind a take that is open a settlement would be stuck; then it has the command connection.
+It owns the slots, the attempts that hold them, and every command about them. It never runs a handler: `begin` gets new
+attempts, `ended` gets each attempt that is over.
 
-Knows nothing of handlers: `hold` makes runs of jobs, `begin` starts them, `ended` gets each whose settlement was answered.
+Speed is decided here:
+- a take is two commands in one write: BRPOPLPUSH, and the script that reads the job that was taken. Redis runs the script as
+  soon as it answers the take, so a job arrives with its data after one trip;
+- one script settles the attempts that end in one step of the loop, and brings the next jobs for their slots;
+- the next take is sent after the attempts that have just begun have made their first step. Attempts that end by then are
+  settled in the same write, before the take. A settlement queued behind an open take would wait for it, so it uses the
+  command connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any, Generic, Protocol, TypeVar, cast
+import logging
+from collections.abc import Callable
+from typing import Any
 
-from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, QueueClosed
+from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, OutcomeNotRecorded, QueueClosed
 from beequeue.host import Host
-from beequeue.store.store import Settlement, Store, Taken
-from beequeue.wire.link import UNFIT, Command
+from beequeue.store.store import BlockingTake, Finished, Settlement, Store, Taken
+from beequeue.wire.link import UNFIT, Command, Link
+from beequeue.worker.attempt import Attempt
+
+log = logging.getLogger("beequeue")
 
 UNBLOCK_EVERY_S = 0.05
 LONGEST_REFUSAL_DELAY_MS = 15_000
-AT_ONCE = 64
-"""How many runs one script settles at most, so that it does not hold Redis up."""
+SETTLED_AT_ONCE = 64
+"""How many attempts one script settles at most, so that it does not hold Redis up."""
 LEAST_LOT, MOST_LOT = 4, 16
-"""Of the runs that end in one step, half of the slots are settled at once, but not fewer or more: small ones cost more writes,
-large ones more waiting."""
+"""Attempts that end in one step are settled in lots of half the slots, within these bounds: small lots cost more writes, large
+ones more waiting."""
 MOST_UNANSWERED = 8
-"""How many of these scripts Redis owes an answer at most: however many runs end together, heartbeats and other commands of the
-queue do not wait behind all of them."""
-
-Until = Callable[[Callable[[], bool], float], Awaitable[bool]]
-"""Waits until a condition holds, or until a deadline in the loop's time."""
+"""How many of these scripts may be unanswered: however many attempts end together, heartbeats and other commands of the queue
+do not wait behind all of them."""
 
 
-class Settling(Protocol):
-    """What the intake needs of a run that has ended."""
-
-    id: str
-    entry: bytes
-    settlement: Settlement | None
-    finish: Command | None
-    """The command that settles it, once that has been issued."""
-    slots: int
-    """How many slots its end gives back."""
-
-
-AnySettling = TypeVar("AnySettling", bound=Settling)
-
-
-class Exchange(Generic[AnySettling]):
-    """`free` slots, and the take that fills them. A slot is taken up by each job that `begin` gets, and given back when its
-    settlement has been answered, or by `release`."""
+class Exchange:
+    """Holds at most `slots` attempts. The end of an attempt frees its slot."""
 
     def __init__(
         self,
         store: Store,
         host: Host,
         slots: int,
-        hold: Callable[[list[Taken]], list[AnySettling]],
-        begin: Callable[[list[AnySettling]], None],
-        ended: Callable[[AnySettling, bool | BeeQueueError], None],
-        changed: asyncio.Event,
+        begin: Callable[[list[Attempt]], None],
+        ended: Callable[[Attempt, bool | BeeQueueError], None],
     ) -> None:
+        self.held: dict[Attempt, None] = {}
+        """The attempts that hold a job: from the moment its data is here until Redis has answered the settlement."""
         self.closing = False
         self.cut_off = False
+        """Whether the command connection was closed by its owner."""
         self._free = slots
         self._store = store
         self._host = host
-        self._hold = hold
         self._begin = begin
         self._ended = ended
-        self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self._take: tuple[Command, ...] = ()
-        self._taken_id: Any = None
-        self._reading: list[bytes] = []
+        self._changed = asyncio.Event()
+        self._take: BlockingTake | None = None
+        self._reading: list[str] = []
+        """The jobs whose data was asked for once more; an empty id: jobs that are taken without a blocking take."""
         self._pump_is_due = False
         self._lot = min(max(slots // 2, LEAST_LOT), MOST_LOT)
-        self._settling: list[AnySettling] = []
+        self._settling: list[Attempt] = []
+        """The attempts whose settlement has not been sent."""
         self._unanswered = 0
         self._refused_in_a_row = 0
         self._refusal_timer: asyncio.TimerHandle | None = None
 
-    # --- what leaves -----------------------------------------------------------------------------------------------------
+    # --- to Redis --------------------------------------------------------------------------------------------------------
 
     def pump_soon(self) -> None:
-        """Pumps, when what has been scheduled so far has been done, if there is anything to send.
+        """Pumps in the loop's next turn, if there is something to send.
 
-        While a take is open a slot that becomes free is none: its answer may be next, and what that begins goes first.
+        A slot that becomes free while a take is open sends nothing: the open take may bring a job for it.
         """
-        if not self._pump_is_due and (self._may_settle() or not self._take):
+        if not self._pump_is_due and (self._take is None or self._may_settle()):
             self._pump_is_due = True
             self._loop.call_soon(self._pump)
 
     def _may_settle(self) -> bool:
-        """Whether there is something to settle, and few enough answers are due."""
+        """Whether an attempt waits to be settled, and Redis does not owe too many answers."""
         return bool(self._settling) and self._unanswered < MOST_UNANSWERED
 
     def _pump(self) -> None:
-        """Sends what has been settled, and keeps one take open while a slot is free."""
+        """Sends the settlements that wait, and keeps one take open while a slot is free."""
         self._pump_is_due = False
         finishes = []
         while self._may_settle():
-            finishes.append(self._finish_next())
+            finishes.append(self._build_next_finish())
         if self._free and not (self._take or self._reading or self._refusal_timer or self.closing):
-            self._take = self._store.take_blocking(finishes, self._free - 1, self._answered, self._read_behind)
+            self._take = self._store.take_blocking(finishes, self._free - 1, self._took)
         elif finishes:
-            self._store.settle(finishes)
+            self._store.send_finishes(finishes)
 
-    def _finish_next(self) -> Command:
-        attempts = self._settling[:AT_ONCE]
-        del self._settling[:AT_ONCE]
-        return self._finish(attempts)
+    def settle(self, attempt: Attempt, settlement: Settlement) -> None:
+        """Settles an attempt, together with others that end in the same step.
 
-    def _finish(self, attempts: list[AnySettling]) -> Command:
-        settlements = [(attempt.id, attempt.entry, cast(Settlement, attempt.settlement)) for attempt in attempts]
+        A full lot is sent at once: Redis settles it while the next attempts run.
+        """
+        attempt.settlement = settlement
+        if attempt.reused:
+            self._end(attempt, False)
+            self.release(attempt.slots)
+            return
+        self._settling.append(attempt)
+        if len(self._settling) >= self._lot and self._may_settle():
+            self._store.send_finishes([self._build_next_finish()])
+            self._store.flush()
+        else:
+            self.pump_soon()
+
+    def _build_next_finish(self) -> Command:
+        attempts = self._settling[:SETTLED_AT_ONCE]
+        del self._settling[:SETTLED_AT_ONCE]
+        return self._build_finish(attempts)
+
+    def _build_finish(self, attempts: list[Attempt], *, is_repeat: bool = False) -> Command:
         slots = sum([attempt.slots for attempt in attempts])
-        on_reply = functools.partial(self._finished, attempts, slots)
-        finish = self._store.finish(settlements, take=0 if self.closing else slots, on_reply=on_reply)
+        finish = self._store.build_finish(
+            [(attempt.id, attempt.entry, attempt.settlement) for attempt in attempts if attempt.settlement is not None],
+            take=0 if self.closing else slots,
+            on_end=functools.partial(self._finished, attempts, slots),
+            is_repeat=is_repeat,
+        )
         for attempt in attempts:
             attempt.finish = finish
         self._unanswered += 1
         return finish
 
-    def settle(self, attempt: AnySettling) -> None:
-        """Settles a run that has its settlement, with others that end in the same step; a lot at a time, which Redis has while
-        the next ones run."""
-        self._settling.append(attempt)
-        if len(self._settling) >= self._lot and self._may_settle():
-            self._store.settle([self._finish_next()])
-            self._store.flush()
-        else:
-            self.pump_soon()
-
-    def withdraw(self, attempts: Collection[AnySettling], held: Collection[AnySettling]) -> list[AnySettling]:
-        """Takes back the settlements of `runs` that have not been sent; returns the runs whose were. `held` has all runs."""
-        back = [attempt for attempt in self._settling if attempt in attempts]
-        self._settling = [attempt for attempt in self._settling if attempt not in attempts]
-        for finish in {attempt.finish for attempt in attempts if attempt.finish is not None}:
-            if self._store.withdraw(finish):
-                self._unanswered -= 1
-                together = [attempt for attempt in held if attempt.finish is finish]
-                back += [attempt for attempt in together if attempt in attempts]
-                if left := [attempt for attempt in together if attempt not in attempts]:
-                    again = self._finish(left)
-                    if finish.repeated:  # it may have been done the first time
-                        again.args, again.repeated = again.repeat or again.args, True
-                    self._store.settle([again])
-        return back
-
     def release(self, slots: int = 1) -> None:
         """Gives slots back."""
         self._free += slots
         self.pump_soon()
+        self.changed()
 
-    def arriving(self) -> list[str]:
-        """The ids of jobs that have been taken, and whose data is on its way; also for the heart's thread."""
-        ids = [self._taken_id, *self._reading]
-        return [self._store.job_id(job_id) for job_id in ids if job_id and isinstance(job_id, bytes)]
+    def drop(self, attempt: Attempt) -> None:
+        """Gives an attempt up without settling it. Its job is reported no more, so the stall check brings it back."""
+        del self.held[attempt]
+        self.release(attempt.slots)
 
-    # --- what comes in ---------------------------------------------------------------------------------------------------
+    # --- from Redis ------------------------------------------------------------------------------------------------------
 
-    def _answered(self, reply: Any) -> None:
-        """The take's own reply; that of the script follows."""
-        self._taken_id = reply
-
-    def _read_behind(self, reply: Any) -> None:
-        """The reply to the script behind the take: its job, and more for the other free slots."""
-        answer, self._taken_id, self._take = self._taken_id, None, ()
-        if isinstance(answer, BeeQueueError):
-            self._refused(answer)
-        else:  # also one that has brought no job
-            self._refused_in_a_row = 0
-        if isinstance(reply, BeeQueueError):
-            if isinstance(answer, bytes):
-                self._host.report(reply)
-                self._read(answer, 0)
+    def _took(self, take: BlockingTake) -> None:
+        """The blocking take is over; it has brought a job, and more for the other free slots, or nothing."""
+        self._take = None
+        if take.take_error is not None:
+            self._refused(take.take_error)
         else:
-            taken, missing = self._store.taken_behind(answer if isinstance(answer, bytes) else None, reply)
-            if missing is not None:
-                self._read(missing, 0)
-            self._fill(taken)
-        self.pump_soon()
-        self._changed.set()
+            self._refused_in_a_row = 0
+        if take.moved is not None:
+            if take.read_error is not None:
+                self._host.report(take.read_error)
+            self._read(take.moved, 0)
+        self._fill(take.taken)
 
-    def _read(self, job_id: bytes, more: int) -> None:
-        """Asks for the data of a job that was taken (empty: none was), and for more jobs."""
+    def _read(self, job_id: str, more: int) -> None:
+        """Asks for the data of a job that was moved (empty: none was), and for at most `more` jobs besides."""
         self._reading.append(job_id)
         self._store.take(job_id, more, functools.partial(self._was_read, job_id))
 
-    def _was_read(self, job_id: bytes, reply: Any) -> None:
+    def _was_read(self, job_id: str, taken: list[Taken] | BeeQueueError) -> None:
         self._reading.remove(job_id)
-        if isinstance(reply, BeeQueueError):
-            self._host.report(reply)
-            self._stop_if_cut_off(reply)
-        else:
-            self._fill(self._store.taken_from(reply))
-        self.pump_soon()
-        self._changed.set()
-
-    def _finished(self, attempts: list[AnySettling], slots: int, reply: Any) -> None:
-        """The reply to a settlement: the slots of its runs go to the jobs that it brought, or are free."""
-        self._unanswered -= 1
-        if refused := isinstance(reply, BeeQueueError):
-            self._stop_if_cut_off(reply)
-        taken: list[Taken] = []
-        if not refused and len(reply) > len(attempts):
-            if (refusal := self._store.refusal_in(reply, len(attempts))) is not None:
-                self._host.report(refusal)
-                reply.pop()
-            taken = self._store.taken_from(reply, len(attempts))
-        held = self._hold(taken) if taken else []  # before any listener may block the loop
-        for index, attempt in enumerate(attempts):
-            self._ended(attempt, reply if refused else self._store.settled_by(reply[index]))
-            attempt.finish = None  # it refers to its runs: no circle stays, which would be left to the garbage collector
-        self._free += slots - len(held)
-        if held:
-            self._begin(held)
-        self.pump_soon()
-        if self.closing:
-            self._changed.set()
-
-    def _stop_if_cut_off(self, error: BeeQueueError) -> None:
-        """After an error on the command connection: more takes would strand more jobs on one that its owner has closed."""
-        if isinstance(error, QueueClosed):
-            self.cut_off = True
-            self.close()
+        if isinstance(taken, BeeQueueError):
+            self._host.report(taken)
+            self._stop_if_cut_off(taken)
+            taken = []
+        self._fill(taken)
 
     def _fill(self, taken: list[Taken]) -> None:
         if taken:
             self._free -= len(taken)
             self._begin(self._hold(taken))
+        self.pump_soon()
+        self.changed()
+
+    def _hold(self, taken: list[Taken]) -> list[Attempt]:
+        """An attempt for each job. The heartbeat reports it from now on, even while a listener or a handler blocks the loop."""
+        attempts = [Attempt(job_id, entry) for job_id, entry in taken]
+        self.held.update(dict.fromkeys(attempts))
+        return attempts
+
+    def _finished(self, attempts: list[Attempt], slots: int, finished: Finished | BeeQueueError) -> None:
+        """A settlement was answered: the slots of its attempts go to the jobs that it brought, or are free."""
+        self._unanswered -= 1
+        held: list[Attempt] = []
+        if isinstance(finished, BeeQueueError):
+            self._stop_if_cut_off(finished)
+            for attempt in attempts:
+                self._end(attempt, finished)
+        else:
+            if finished.refusal is not None:
+                self._host.report(finished.refusal)
+            if finished.taken:
+                held = self._hold(finished.taken)  # before `ended` calls listeners, which may block the loop
+            for attempt, answer in zip(attempts, finished.answers, strict=True):
+                self._end(attempt, answer)
+        self._free += slots - len(held)
+        if held:
+            self._begin(held)
+        self.pump_soon()
+        if self.closing:
+            self.changed()
+
+    def _end(self, attempt: Attempt, outcome: bool | BeeQueueError) -> None:
+        """An attempt is over: Redis settled it (True), it came too late (False), or Redis could not settle it."""
+        del self.held[attempt]
+        self._ended(attempt, outcome)
+        attempt.finish = None  # which refers to the attempt: a circle would be left to the garbage collector
+
+    def _stop_if_cut_off(self, error: BeeQueueError) -> None:
+        """Stops taking when the owner of a shared command connection has closed it: more takes would strand more jobs."""
+        if isinstance(error, QueueClosed):
+            self.cut_off = True
+            self.close()
 
     def _refused(self, error: BeeQueueError) -> None:
-        """Waits before the next take; a full Redis refuses blocking takes, but still lets jobs be moved by a script."""
+        """Waits before the next take. A full Redis refuses blocking takes, but lets a script move jobs."""
         code = error.code if isinstance(error, CommandError) else ""
         if self.closing or code == "UNBLOCKED" or UNFIT.match(str(error)):  # the next take waits for another connection
             return
@@ -251,22 +235,85 @@ class Exchange(Generic[AnySettling]):
     def _after_refusal(self, full: bool) -> None:
         self._refusal_timer = None
         if full and self._free:
-            self._read(b"", self._free)
+            self._read("", self._free)
         else:
             self.pump_soon()
 
+    # --- what is held ----------------------------------------------------------------------------------------------------
+
+    def reported(self) -> list[Attempt]:
+        """The attempts that the heartbeat reports; its thread calls this too.
+
+        One stands for each job whose data is on its way, which may take longer than a stall interval.
+        """
+        take = self._take
+        arriving = [*self._reading, take.moved if take is not None else None]
+        return [*self._own(), *(Attempt(job_id, b"") for job_id in arriving if job_id)]
+
+    def _own(self) -> list[Attempt]:
+        """The attempts whose id still belongs to their job."""
+        return [attempt for attempt in list(self.held) if not attempt.reused]
+
+    async def disown_reused_ids(self, link: Link) -> None:
+        """Finds the attempts whose id belongs to another job now, before anything else is sent on a new `link`.
+
+        A Redis that has come back empty gives its ids again. An attempt from before would settle a job that it never saw, and
+        Redis could not know. Redis cannot be lost without its connections, so this costs nothing at other times. Raises
+        `ConnectionLost`; when Redis refuses to tell, no attempt is disowned.
+        """
+        held = list(self.held)
+        try:
+            entries = await self._store.entries_on(link, [attempt.id for attempt in held])
+        except CommandError as refused:
+            log.warning("queue %s: cannot check whether its jobs are still the same: %s", self._host.name, refused)
+            return
+        reused = [attempt for attempt, entry in zip(held, entries, strict=True) if not attempt.is_stored_as(entry)]
+        for attempt in reused:
+            attempt.reused = True
+        for attempt in self._withdraw(reused):
+            self._end(attempt, False)
+            self.release(attempt.slots)
+
+    def _withdraw(self, reused: list[Attempt]) -> list[Attempt]:
+        """Takes back the settlements of reused ids that have not been sent; returns the attempts whose settlement was not."""
+        back = [attempt for attempt in self._settling if attempt.reused]
+        self._settling = [attempt for attempt in self._settling if not attempt.reused]
+        for finish in {attempt.finish for attempt in reused if attempt.finish is not None}:
+            if self._store.withdraw(finish):
+                self._unanswered -= 1
+                together = [attempt for attempt in self.held if attempt.finish is finish]
+                back += [attempt for attempt in together if attempt.reused]
+                if kept := [attempt for attempt in together if not attempt.reused]:
+                    self._store.send_finishes([self._build_finish(kept, is_repeat=finish.repeated)])
+        return back
+
     # --- the end ---------------------------------------------------------------------------------------------------------
 
+    def changed(self) -> None:
+        """Has `until` look again."""
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Waits until `condition` holds, or until `deadline`, in the loop's time; returns whether it holds."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return condition()
+        return True
+
     def close(self) -> None:
-        """From now on there is no new take."""
+        """Starts no more takes."""
         self.closing = True
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
 
-    async def end(self, client_id: int | None, deadline: float, grace_s: float, until: Until) -> bool:
-        """Returns when nothing is being taken any more; False when Redis does not answer by the deadline, or cannot be asked.
+    async def end_takes(self, client_id: int | None, deadline: float, grace_s: float) -> bool:
+        """Returns when nothing is being taken; False when Redis does not answer by the deadline, or cannot be asked.
 
-        Where CLIENT UNBLOCK is not permitted a take runs its course, as long as Redis answers.
+        Where CLIENT UNBLOCK is not permitted, it waits until the take ends, as long as Redis answers.
         """
         answered_at = self._loop.time()
 
@@ -278,14 +325,28 @@ class Exchange(Generic[AnySettling]):
                 answered_at = self._loop.time()
 
         while (self._take or self._reading) and not self.cut_off:
-            if self._take and self._store.withdraw(self._take[1]):
-                # the script waits for the connection, and so does its take, unless that was answered before the link was lost
-                self._store.withdraw(self._take[0])
-                self._take = ()
+            if self._take and self._store.withdraw_take(self._take):
+                self._take = None
                 continue
             if self._loop.time() > max(deadline, answered_at + grace_s):
                 return False
-            # again and again: one that comes before the take does nothing
+            # again and again: an UNBLOCK that reaches Redis before the take does nothing
             self._store.unblock(client_id if self._take else None, on_reply)
-            await until(lambda: not self._take and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
+            await self.until(lambda: not self._take and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
         return not self.cut_off
+
+    async def hand_back(self, limit_s: float) -> None:
+        """Returns the held jobs that are neither being settled nor in a thread that goes on; waits at most `limit_s`."""
+        job_ids = [
+            attempt.id
+            for attempt in reversed(self._own())
+            if not attempt.under_way and (attempt.call is None or attempt.call.cancelled())
+        ]
+        if not job_ids:
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._store.hand_back(job_ids)
+        except (BeeQueueError, TimeoutError) as error:
+            why = str(error) or "Redis does not answer"
+            self._host.report(OutcomeNotRecorded(f"jobs {', '.join(job_ids)} are left to the stall check: {why}"))

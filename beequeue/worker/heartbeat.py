@@ -1,13 +1,14 @@
-"""The heartbeat of a worker whose event loop is blocked: a thread that reports its jobs meanwhile, and says what blocks.
+"""The heartbeat: a worker reports the jobs that it holds, so that no stall check gives them to another worker.
 
-A handler that computes, or waits in a call that is not `async`, blocks the loop and with it the loop's own heartbeat; after a
-stall interval its job would go to another worker, and run twice. One thread of the process asks each loop that has not given a
-sign for a while. If there is no answer, a second thread stands in for as long as the loop is blocked: it reports all jobs that
-are held, on a connection of its own. So a Redis that does not answer holds up the heartbeat of no other queue.
+The event loop reports twice in each stall interval. A handler that computes, or waits in a call that is not `async`, blocks
+the loop; after a stall interval its job would go to another worker, and run twice. So a thread of the process, the watch, asks
+each loop that has not given a sign for a while. If the loop does not answer, a second thread reports its jobs while the loop
+is blocked. It has its own connection: a Redis that does not answer holds up no other queue's heartbeat. It also logs which
+handler blocks the loop.
 
-As long as the loop lives the thread sleeps, but for two looks at a variable in each stall interval. A handler that blocks for
-ever holds its jobs for ever, like an `async` one that never ends. A loop that does not run any more holds none. What keeps
-Python's own lock (an extension that computes without giving it back), or stops the process, stops the threads too.
+While the loop lives, the watch only looks at a variable twice in each stall interval. A handler that never stops blocking keeps
+its jobs, like an `async` handler that never ends. A loop that no longer runs keeps none. An extension that computes without
+releasing Python's own lock, or a signal that stops the process, stops these threads too.
 """
 
 from __future__ import annotations
@@ -21,52 +22,47 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from beequeue.errors import BeeQueueError, TaskFailed
+from beequeue.host import Host
 from beequeue.store.store import Store
-from beequeue.worker.attempt import name_of
+from beequeue.tasks import supervised
+from beequeue.worker.attempt import Attempt, name_of
 
 log = logging.getLogger("beequeue")
 
 REPORTED_AT_ONCE = 1_000
 """How many jobs one command reports, so that it does not hold Redis up."""
 ANSWER_S = 0.1
-"""How long a loop has for an answer at least, where the stall interval leaves time for that."""
+"""How long a loop has to answer, at least, where the stall interval leaves time for it."""
 LEAST_S = 0.005
-"""The shortest time that a thread waits; what a stall interval below 20 ms would need goes beyond a thread's precision."""
+"""The shortest time that a thread waits. A stall interval below 20 ms would need less than a thread can keep to."""
 MOST_S = 86_400.0
-"""The longest stall interval that this goes by; the system's waits have an end."""
+"""The longest stall interval that the watch goes by; the system limits how long a thread may wait."""
 LONGEST_CALL_S = 2.0
 """How long a thread waits for Redis."""
 PAUSE_S = 1.0
-"""How long the watch leaves a loop alone after an error that nobody expected."""
+"""How long the watch leaves a loop alone after an unexpected error."""
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-"""Below these a frame tells less than the one that called it."""
-
-
-class Held(Protocol):
-    """A job in the worker's hands."""
-
-    id: str
-    task: asyncio.Task[None] | None
+"""A frame in one of these folders tells less than the frame that called it."""
 
 
 class Watch:
-    """One thread that looks at hearts, each when it is due, until it has none left."""
+    """One thread that looks at all heartbeats of the process, each when it is due, until none is left."""
 
     def __init__(self) -> None:
         self._heartbeats: dict[Heartbeat, float] = {}
-        """When each is to be looked at."""
+        """When each is due."""
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, heartbeat: Heartbeat) -> None:
-        """Looks at `heart` from now on; raises `RuntimeError` when the system gives no thread."""
+        """Looks at `heartbeat` from now on; raises `RuntimeError` when the system gives no thread."""
         with self._lock:
             self._heartbeats[heartbeat] = 0.0
             if self._thread is None:
@@ -80,7 +76,7 @@ class Watch:
         self._changed.set()
 
     def remove(self, heartbeat: Heartbeat, grace_s: float) -> None:
-        """Ends what `add` began; with the last heart the thread ends."""
+        """Looks at `heartbeat` no more. The thread ends with the last one; waits at most `grace_s` for that."""
         with self._lock:
             self._heartbeats.pop(heartbeat, None)
             ending = None
@@ -95,7 +91,7 @@ class Watch:
     def _look_at_all(self) -> None:
         while True:
             with self._lock:
-                if self._thread is not threading.current_thread():  # `remove` has taken the last heart
+                if self._thread is not threading.current_thread():  # `remove` has taken the last one
                     return
                 if not self._heartbeats:  # their loops are closed
                     self._thread = None
@@ -112,7 +108,7 @@ class Watch:
     def _look_at(self, heartbeat: Heartbeat) -> None:
         try:
             due_at = heartbeat.look()
-        except Exception as error:  # ours
+        except Exception as error:  # a fault of this package
             heartbeat.report_soon(error)
             due_at = time.monotonic() + PAUSE_S
         with self._lock:
@@ -128,7 +124,7 @@ _watch = Watch()
 
 
 def _after_fork_in_child() -> None:
-    """The hearts, the thread and whoever holds the lock are the parent's."""
+    """The heartbeats, the thread, and perhaps a holder of the lock belong to the parent."""
     global _watch
     _watch = Watch()
 
@@ -138,69 +134,41 @@ if hasattr(os, "register_at_fork"):
 
 
 class Heartbeat:
-    """Stands in for one worker of the running loop: `held` names its jobs, `handler` is what it runs on them."""
+    """Reports the attempts of one worker of the running loop, which `held` returns, on any thread; `handler` is its handler."""
 
-    def __init__(
-        self,
-        store: Store,
-        queue: str,
-        handler: object,
-        held: Callable[[], Iterable[Held]],
-        interval_ms: int,
-        report: Callable[[BeeQueueError], None],
-    ) -> None:
+    def __init__(self, store: Store, host: Host, handler: object, held: Callable[[], list[Attempt]]) -> None:
         self._store = store
-        self._queue = queue
+        self._host = host
         self._handler = handler
         self._held = held
-        self._tell = report
-        interval_s = min(interval_ms / 1000, MOST_S)
-        # the loop beats each half interval: there is a quarter left, or nearly, when the watch knows that it does not
+        self._half_s = host.settings.stall_interval / 2000
+        interval_s = min(host.settings.stall_interval / 1000, MOST_S)
+        # the loop reports each half interval: at least about a quarter is left when the watch finds that it does not
         self._calm_s = max(interval_s * 5 / 8, LEAST_S)
         self._answer_s = max(interval_s / 8, min(ANSWER_S, interval_s * 3 / 16), LEAST_S)
         self._repeat_s = max(interval_s / 2, LEAST_S)
         self._connection = store.blocking_connection(min(LONGEST_CALL_S, max(self._repeat_s, ANSWER_S)))
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
+        self._beating: asyncio.Task[None] | None = None
         self._sign_at = time.monotonic()
         self._asked_at: float | None = None
         self._reports: list[list[asyncio.Future[Any]]] = []
-        """The last two that the loop has sent because the watch asked. The answer to the last may be there, and not be read."""
+        """The last two reports that the loop sent because the watch asked. The answer to the last may be there, but unread."""
         self._stop = threading.Event()
         self._ended = asyncio.Event()
         self._stand_in: threading.Thread | None = None
 
     def start(self) -> None:
-        """Has the loop watched."""
+        """Begins to report, and has the loop watched."""
+        self._beating = supervised(self._beat, "heartbeat", self._host.report)
         try:
             _watch.add(self)
-        except RuntimeError as error:  # the system gives no thread: the loop's own heartbeat is there
-            log.warning("queue %s: nothing watches the event loop: %s", self._queue, error)
-
-    def beat(self) -> list[asyncio.Future[Any]]:
-        """Sends the reports of all jobs that are held; returns their answers."""
-        return [self._store.heartbeat(ids) for ids in self._portions()]
-
-    def sign(self) -> None:
-        """The loop lives, and has just reported its jobs."""
-        self._sign_at = time.monotonic()
-
-    def _answer(self) -> None:
-        """The watch asks. A loop that blocks in pieces gets here, but its own heartbeat takes several turns and may not."""
-        if time.monotonic() - self._sign_at < self._repeat_s:  # its own heartbeat was first
-            return
-        if len(self._reports) < 2 or all(report.done() for report in self._reports[0]):
-            # a refusal is reported when the loop's own heartbeat meets it
-            self._reports = [*self._reports[-1:], self.beat()]
-        self.sign()
-
-    def _portions(self) -> list[list[str]]:
-        """The ids of all jobs that are held, so many together as one command reports."""
-        ids = list({attempt.id for attempt in self._held()})
-        return [ids[at : at + REPORTED_AT_ONCE] for at in range(0, len(ids), REPORTED_AT_ONCE)]
+        except RuntimeError as error:  # the system gives no thread: the loop still reports
+            log.warning("queue %s: nothing watches the event loop: %s", self._host.name, error)
 
     async def stop(self, grace_s: float) -> None:
-        """Ends the watch, and waits so long for a thread that stands in; it ends within `LONGEST_CALL_S`."""
+        """Stops reporting, and waits at most `grace_s` for a thread that stands in; that ends within `LONGEST_CALL_S`."""
         self._stop.set()
         self._connection.close()
         _watch.remove(self, grace_s)
@@ -210,13 +178,60 @@ class Heartbeat:
                 async with asyncio.timeout(grace_s):
                     await self._ended.wait()
                 stand_in.join()
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait((self._beating,))
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody cancels all tasks, as `asyncio.run` does when the program is interrupted."""
+        return self._beating is not None and self._beating.cancelling() > 0
+
+    # --- in the event loop -----------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Reports all jobs that are held, twice in each stall interval."""
+        due_at = self._loop.time()
+        while True:
+            # by the clock: the time that Redis takes to answer must not stretch the interval
+            due_at = max(due_at + self._half_s, self._loop.time())
+            await asyncio.sleep(due_at - self._loop.time())
+            reports = self._send_reports()
+            self._sign()
+            answers = await asyncio.gather(*reports, return_exceptions=True)
+            refused = next((answer for answer in answers if isinstance(answer, BaseException)), None)
+            if isinstance(refused, BeeQueueError):
+                self._host.report(refused)
+            elif refused is not None:
+                raise refused
+
+    def _send_reports(self) -> list[asyncio.Future[Any]]:
+        """Reports all jobs that are held; returns the answers to come."""
+        return [self._store.heartbeat(ids) for ids in self._portions()]
+
+    def _sign(self) -> None:
+        """Shows the watch that the loop lives, and has just reported its jobs."""
+        self._sign_at = time.monotonic()
+
+    def _answer(self) -> None:
+        """Answers the watch. A loop that blocks in pieces gets here; `_beat` needs several turns, and may not get through."""
+        if time.monotonic() - self._sign_at < self._repeat_s:  # `_beat` was first
+            return
+        if len(self._reports) < 2 or all(report.done() for report in self._reports[0]):
+            # `_beat` reports a refusal when it meets one
+            self._reports = [*self._reports[-1:], self._send_reports()]
+        self._sign()
+
+    def _portions(self) -> list[list[str]]:
+        """The ids of all jobs that are held, in portions of `REPORTED_AT_ONCE`."""
+        ids = list({attempt.id for attempt in self._held()})
+        return [ids[at : at + REPORTED_AT_ONCE] for at in range(0, len(ids), REPORTED_AT_ONCE)]
 
     # --- in the thread of the watch --------------------------------------------------------------------------------------
 
     def look(self) -> float | None:
         """Asks the loop, or has its jobs reported, if it is time; returns when to look again, or None: never.
 
-        When this thread has overslept too, the whole process stood still: the loop is asked once more.
+        If this thread has overslept too, the whole process stood still: it asks the loop once more.
         """
         now = time.monotonic()
         if self._stand_in is not None:
@@ -250,19 +265,19 @@ class Heartbeat:
         return True
 
     def report_soon(self, error: Exception) -> None:
-        """Has the loop report what nobody expected."""
+        """Has the loop report an unexpected error of one of the threads."""
         failure = TaskFailed(f"heartbeat thread: {type(error).__name__}: {error}; starting again in {PAUSE_S:g} s")
         failure.__cause__ = error
         self._asked_at = None
-        if not self._tell_loop(functools.partial(self._tell, failure)):
-            log.error("queue %s: %s", self._queue, failure, exc_info=error)
+        if not self._tell_loop(functools.partial(self._host.report, failure)):
+            log.error("queue %s: %s", self._host.name, failure, exc_info=error)
 
-    # --- in a thread of its own, while the loop is blocked -----------------------------------------------------------------
+    # --- in a second thread, while the loop is blocked ---------------------------------------------------------------------
 
     def _report_meanwhile(self) -> None:
         try:
             self._until_it_is_back()
-        except Exception as error:  # ours
+        except Exception as error:  # a fault of this package
             self.report_soon(error)
             self._stop.wait(PAUSE_S)
         finally:
@@ -273,29 +288,29 @@ class Heartbeat:
     def _until_it_is_back(self) -> None:
         last_sign, warned = self._sign_at, False
         while self._sign_at == last_sign and self._loop.is_running():
-            if held := list(self._held()):
-                failure = self._report()  # before a line is logged: that may wait for what blocks the loop
+            if held := self._held():
+                failure = self._report()  # before logging, which may wait for the very call that blocks the loop
                 if not warned and time.monotonic() - last_sign >= self._calm_s + ANSWER_S:
-                    log.warning("queue %s: %s", self._queue, self._what_blocks(held))
+                    log.warning("queue %s: %s", self._host.name, self._what_blocks(held))
                     warned = True
                 if failure is not None and not self._stop.is_set():
-                    log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._queue, failure)
+                    log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._host.name, failure)
             if self._stop.wait(self._repeat_s):
                 return
         if warned:
-            log.warning("queue %s: the event loop is back after %.1f s", self._queue, self._sign_at - last_sign)
+            log.warning("queue %s: the event loop is back after %.1f s", self._host.name, self._sign_at - last_sign)
 
     def _report(self) -> Exception | None:
-        """Tells Redis; what went wrong, if anything did."""
+        """Reports the jobs; returns the error, if there was one."""
         try:
             for ids in self._portions():
                 self._store.heartbeat_blocking(self._connection, ids)
-        except Exception as error:  # whatever the driver makes of a socket that `stop` has closed
+        except Exception as error:  # the driver may raise anything when `stop` has closed its socket
             return error
         return None
 
-    def _what_blocks(self, held: list[Held]) -> str:
-        """One line: whose handler it is, for how long, and where it is now."""
+    def _what_blocks(self, held: list[Attempt]) -> str:
+        """One line: which job's handler blocks the loop, for how long, and where it is now."""
         task = asyncio.current_task(self._loop)
         job = next((attempt for attempt in held if attempt.task is not None and attempt.task is task), None)
         frames = _inner_frames(sys._current_frames().get(self._loop_thread))
@@ -308,7 +323,7 @@ class Heartbeat:
 
 
 def _inner_frames(frame: FrameType | None) -> list[FrameType]:
-    """A thread's frames, the outermost first, from where this package has called what is not its own."""
+    """A thread's frames, the outermost first, from where this package called other code."""
     frames: list[FrameType] = []
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frames.append(frame)

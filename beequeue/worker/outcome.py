@@ -1,7 +1,7 @@
-"""How a run ends: the decisions of a worker as plain functions over values. No I/O.
+"""The outcome of an attempt: a worker's decisions, as plain functions over values. No I/O.
 
-The order within a failure is bee-queue's: the strategy is asked first, then the status, the stack trace and the remaining
-retries change, then the entry is written.
+A failure goes in bee-queue's order: ask the strategy; change the status, the stack trace and the remaining retries; write the
+entry.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def retry_delay(job: Job, strategies: Mapping[str, Strategy]) -> int | None:
-    """ms before the failed `job` runs again (0: at once), or None when it has failed for good.
+    """Returns the ms before the failed `job` is tried again (0: at once), or None when it has failed for good.
 
-    Calls the job's strategy, which may change the job's backoff; raises what the strategy raises.
+    Calls the job's strategy, which may change the job's backoff; raises any error that the strategy raises.
     """
     retries = job.options.get("retries", 0)
     if not isinstance(retries, (int, float)) or retries <= 0:
@@ -40,7 +40,7 @@ def retry_delay(job: Job, strategies: Mapping[str, Strategy]) -> int | None:
 
 
 def stack_trace(error: BaseException) -> str:
-    """The traceback as text, without the frames that led to the handler."""
+    """Returns the traceback as text, without the frames that led to the handler."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         frames = frames.tb_next
@@ -48,15 +48,15 @@ def stack_trace(error: BaseException) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """What a producer is told; never empty."""
+    """Returns the text that a producer gets for an error; never empty."""
     try:
         return str(error) or type(error).__name__
-    except Exception:  # a class of the handler's own, whose text cannot be had
+    except Exception:  # the handler's own class of error, whose `__str__` raises
         return type(error).__name__
 
 
 def succeed(job: Job, result: Any, settings: QueueSettings) -> Settlement:
-    """The settlement of a job whose handler returned `result`; raises `TypeError` when JSON cannot carry it."""
+    """Settles a job whose handler returned `result`; raises `TypeError` when JSON cannot carry it."""
     assert job.id is not None
     message = encode_event(job.id, "succeeded", result) if settings.send_events else b""
     job.status = "succeeded"
@@ -64,7 +64,10 @@ def succeed(job: Job, result: Any, settings: QueueSettings) -> Settlement:
 
 
 def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: QueueSettings) -> Settlement:
-    """The settlement of a job whose handler raised `error`: tried again after `delay` ms, or failed when that is None."""
+    """Settles a job whose handler raised `error`: it is tried again after `delay` ms, or has failed when that is None.
+
+    Raises `TypeError` when JSON cannot carry the job.
+    """
     assert job.id is not None
     status = "failed" if delay is None else "retrying"
     job.status = status
@@ -76,7 +79,19 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
     return Settlement(status, entry, message, now + delay if delay else None)
 
 
-def fail_as_stored(job_id: str, entry: bytes, error: BaseException, settings: QueueSettings) -> Settlement:
-    """The settlement of a job that has failed and cannot be written anew, as when it is nested too deep: it stays as it is."""
-    message = encode_event(job_id, "failed", message_of(error)) if settings.send_events else b""
-    return Settlement("failed", None if settings.remove_on_failure else entry, message)
+def fail_for_good(job: Job, stored: bytes, error: BaseException, settings: QueueSettings) -> Settlement:
+    """Settles a job that has failed and is not tried again.
+
+    Keeps its entry as it is `stored` when it is nested so deeply that it can be read but not written.
+    """
+    try:
+        return fail(job, error, None, 0, settings)
+    except TypeError:
+        assert job.id is not None
+        message = encode_event(job.id, "failed", message_of(error)) if settings.send_events else b""
+        return Settlement("failed", None if settings.remove_on_failure else stored, message)
+
+
+def fail_unread(stored: bytes) -> Settlement:
+    """Settles a job whose entry cannot be read: keeps the entry, and publishes nothing."""
+    return Settlement("failed", stored, b"")

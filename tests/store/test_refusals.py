@@ -15,7 +15,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from beequeue import CommandError, Queue
 from beequeue.store.scripts import SCRIPTS
-from beequeue.store.store import RUN_ARGS
+from beequeue.store.store import ARGS_AN_ATTEMPT
 from beequeue.wire.link import named
 from harness.server import Server, find_server, running_server
 
@@ -30,7 +30,6 @@ UNDOING = {
     ("hand_back", "LPUSH"),
     ("finish", "ZREM"),
     ("take", "RPUSH"),
-    ("read_taken", "RPUSH"),
 }
 """What a script calls only when another command was refused."""
 UNSAID = {("finish", "SREM"), ("finish", "HEXISTS"), ("finish", "SISMEMBER")}
@@ -102,7 +101,7 @@ def calls(name: str) -> list[Sequence[Any]]:
         ("active-3", "retry later", entry("active-3"), "message", 9, size),
         ("active-4", "delete", "", "message", "", size),
     ]
-    assert {len(run) for run in runs} == {RUN_ARGS}
+    assert {len(run) for run in runs} == {ARGS_AN_ATTEMPT}
     match name:
         case "add_job":
             return [("", entry("new")), ("own", entry("own"))]
@@ -126,14 +125,12 @@ def calls(name: str) -> list[Sequence[Any]]:
             return [("active-0", "active-1")]
         case "raise_delayed_jobs":
             return [(2, 1, 1)]
-        case "read_taken":
-            return [(2, 4, 4096)]
         case "remove_job":
             return [("waiting-0",), ("active-0",)]
         case "retry_job":
             return [("failed-0",), ("succeeded-0",), ("waiting-0",)]
         case "take":
-            return [("ghost", 0), ("active-0", 2), ("", 1)]
+            return [("ghost", 0, 0, 0), ("active-0", 0, 0, 2), ("", 0, 0, 1), ("", 4, 4096, 2)]
         case _:
             return [()]
 

@@ -17,6 +17,7 @@ import beequeue.store.store
 from beequeue import CommandError, ConnectionLost, Job, LateFinish, Queue
 from beequeue.job import now_ms
 from beequeue.store.scripts import SCRIPTS
+from beequeue.store.store import Finished, Settlement
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import soon
@@ -401,9 +402,10 @@ async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, 
     elif place is not None:
         await redis.lpush(queue.to_key(place), "1")
     replies = Seen()
-    settlement = beequeue.store.store.Settlement("succeeded", entry("1").encode(), b"")
-    queue._store.settle([queue._store.finish([("1", entry("1").encode(), settlement)], take=0, on_reply=replies)])
-    assert await replies.reaches(1) == [([0],)]
+    settlement = Settlement("succeeded", entry("1").encode(), b"")
+    finish = queue._store.build_finish([("1", entry("1").encode(), settlement)], take=0, on_end=replies)
+    queue._store.send_finishes([finish])
+    assert await replies.reaches(1) == [(Finished([False], [], None),)]
     waiting, active, stalling = await look(redis, queue)
     assert waiting == (["1"] if place == "waiting" else [])
     assert active == (["1", "other"] if place in ("active", None) else ["other"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beequeue import Job, OperationTimedOut, OutcomeNotRecorded, Queue
-from beequeue.worker.exchange import AT_ONCE, MOST_LOT, MOST_UNANSWERED
+from beequeue.worker.exchange import MOST_LOT, MOST_UNANSWERED, SETTLED_AT_ONCE
 from beequeue.worker.heartbeat import REPORTED_AT_ONCE
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import Spoken
@@ -57,7 +57,7 @@ async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url:
     """the rest waits for its answers, whatever connection they go on, and all are settled"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, stall_interval=60_000)
-        crowd = Crowd(queue, count := 3 * MOST_UNANSWERED * AT_ONCE)
+        crowd = Crowd(queue, count := 3 * MOST_UNANSWERED * SETTLED_AT_ONCE)
         await crowd.gather()
         spoken = Spoken(relay)
         relay.hold("command")
@@ -69,7 +69,7 @@ async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url:
         assert [name for _, name in spoken.names] == ["finish"] * MOST_UNANSWERED
         relay.release("command")
         await crowd.ended.reaches(count, 30)
-        assert [name for _, name in spoken.names].count("finish") >= count / AT_ONCE
+        assert [name for _, name in spoken.names].count("finish") >= count / SETTLED_AT_ONCE
         assert crowd.calls == Counter(range(count))
         await queue.close()
 
@@ -99,7 +99,7 @@ async def test_a_close_tells_of_each_that_could_not_be_settled(make_queue: MakeQ
     """those that waited too"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, stall_interval=60_000)
-        crowd = Crowd(queue, count := 2 * MOST_UNANSWERED * AT_ONCE)
+        crowd = Crowd(queue, count := 2 * MOST_UNANSWERED * SETTLED_AT_ONCE)
         await crowd.gather()
         relay.hold("command")
         crowd.gate.set()

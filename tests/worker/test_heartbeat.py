@@ -353,7 +353,7 @@ async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
     heartbeat = queue._consumer._heartbeat
     looks = [ValueError("look"), None]
     beats = [ValueError("beat"), None]
-    look, sign = heartbeat.look, heartbeat.sign
+    look, sign = heartbeat.look, heartbeat._sign
 
     def next_look() -> float | None:
         if looks and (error := looks.pop(0)):
@@ -366,7 +366,7 @@ async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
             raise error
 
     monkeypatch.setattr(heartbeat, "look", next_look)
-    monkeypatch.setattr(heartbeat, "sign", next_sign)
+    monkeypatch.setattr(heartbeat, "_sign", next_sign)
     await until(lambda: not looks and not beats)
     await redis.sadd(queue.to_key("stalling"), str(job.id))
     await until(lambda: redis_is_empty(redis, queue))
@@ -431,11 +431,8 @@ def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch:
     """the whole process stood still: that is no blocked loop"""
 
     async def main() -> None:
-        async with Queue(name, url, stall_interval=60_000, get_events=False) as queue:
-            queue.process(lambda job: None)
-            await until(lambda: queue._consumer)
-            assert queue._consumer is not None
-            heartbeat = Heartbeat(queue._store, name, echo, list, 400, queue._host.report)
+        async with Queue(name, url, stall_interval=400, get_events=False) as queue:
+            heartbeat = Heartbeat(queue._store, queue._host, echo, list)
             now = time.monotonic()
             monkeypatch.setattr(time, "monotonic", lambda: now)
             heartbeat._sign_at = now - 1

@@ -11,7 +11,8 @@ import pytest
 from beequeue import Job, JobTimeout, QueueSettings
 from beequeue.job import BUILT_IN_STRATEGIES, Strategy
 from beequeue.store.store import Settlement
-from beequeue.worker.outcome import fail, fail_as_stored, message_of, retry_delay, stack_trace, succeed
+from beequeue.worker.outcome import fail, fail_for_good, fail_unread, message_of, retry_delay, stack_trace, succeed
+from tests.observe import nested
 
 
 class NoQueue:
@@ -149,13 +150,25 @@ def test_an_error_whose_text_cannot_be_had_is_named() -> None:
     assert message_of(Mute()) == "Mute"
 
 
-def test_failed_as_stored() -> None:
-    """the entry stays as it is, and the event says why"""
+def test_a_job_that_cannot_be_written_keeps_its_entry(job: Job) -> None:
+    """its event tells why it failed"""
     error = ValueError("too deep")
-    settlement = fail_as_stored("7", b"stored", error, QueueSettings())
+    job.data = nested(2_000)
+    settlement = fail_for_good(job, b"stored", error, QueueSettings())
     assert settlement == Settlement("failed", b"stored", b'{"id":"7","event":"failed","data":"too deep"}')
-    silent = fail_as_stored("7", b"stored", error, QueueSettings(remove_on_failure=True, send_events=False))
+    silent = fail_for_good(job, b"stored", error, QueueSettings(remove_on_failure=True, send_events=False))
     assert silent == Settlement("failed", None, b"")
+
+
+def test_a_job_that_fails_for_good_is_written(job: Job) -> None:
+    settlement = fail_for_good(job.retries(3), b"stored", ValueError("fail!"), QueueSettings())
+    assert settlement == Settlement("failed", job.encode(), b'{"id":"7","event":"failed","data":"fail!"}')
+    assert job.status == "failed"
+    assert job.options["retries"] == 3
+
+
+def test_an_entry_that_cannot_be_read_stays() -> None:
+    assert fail_unread(b"no job") == Settlement("failed", b"no job", b"")
 
 
 def test_removed_on_failure(job: Job) -> None:

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 import beequeue.worker.exchange
 from beequeue import ConnectionLost, Job, LateFinish, OperationTimedOut, Queue, connect
-from beequeue.worker.reused_ids import is_same_job
+from beequeue.worker.attempt import Attempt
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
 from tests.observe import soon, takes_no_more
@@ -289,9 +289,10 @@ async def test_the_slot_of_an_old_run_is_given_back(own_server: Server, make_que
 
 def test_a_job_is_known_by_when_it_was_created() -> None:
     taken = b'{"data":1,"options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
-    assert is_same_job(taken, taken)
-    assert is_same_job(taken.replace(b"created", b"retrying"), taken)
-    assert not is_same_job(taken.replace(b"7", b"8"), taken)
-    assert not is_same_job(b"no job", taken)
-    assert not is_same_job(None, taken)
-    assert is_same_job(b"no job", b"no job")
+    attempt = Attempt("1", taken)
+    assert attempt.is_stored_as(taken)
+    assert attempt.is_stored_as(taken.replace(b"created", b"retrying"))
+    assert not attempt.is_stored_as(taken.replace(b"7", b"8"))
+    assert not attempt.is_stored_as(b"no job")
+    assert not attempt.is_stored_as(None)
+    assert Attempt("1", b"no job").is_stored_as(b"no job")

@@ -158,7 +158,8 @@ class FirstRead:
     def asked(self) -> list[bytes]:
         """How many jobs each of these scripts asks for."""
         script = SCRIPTS["take"].sha.encode()
-        return [command[-1] for _, command in self.spoken.commands if command[:2] == [b"EVALSHA", script]]
+        on_commands = [command for role, command in self.spoken.commands if role == "command"]
+        return [command[-1] for command in on_commands if command[:2] == [b"EVALSHA", script]]
 
 
 async def test_a_repeated_read_takes_nothing(own_server: Server, make_queue: MakeQueue) -> None:
@@ -314,7 +315,7 @@ async def test_jobs_that_come_together_are_reported_before_the_first_one_begins(
 
     async def handler(job: Job) -> None:
         assert queue._consumer is not None
-        begun(sorted(attempt.id for attempt in queue._consumer._reported()))
+        begun(sorted(attempt.id for attempt in queue._consumer._exchange.reported()))
 
     await queue.save_all(queue.create_job(number) for number in range(5))
     queue.process(handler, 5)
@@ -327,7 +328,7 @@ async def test_a_job_that_a_settlement_brings_is_reported_before_its_listeners_h
 
     def listen(job: Job, result: Any) -> None:
         assert queue._consumer is not None
-        told(job.id, sorted(attempt.id for attempt in queue._consumer._reported()))
+        told(job.id, sorted(attempt.id for attempt in queue._consumer._exchange.reported()))
 
     queue.on("succeeded", listen)
     await queue.save_all(queue.create_job(number) for number in range(2))

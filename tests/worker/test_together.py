@@ -249,7 +249,7 @@ async def test_what_redis_refuses_for_one_run_is_its_error_alone(
 
 async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """so that Redis has turns for others between"""
-    monkeypatch.setattr(exchange_module, "AT_ONCE", 3)
+    monkeypatch.setattr(exchange_module, "SETTLED_AT_ONCE", 3)
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False)
         ended = Seen()

@@ -1,31 +1,54 @@
--- Reads a job that a blocking take has moved to active, and takes more jobs with it.
+-- Reads jobs that a blocking take has moved to active, and takes more jobs.
 --
 -- KEYS[1] jobs     hash: id -> job JSON
 -- KEYS[2] waiting  list: pushed left, taken right
 -- KEYS[3] active   list of ids being processed
--- ARGV[1]          the id that was moved, or '' when none was
--- ARGV[2]          how many more to take at most
+-- ARGV[1]          the id that was moved, or '' when the caller does not know it
+-- ARGV[2]          how many of the newest jobs in active to read at most
+-- ARGV[3]          bytes of JSON after which no further one of those is read
+-- ARGV[4]          how many more jobs to take at most
 --
--- Returns a flat list: id, JSON, id, JSON, …
+-- Returns a flat list: how many jobs were read in active; id, JSON, id, JSON, … of those; then the same of
+-- the jobs that were taken.
 --
--- Why: one round trip however many slots are free. RPOP is the first write, so that a queue at
--- maxmemory, where Redis refuses the blocking take, still drains. An id without data is dropped; the
--- one that was moved last is found at the left end of active. An id that cannot be read or moved on goes
--- back to where it came from: rights do not change within a script, so it is the first one.
+-- Why: one round trip, however many slots are free. This script usually follows a blocking take in the same
+-- write, so Redis runs it as soon as that take is answered. It cannot know which job the take moved. That job
+-- is the newest in active, or nearly so: only takes that were answered in the same turn of Redis's loop come
+-- between. The caller finds its own job by the id.
+--
+-- RPOP is the first write, so that a queue at maxmemory, where Redis refuses the blocking take, still drains.
+-- An id without data is dropped; the one in ARGV[1] is then near the left end of active. An id that cannot be
+-- read or moved goes back to waiting. Rights do not change within a script, so that is the first id it takes.
 
-local reply = {}
-local id = ARGV[1]
-if id ~= '' then
+local reply = {0}
+
+local function add(id, data)
+  reply[#reply + 1] = id
+  reply[#reply + 1] = data
+end
+
+local function read(id)
   local data = redis.call('HGET', KEYS[1], id)
   if data then
-    reply = {id, data}
-  else
-    redis.call('LREM', KEYS[3], 1, id)
+    reply[1] = reply[1] + 1
+    add(id, data)
+  end
+  return data
+end
+
+if ARGV[1] ~= '' and not read(ARGV[1]) then
+  redis.call('LREM', KEYS[3], 1, ARGV[1])
+end
+if ARGV[2] ~= '0' then
+  local bytes = 0
+  for _, id in ipairs(redis.call('LRANGE', KEYS[3], 0, tonumber(ARGV[2]) - 1)) do
+    bytes = bytes + #(read(id) or '')
+    if bytes > tonumber(ARGV[3]) then break end
   end
 end
-local wanted = tonumber(ARGV[2])
+local wanted = tonumber(ARGV[4])
 while wanted > 0 do
-  id = redis.call('RPOP', KEYS[2])
+  local id = redis.call('RPOP', KEYS[2])
   if not id then break end
   local data = redis.pcall('HGET', KEYS[1], id)
   local refused = data
@@ -35,8 +58,7 @@ while wanted > 0 do
     return {err = refused.err .. (refused == data and ' (HGET)' or ' (LPUSH)')}
   end
   if data then
-    reply[#reply + 1] = id
-    reply[#reply + 1] = data
+    add(id, data)
     wanted = wanted - 1
   end
 end
