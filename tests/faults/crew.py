@@ -154,6 +154,10 @@ class Crew:
             await self.hire()
         return len(dead)
 
+    def victims(self, number: int) -> int:
+        """How many workers have begun the job with this number and never ended it."""
+        return sum(any(held == number for _, held in worker.running()) for worker in self._all)
+
     async def ready(self) -> None:
         """Returns when all take jobs."""
 

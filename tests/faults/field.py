@@ -34,7 +34,7 @@ from tests.observe import ONLOOKER, answers, beequeue_tasks
 from tests.relay import Distort, Line, Relay
 
 STALL_INTERVAL_MS = 400
-PATIENCE_S = 30
+PATIENCE_S = 60
 """How long anything may take that has to happen."""
 PASSWORD = "old"
 OPTIONS = (

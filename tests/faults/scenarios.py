@@ -47,10 +47,14 @@ async def kill_workers(field: Field) -> None:
 
 
 async def stop_a_worker(field: Field) -> None:
-    """SIGSTOP until its jobs have been brought back, then SIGCONT: it finishes late. One job is removed meanwhile."""
+    """SIGSTOP until its jobs have been brought back, then SIGCONT: it finishes late. One job is removed meanwhile.
+
+    On a busy machine a stall check may bring a job back, and another worker may end it, before this worker stops. So a job
+    counts as brought back if a check did so since `stalled` was read, or if its end has been reported.
+    """
     worker = field.chance.choice(field.crew.alive)
     while True:
-        stalled = field.crew.look().stalled.copy()  # on a busy machine a job may be brought back before its worker stops
+        stalled = field.crew.look().stalled.copy()
         await field.until(lambda: len(worker.running()) > 1)
         await worker.stop()
         if len(held := worker.running()) > 1:
@@ -60,7 +64,12 @@ async def stop_a_worker(field: Field) -> None:
     removed_id, removed = held.pop()
     await field.producer.remove_job(removed_id)
     field.ledger.removed.add(removed)
-    await field.until(lambda: all(field.crew.look().stalled[job_id] > stalled[job_id] for job_id, _ in held))
+
+    def are_back() -> bool:
+        now = field.crew.look().stalled
+        return all(now[job_id] > stalled[job_id] or number in field.ledger.told for job_id, number in held)
+
+    await field.until(are_back)
     worker.go_on()
     await field.until(lambda: not set(worker.running()) & {*held, (removed_id, removed)})
     await field.until(lambda: field.crew.look().errors["LateFinish"] > late)
@@ -72,13 +81,14 @@ async def killer_job(field: Field) -> None:
     await field.save_all([(number, job, ended)])
     deaths = 0
 
-    async def has_ended() -> bool:
+    async def is_over() -> bool:
         nonlocal deaths
         deaths += await field.crew.replace_the_dead()
-        return ended.done()
+        # The job's end may be noticed before the last death.
+        return ended.done() and deaths == field.crew.victims(number)
 
-    await field.until(has_ended)
-    assert deaths == field.crew.look().started[number] == MAX_STALLS + 1
+    await field.until(is_over)
+    assert field.crew.look().started[number] == MAX_STALLS + 1
     assert field.crew.notes.stalled[str(job.id)] >= MAX_STALLS
     await field.crew.ready()
 
@@ -157,6 +167,7 @@ async def flush_scripts(field: Field) -> None:
 async def flush_scripts_in_save_all(field: Field) -> None:
     """SCRIPT FLUSH while one call saves many jobs: all are saved."""
     refused = await refusals(field.redis, "NOSCRIPT")
+    await field.redis.script_flush()  # The flushes below may all come after the last script call.
     jobs = [field.new_job(ms=0) for _ in range(2_500)]
     saving = asyncio.create_task(field.save_all(jobs))
     while not saving.done():
@@ -256,8 +267,8 @@ async def relay_halves(field: Field) -> None:
 
 async def relay_goes_silent(field: Field) -> None:
     """Every connection is half-open: nothing comes through, and neither side is told. Redis still serves the takes of it."""
-    lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
     await field.until(field.all_are_connected)
+    lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
     for line in (lines := field.lines()):
         line.dead = True
     await field.until(lambda: field.crew.look().errors["ConnectionLost"] >= lost + 2 * len(field.crew.alive))
