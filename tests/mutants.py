@@ -46,8 +46,9 @@ MODULES = {
     " test_sync::test_a_save_with_a_time_out_while_redis_is_silent wire/test_connection test_queue"
     " wire/test_alive::test_a_refused_save_that_is_cancelled_is_not_made"
     " wire/test_alive::test_a_bulk_save_that_is_cancelled_is_not_made",
-    "producer.guard": "producer/test_tracker wire/test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
-    " wire/test_sizes::test_messages_that_cannot_be_read_are_counted wire/test_hostile",
+    "producer.guard": "producer/test_guard producer/test_tracker"
+    " wire/test_sizes::test_a_job_whose_result_is_too_large_is_looked_up"
+    " wire/test_sizes::test_messages_that_cannot_be_read_are_counted",
     "producer.tracker": "producer/test_tracker producer/test_orders producer/test_job_events producer/test_race"
     " producer/test_kept wire/test_hostile producer/test_lookup wire/test_connection"
     " wire/test_sizes::test_a_job_whose_result_is_too_large_is_looked_up",

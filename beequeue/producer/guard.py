@@ -66,7 +66,6 @@ class Complaints:
         """Reports an error, or counts it when this period has had its `REPORTS_A_PERIOD`."""
         if self._period is None:
             self._period = asyncio.get_running_loop().call_later(PERIOD_S, self._end_period)
-            self._reported = 0
         if self._reported < REPORTS_A_PERIOD:
             self._reported += 1
             self._report(error)
@@ -75,6 +74,7 @@ class Complaints:
 
     def _end_period(self) -> None:
         self._period = None
+        self._reported = 0
         if self._counted:
             counted, self._counted = self._counted, 0
             within = f"within {PERIOD_S:g} s could not be read, and are not reported one by one"

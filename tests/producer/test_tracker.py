@@ -1,4 +1,4 @@
-"""The jobs that wait for their own events: bindings, look-ups, the guard's counts. No Redis: each test gives the answers."""
+"""The jobs that wait for their own events: bindings and look-ups. No Redis: each test gives the answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 
 from beequeue import Job, QueueSettings, UnreadableData
 from beequeue.events import encode_event
-from beequeue.producer import guard
-from beequeue.producer.guard import LARGE_BYTES, Complaints
+from beequeue.producer.guard import LARGE_BYTES
 from beequeue.producer.tracker import SWEEP_PAUSE_S, Tracker
 from beequeue.store.store import Found
 
@@ -146,18 +145,6 @@ async def test_a_job_is_unbound_and_no_other() -> None:
 # --- look-ups ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("beyond", "reported"), [(0, 0), (1, 1)])
-async def test_the_largest_message_that_is_read(beyond: int, reported: int) -> None:
-    message = encode_event("1", "progress", "x" * LARGE_BYTES)
-    host = Host(ordered_events=False, max_event_bytes=len(message) - beyond)
-    subject = make_tracker(host)
-    bound(subject, "1")
-    subject.read(message)
-    assert len(host.errors) == reported
-    assert len(subject._read) == 1 - reported
-    await subject.stop_looking()
-
-
 @pytest.mark.parametrize(
     ("job_id", "event", "looked_up"), [("1", "succeeded", ["1"]), ("1", "progress", []), ("2", "succeeded", [])]
 )
@@ -201,36 +188,3 @@ async def test_a_half_is_not_most() -> None:
     subject = make_tracker(None, "1", ordered_events=False)
     bound(subject, "1", "2")
     assert await subject._let_go(["1", "2"]) >= SWEEP_PAUSE_S
-
-
-# --- complaints ----------------------------------------------------------------------------------------------------------
-
-
-async def test_complaints_are_counted_anew_in_each_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "REPORTS_A_PERIOD", 2)
-    errors: list[Exception] = []
-    complaints = Complaints(errors.append)
-
-    def end_period() -> None:
-        assert complaints._period is not None
-        complaints._period.cancel()
-        complaints._end_period()
-
-    def complain(times: int) -> list[str]:
-        errors.clear()
-        for number in range(times):
-            complaints.add(ValueError(str(number)))
-        return [str(error) for error in errors]
-
-    assert complain(5) == ["0", "1"]
-    errors.clear()
-    end_period()
-    assert [str(error).split(" more")[0] for error in errors] == ["3"]
-    assert complain(4) == ["0"]  # the count was the first report of this period
-    errors.clear()
-    end_period()
-    assert [str(error).split(" more")[0] for error in errors] == ["3"]
-    end_period()
-    assert complaints._period is None
-    assert complain(1) == ["0"]
-    complaints.close()
