@@ -367,7 +367,9 @@ def test_a_save_with_a_time_out_while_redis_is_down(own_server: Server, make_syn
     queue = make_sync(redis=own_server.url, reconnect=lambda attempt: 10)
     first, second = queue.create_job("first"), queue.create_job("second")
     for _ in range(2):
-        with pytest.raises(ConnectionLost, match="^Redis was not there within the time-out; the job was not saved$") as lost:
+        with pytest.raises(
+            ConnectionLost, match="^Redis could not be reached within the time-out; the job was not saved$"
+        ) as lost:
             queue.save(first, timeout=50)
         assert not lost.value.maybe_applied
     own_server.start()

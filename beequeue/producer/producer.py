@@ -174,7 +174,7 @@ class Producer:
     async def is_in_set(self, job: Job, kind: str) -> bool:
         """`Job.is_in_set`: looks for the id in one key."""
         if job.id is None:
-            raise BeeQueueError("a job without an id is in no set: save it first")
+            raise BeeQueueError("a job without an id cannot be in a set: save it first")
         if kind not in HOLDING_IDS:
             raise ValueError(f"is_in_set takes one of {', '.join(HOLDING_IDS)}, not {kind!r}")
         await self._host.opened()
@@ -186,7 +186,7 @@ class Producer:
         if value is None:
             raise ValueError("Progress cannot be empty")
         if job.id is None:
-            raise BeeQueueError("progress of a job that has not been saved")
+            raise BeeQueueError("a job without an id cannot report progress: save it first")
         message = encode_event(job.id, "progress", value)
         await self._host.opened()
         job.progress = value

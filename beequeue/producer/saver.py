@@ -188,7 +188,7 @@ def timed_out(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
     """The error of a call past its time-out: the job was not, or may have been, `done`."""
     if maybe_applied:
         return ConnectionLost(f"Redis did not answer within the time-out; the job may have been {done}", maybe_applied=True)
-    return ConnectionLost(f"Redis was not there within the time-out; the job was not {done}", maybe_applied=False)
+    return ConnectionLost(f"Redis could not be reached within the time-out; the job was not {done}", maybe_applied=False)
 
 
 def _is_being_saved(job: Job) -> BeeQueueError:

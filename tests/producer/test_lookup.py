@@ -703,8 +703,8 @@ async def test_without_an_id(make_queue: MakeQueue, redis: Any) -> None:
     calls: list[tuple[Callable[[], Awaitable[Any]], str]] = [
         (job.remove, "a job without an id cannot be removed: save it first"),
         (job.retry, "a job without an id cannot be retried: save it first"),
-        (lambda: job.is_in_set("waiting"), "a job without an id is in no set: save it first"),
-        (lambda: job.report_progress(1), "progress of a job that has not been saved"),
+        (lambda: job.is_in_set("waiting"), "a job without an id cannot be in a set: save it first"),
+        (lambda: job.report_progress(1), "a job without an id cannot report progress: save it first"),
         (job.result, "result() is for a job that this queue has saved or fetched"),
     ]
     async with Heard(redis, queue) as heard:
