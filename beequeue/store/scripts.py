@@ -1,4 +1,4 @@
-"""The Lua scripts: read from `lua/`, known to Redis by their SHA-1. Each file's header names its keys; calls pass those."""
+"""The Lua scripts: files in `lua/`, which Redis knows by their SHA-1. A file's header names the keys that a call passes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from beequeue.wire.link import Link
 
 
 class Script(NamedTuple):
-    """A Lua script; `sha` is how Redis knows it. `keys` are those of its header, below the queue's prefix, in order."""
+    """A Lua script."""
 
     text: str
     sha: str
+    """The SHA-1 by which Redis knows it."""
     keys: tuple[str, ...]
+    """The keys that its header names, below the queue's prefix, in order."""
 
     def head(self, key: Callable[[str], str]) -> tuple[bytes, ...]:
-        """A call of it (EVALSHA) up to its arguments, encoded once; `key` gives a key's full name."""
+        """Returns a call of the script (EVALSHA) up to its arguments, encoded; `key` returns a key's full name."""
         return (b"EVALSHA", self.sha.encode(), str(len(self.keys)).encode(), *(key(name).encode() for name in self.keys))
 
 
@@ -31,14 +33,14 @@ def _read(path: Path) -> Script:
 
 
 def scripts_beside(file: str) -> dict[str, Script]:
-    """The scripts in the folder `lua` beside a source file, by name."""
+    """Reads the scripts in the folder `lua` beside a source file; returns them by name."""
     return {path.stem: _read(path) for path in sorted((Path(file).parent / "lua").glob("*.lua"))}
 
 
 SCRIPTS = scripts_beside(__file__)
-"""What producers, workers and the two clocks run."""
+"""The scripts of producers, workers and the two clocks."""
 
 
 async def load_scripts(link: Link) -> None:
-    """Makes the server know every script (`SCRIPT LOAD`), in one round trip."""
+    """Loads every script into the server (`SCRIPT LOAD`), in one round trip."""
     await asyncio.gather(*(link.call(b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values()))

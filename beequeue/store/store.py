@@ -1,6 +1,7 @@
-"""Everything said to Redis: the keys, the scripts, and one method for each transition.
+"""Everything that a queue says to Redis: its keys, its scripts, and one method for each transition.
 
-The data model, all keys and channels below `<prefix>:<name>:`
+Replies come back decoded. A method sends what it builds, unless its name begins with `build_`. The data model, with all keys
+and channels below `<prefix>:<name>:`
 
     key             type        holds                                     written by
     id              string      the last automatic id                     add
@@ -14,9 +15,9 @@ The data model, all keys and channels below `<prefix>:<name>:`
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
     stallBlock      string      "1", expires: one stall check an interval; stall check
-                                or, meanwhile, whose and where it goes on
+                                during one: whose it is, and where it goes on
     stalls          hash        id -> "count sha1": how often a job has   stall check, with max_stalls; expires
-                                stalled as the job JSON with that SHA-1
+                                stalled while its JSON had that SHA-1
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
     earlierDelayed  channel     epoch ms: look again at this time         add, finish
 
@@ -30,14 +31,15 @@ The life of a job; each arrow is one atomic step
 
 Remove takes a job out of every place.
 
-A script that Redis refuses in the middle, for want of a right or of memory, leaves each job in one place, with its entry.
+Redis may refuse a command in the middle of a script, for want of a right or of memory. Each job is then still in one place,
+with its entry.
 
-What grows with the queue: `active` and `waiting` are lists, so to take one id out costs a walk. Finish walks from where takes
-push to the job's first copy; remove and hand back walk through all of `active`, remove through `waiting` too. The stall check
-and raise go in slices that each do a bounded piece.
+Some costs grow with the queue: `active` and `waiting` are lists, so removing an id from one costs a walk. Finish walks from the
+end where takes push to the first copy of the id. Remove and hand back walk through all of `active`, and remove through
+`waiting` too. The stall check and raise work in slices of bounded size.
 
-Commands that name one job go on the connection that also carries events, when the queue is ordered: in call order, and
-each before what it causes. What may be large or belongs to a worker goes on the command connection; takes on their own.
+On an ordered queue, commands that name one job use the event connection: they keep the order of the calls, and each precedes
+the events that it causes. Commands that may be large, or belong to a worker, use the command connection. Takes have their own.
 """
 
 from __future__ import annotations
@@ -60,17 +62,16 @@ from beequeue.wire.driver import BlockingConnection
 from beequeue.wire.link import Command, Link, Packed, complete
 
 TAKE_WAIT_S = 5
-"""How long Redis holds a take open: finite, so that a half-open socket is noticed."""
+"""How long Redis holds a take open. It is finite, so that a half-open socket is noticed."""
 
 STALLS_KEPT_MS = 7 * 24 * 3_600_000
-"""How long the counts of stalls outlast the last one: a job may wait long between two of its own."""
+"""How long the counts of stalls outlast the last stall: a job may wait long between two stalls."""
 
-Reply = Callable[[Any], None]
 OnId = Callable[[str | BeeQueueError | None], None]
 
 
 class Settlement(NamedTuple):
-    """How a finished run leaves its job: what `finish` writes."""
+    """What `finish` writes at the end of an attempt."""
 
     status: str
     """`succeeded`, `failed` or `retrying`."""
@@ -79,11 +80,11 @@ class Settlement(NamedTuple):
     message: bytes
     """The message for the events channel; empty: none."""
     retry_at: int | None = None
-    """With `retrying`: the activation time in epoch ms, or None for at once."""
+    """With `retrying`: the activation time, epoch ms; None: at once."""
 
 
 class Taken(NamedTuple):
-    """A job that has been moved to `active` for this worker."""
+    """A job that was moved to `active` for this worker."""
 
     id: str
     entry: bytes
@@ -98,7 +99,7 @@ class Stored(NamedTuple):
 
 
 class Retried(NamedTuple):
-    """What `retry` has done."""
+    """The result of `retry`."""
 
     was_failed: int
     """1 if the job was in `failed`, else 0."""
@@ -107,14 +108,14 @@ class Retried(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What `look_up` tells of one id."""
+    """The answer of `look_up` about one id."""
 
     state: str
     """`open`, `succeeded`, `failed` or `gone`."""
     timestamp: str
-    """The entry's own, to tell a job from another one with its id."""
+    """When the job was created, as a stamp; see `is_same_job`. Empty when the entry does not tell."""
     trace: str
-    """The newest stack trace."""
+    """The newest stack trace; empty when there is none."""
 
 
 class Health(NamedTuple):
@@ -144,48 +145,48 @@ PAGES_RAISED_AT_ONCE = 2
 """How many pages of 1000 delayed jobs one call raises."""
 
 NEWEST, NEWEST_BYTES = 4, 4096
-"""How many jobs, and of what size, the read behind a blocking take reads to find the job that was taken; see `take.lua`."""
+"""How many jobs, and how many bytes, a blocking take reads to find the job that was taken; see `take.lua`."""
 ARGS_AN_ATTEMPT = 6
 """How many arguments `finish` has for each attempt."""
 
 
 class Finished(NamedTuple):
-    """What `finish` has done."""
+    """The result of a `finish`."""
 
     answers: list[bool | CommandError]
-    """For each attempt, in order: whether it settled its job, or what Redis refused. False: it came too late."""
+    """For each attempt, in order: True: it settled its job; False: it came too late; or the error of Redis."""
     taken: list[Taken]
     refusal: CommandError | None
-    """Why it has not taken all the jobs that it could; None: Redis refused nothing."""
+    """Redis's error, when it refused to take as many jobs as were asked for."""
 
 
 class BlockingTake:
-    """One blocking take, and the read that follows it in the same write; `on_end` gets it when both are answered."""
+    """A blocking take, and the read that follows it in the same write. `on_end` gets it when both are answered."""
 
     __slots__ = ("_on_end", "commands", "moved", "read_error", "take_error", "taken")
 
     def __init__(self, read: Packed, take: Packed, on_end: Callable[[BlockingTake], None]) -> None:
         self._on_end = on_end
-        self.commands = (
+        self.commands: tuple[Command, ...] = (
             Command(take, self._moved_one, repeat=take),
             Command(read, self._was_read, repeat=read, script=SCRIPTS["take"].text),
         )
         self.moved: str | None = None
-        """The job that Redis has moved to `active` while its data is on its way; at the end: it was not among what was read."""
+        """The job that Redis has moved to `active`, until its data is here. Still set at the end: the read did not find it."""
         self.taken: list[Taken] = []
-        """The job that was moved, and those that the read has taken besides."""
+        """At the end: the job that was moved, and the jobs that the read has taken besides."""
         self.take_error: BeeQueueError | None = None
         self.read_error: BeeQueueError | None = None
 
     def _moved_one(self, reply: Any) -> None:
-        """The reply to the take: an id, None after `TAKE_WAIT_S`, or an error."""
+        """Handles the reply to the take: an id, None after `TAKE_WAIT_S`, or an error."""
         if isinstance(reply, BeeQueueError):
             self.take_error = reply
         elif reply is not None:
             self.moved = _text(reply)
 
     def _was_read(self, reply: Any) -> None:
-        """The reply to the read: the newest jobs in `active`, of which at most one is ours, and those that it has taken."""
+        """Handles the reply to the read: the newest jobs in `active`, of which one may be ours, and the jobs that it took."""
         if isinstance(reply, BeeQueueError):
             self.read_error = reply
         else:
@@ -199,16 +200,16 @@ class BlockingTake:
                         self.taken.insert(0, Taken(self.moved, reply[index + 1]))
                         self.moved = None
                         break
+        self.commands = ()  # which refer to this: a circle would be left to the garbage collector
         self._on_end(self)
 
 
-def _taken_in(reply: Sequence[Any], start: int, end: int) -> list[Taken]:
-    """The jobs in a flat list: id, JSON, id, JSON, …"""
-    return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, end, 2)]
-
-
 class Store:
-    """One queue's data in Redis. Every method names its key or message."""
+    """One queue's data in Redis. Each docstring names the keys or the channel that its method touches.
+
+    A callback gets a decoded reply, or the error that came instead: `CommandError`, `ConnectionLost`, `QueueClosed`. The
+    `async` methods raise these.
+    """
 
     def __init__(self, key_prefix: str, commands: Connection, takes: Connection | None, jobs: Connection) -> None:
         self._commands = commands
@@ -225,29 +226,29 @@ class Store:
         self._reads: dict[int, Packed] = {}
 
     def withdraw(self, *commands: Command) -> bool:
-        """Takes back commands that wait, since Redis is down; False when one of them has been sent, or answered."""
+        """Takes back commands that wait because Redis is down; False when one of them was sent or answered."""
         connections = {self._jobs, self._commands, self._takes}
         return all(any(each is not None and each.withdraw(command) for each in connections) for command in commands)
 
     def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Coroutine[Any, Any, Answer]:
-        """Waits for what the reply to a command that names one job completes; cancelled in time, that is not issued."""
+        """Waits until the reply to a command that names one job completes `answered`; if cancelled, withdraws the command."""
         return self._jobs.wait(command, answered)
 
     def _send(self, command: Command) -> Command:
-        """Issues what names one job, and returns it, for `withdraw` and `wait`."""
+        """Sends a command that names one job; returns it, for `withdraw` and `wait`."""
         self._jobs.send(command)
         return command
 
     def key(self, suffix: str) -> str:
-        """The full name of a key or channel."""
+        """Returns the full name of a key or channel."""
         return self._prefix + suffix
 
     # --- producers ---------------------------------------------------------------------------------------------------
 
     def add(self, job_id: str, entry: bytes, delay: float | None, on_id: OnId) -> Command:
-        """Stores a job and makes it available, now or (in `delayed`) at `delay`; `on_id` gets its id, or None: that is in use.
+        """Stores a job and makes it available: now, in `waiting`, or at `delay` (epoch ms), in `delayed`.
 
-        An empty `job_id` asks for the next automatic one.
+        An empty `job_id` asks for the next automatic id. `on_id` gets the id, or None when it is in use.
         """
 
         def on_reply(reply: Any) -> None:
@@ -262,7 +263,7 @@ class Store:
     def add_all(
         self, jobs: Iterable[tuple[str, bytes]], on_ids: Callable[[list[str | BeeQueueError | None] | BeeQueueError], None]
     ) -> Command:
-        """`add` for jobs that are available now, by one script; `on_ids` gets one answer for each, or one error for all."""
+        """Does as `add` for jobs that are available now, in one call; `on_ids` gets one answer for each job, or one error."""
 
         def on_reply(reply: Any) -> None:
             on_ids(reply if isinstance(reply, BeeQueueError) else [_id_or_error(each) for each in reply])
@@ -278,7 +279,7 @@ class Store:
         return reached
 
     async def look_up(self, job_ids: Sequence[str], link: Link | None = None) -> list[Found]:
-        """Reads what has become of jobs (`jobs`, `succeeded`, `failed`); on `link`, if that is still being set up."""
+        """Reads how jobs stand (`jobs`, `succeeded`, `failed`). `link` is for a connection that is still being set up."""
         ids = map(_bytes, job_ids)
         text = SCRIPTS["look_up"].text
         if link is None:
@@ -289,7 +290,7 @@ class Store:
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
 
     async def ended(self, jobs: Sequence[tuple[str, str]]) -> set[str]:
-        """Of ids and timestamps, the ids whose job has ended or is another one (`jobs`, `succeeded`, `failed`)."""
+        """Returns, of ids and stamps, the ids whose job has ended or is another job (`jobs`, `succeeded`, `failed`)."""
         args = [*self._heads["ended"]]
         for job_id, timestamp in jobs:
             args += (_bytes(job_id), timestamp.encode())
@@ -299,7 +300,7 @@ class Store:
     # --- one job, by its id ------------------------------------------------------------------------------------------
 
     def get(self, job_id: str, on_stored: Callable[[Stored | BeeQueueError | None], None]) -> Command:
-        """Reads a job; `on_stored` gets None when it has no entry in `jobs`."""
+        """Reads a job (`jobs`, `succeeded`, `failed`); `on_stored` gets None when it has no entry."""
 
         def on_reply(reply: Any) -> None:
             is_decoded = reply is None or isinstance(reply, BeeQueueError)
@@ -308,13 +309,13 @@ class Store:
         args = (*self._heads["get_job"], _bytes(job_id))
         return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
 
-    def remove(self, job_id: str, on_reply: Reply) -> Command:
+    def remove(self, job_id: str, on_removed: Callable[[BeeQueueError | None], None]) -> Command:
         """Takes a job out of every key."""
         args = (*self._heads["remove_job"], _bytes(job_id))
-        return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["remove_job"].text))
+        return self._send(Command(args, on_removed, repeat=args, script=SCRIPTS["remove_job"].text))
 
     def retry(self, job_id: str, on_retried: Callable[[Retried | BeeQueueError | None], None]) -> Command:
-        """Moves a job from `failed` or `succeeded` to `waiting`; `on_retried` gets None when it has no entry in `jobs`."""
+        """Moves a job from `failed` or `succeeded` to `waiting`; `on_retried` gets None when `jobs` has no entry."""
 
         def on_reply(reply: Any) -> None:
             on_retried(reply if reply is None or isinstance(reply, BeeQueueError) else Retried(*reply))
@@ -322,7 +323,7 @@ class Store:
         return self._send(Command((*self._heads["retry_job"], _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
 
     async def is_in(self, kind: str, job_id: str) -> bool:
-        """Whether `kind`, one of the keys that hold ids, holds this one."""
+        """Returns whether `kind`, a key that holds ids, holds this id."""
         command = {"waiting": b"LPOS", "active": b"LPOS", "delayed": b"ZSCORE"}.get(kind, b"SISMEMBER")
         reply = await self._jobs.call(command, self.key(kind), _bytes(job_id), repeatable=True)
         return reply is not None if command != b"SISMEMBER" else reply == 1
@@ -330,19 +331,19 @@ class Store:
     # --- all jobs ----------------------------------------------------------------------------------------------------
 
     async def ids_from(self, kind: str, start: int, end: int) -> list[str]:
-        """Ids of `waiting`, `active` (list order) or `delayed` (by time), from index `start` to `end`, both included."""
+        """Returns ids of `waiting`, `active` (list order) or `delayed` (by time), from index `start` to `end`, inclusive."""
         command = b"ZRANGE" if kind == "delayed" else b"LRANGE"
         reply = await self._commands.call(command, self.key(kind), start, end, repeatable=True)
         return [_text(job_id) for job_id in reply]
 
     async def scan(self, kind: str, cursor: bytes, count: int) -> tuple[bytes, list[str]]:
-        """A page of ids of `succeeded` or `failed`, about `count` of them, and the next cursor (`0`: that was the last)."""
+        """Returns the next cursor (`0`: no more pages) and about `count` ids of `succeeded` or `failed`."""
         args = (b"SSCAN", self.key(kind), cursor, b"COUNT", count)
         cursor, page = await self._commands.call(*args, repeatable=True)
         return cursor, [_text(job_id) for job_id in page]
 
     async def entries(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        """The entries of `jobs`; None for an id that has none."""
+        """Returns the entries in `jobs`; None for an id that has none."""
         if not job_ids:
             return []
         entries: list[bytes | None]
@@ -350,13 +351,13 @@ class Store:
         return entries
 
     async def entries_on(self, link: Link, job_ids: Sequence[str]) -> list[bytes | None]:
-        """The same, on a link that is still being set up; with no right that a worker does not need anyway."""
+        """Does as `entries`, on a link that is still being set up. HGET is a right that a worker has anyway."""
         asking = [link.call(b"HGET", self._jobs_key, _bytes(job_id)) for job_id in job_ids]
         entries: list[bytes | None] = await asyncio.gather(*asking)
         return entries
 
     async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
-        """Deletes those of `job_ids` that are in `kind` and were created until then (epoch ms); how many."""
+        """Deletes `at_most` of `job_ids`, if they are in `kind` and created by `created_until` (epoch ms); returns how many."""
         evalsha, sha, count, _, jobs = self._heads["clean"]
         args = (evalsha, sha, count, self.key(kind), jobs, created_until, at_most, *map(_bytes, job_ids))
         deleted: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["clean"].text)
@@ -391,22 +392,26 @@ class Store:
         return take
 
     def withdraw_take(self, take: BlockingTake) -> bool:
-        """Takes back a blocking take, since Redis is down; False when Redis may still answer it.
+        """Takes back a blocking take that waits because Redis is down; False when Redis may still answer it.
 
-        A take that was answered before the connection was lost leaves its job to the stall check.
+        If only the read waits, Redis has answered the take already, and its job is left to the stall check.
         """
-        is_withdrawn = self.withdraw(take.commands[1])
+        blocking, read = take.commands
+        is_withdrawn = self.withdraw(read)
         if is_withdrawn:
-            self.withdraw(take.commands[0])
+            self.withdraw(blocking)
         return is_withdrawn
 
-    def unblock(self, client_id: int | None, on_reply: Reply) -> None:
-        """Ends a blocking take early (`CLIENT UNBLOCK`), or, without a client id, only asks whether Redis answers (`PING`)."""
+    def unblock(self, client_id: int | None, on_reply: Callable[[object], None]) -> None:
+        """Ends a blocking take early (`CLIENT UNBLOCK`); without a client id, only asks whether Redis answers (`PING`).
+
+        `on_reply` gets the reply, which tells nothing else, or an error.
+        """
         args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
         self._commands.send(Command(args, on_reply))
 
     def take(self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None]) -> None:
-        """Reads a job that was moved to `active` (empty: none was), and takes at most `more` besides."""
+        """Reads a job that was moved to `active` (an empty id: none was), and takes at most `more` jobs besides."""
 
         def on_reply(reply: Any) -> None:
             on_taken(reply if isinstance(reply, BeeQueueError) else _taken_in(reply, 1, len(reply)))
@@ -423,11 +428,11 @@ class Store:
         on_end: Callable[[Finished | BeeQueueError], None],
         is_repeat: bool = False,
     ) -> Command:
-        """A command, not yet sent, that settles jobs, publishes their events, and takes at most `take` others.
+        """Builds the command that settles attempts, publishes their events, and takes at most `take` jobs; sends nothing.
 
-        An attempt is the id of its job, the entry that was taken, and its settlement. `is_repeat` says that the same
-        settlements may have been sent before: the command then takes nothing, and settles a job only while its entry in
-        `jobs` is the very one that was taken. So does the command when it is sent again after a lost connection.
+        An attempt is the id of its job, the entry that was taken, and its settlement. With `is_repeat`, the same settlements
+        may have been sent before: the command takes nothing, and settles a job only while `jobs` has the very entry that was
+        taken. A command that is repeated after a lost connection does the same.
         """
         args = [*self._heads["finish"], take]
         entries = []
@@ -440,14 +445,14 @@ class Store:
             entries.append(entry)
         repeat = functools.partial(self._repeat_of_finish, args, entries)
         on_reply = functools.partial(_finished, len(entries), on_end)
-        # a take may be open on its link, where the command would wait: `resend` goes where nothing blocks
+        # an open take may block the link of this command, so `resend` uses the command connection
         command = Command(tuple(args), on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send)
         if is_repeat:
             command.args, command.repeated = repeat(), True
         return command
 
     def _repeat_of_finish(self, args: Sequence[Any], entries: Sequence[bytes]) -> tuple[Any, ...]:
-        """The arguments of a `finish` that is sent again: it takes nothing, and knows each attempt by its entry's SHA-1."""
+        """Returns the arguments of a repeated `finish`: it takes nothing, and knows each attempt by the SHA-1 of its entry."""
         at = len(self._heads["finish"])
         repeat = [*args]
         repeat[at] = 0
@@ -456,15 +461,15 @@ class Store:
         return tuple(repeat)
 
     def send_finishes(self, finishes: Sequence[Command]) -> None:
-        """Sends what `build_finish` has made, in one write."""
+        """Sends commands of `build_finish`, in one write."""
         self._commands.send_all(finishes)
 
     def flush(self) -> None:
-        """Writes what was sent, without waiting for the loop's next turn."""
+        """Writes all commands that were sent, without waiting for the loop's next turn."""
         self._commands.flush()
 
     def heartbeat(self, job_ids: Iterable[str]) -> asyncio.Future[Any]:
-        """Reports running jobs: takes their ids out of `stalling`. When this returns, the command is written."""
+        """Reports running jobs: removes their ids from `stalling`. The command is written when this returns."""
         answered = asyncio.get_running_loop().create_future()
         args = (b"SREM", self._stalling, *map(_bytes, job_ids))
         self._commands.send(Command(args, functools.partial(complete, answered), repeat=args))
@@ -472,15 +477,18 @@ class Store:
         return answered
 
     def blocking_connection(self, timeout_s: float) -> BlockingConnection:
-        """For a thread, beside the connections of the event loop; not open yet."""
+        """Returns a connection for a thread, beside those of the event loop; not open yet."""
         return BlockingConnection(self._commands.address, timeout_s)
 
     def heartbeat_blocking(self, connection: BlockingConnection, job_ids: Iterable[str]) -> None:
-        """As `heartbeat`, in a thread."""
+        """Does as `heartbeat`, in a thread."""
         connection.call(b"SREM", self._stalling, *map(_bytes, job_ids))
 
     async def hand_back(self, job_ids: Sequence[str]) -> int:
-        """Returns jobs from `active` to where `waiting` is taken, the one taken last first; how many it were."""
+        """Moves jobs from `active` back to the end of `waiting` where jobs are taken; returns how many.
+
+        `job_ids` begins with the job that was taken last.
+        """
         args = (*self._heads["hand_back"], *map(_bytes, job_ids))
         handed: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["hand_back"].text)
         return handed
@@ -490,9 +498,10 @@ class Store:
     async def check_stalled(
         self, stall_interval_ms: int, max_stalls: int | None
     ) -> AsyncIterator[tuple[list[str], list[Taken]]]:
-        """Moves the jobs of silent workers from `active` to `waiting`, slice by slice; tells their ids.
+        """Moves the jobs of silent workers from `active` to `waiting`, slice by slice.
 
-        And those that have stalled more than `max_stalls` times: they stay in `active`, and are for `settle_stalled`.
+        Yields the ids that it moved, and the jobs that have stalled more than `max_stalls` times. Those stay in `active`, for
+        `settle_stalled`.
         """
         limit = b"" if max_stalls is None else max_stalls
         args = (*self._heads["check_stalled_jobs"], stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
@@ -503,7 +512,7 @@ class Store:
             is_over = not step
 
     async def settle_stalled(self, taken: Taken, settlement: Settlement) -> bool:
-        """Settles the attempt of a worker that is gone; False when anybody has settled, removed or handed it on meanwhile."""
+        """Settles the attempt of a worker that is gone; False when the job was settled, removed or handed on meanwhile."""
         ended: asyncio.Future[Finished] = asyncio.get_running_loop().create_future()
         on_end = functools.partial(complete, ended)
         # the id may be another attempt's by now, or a new job's
@@ -516,24 +525,29 @@ class Store:
         return answer
 
     async def raise_delayed(self, now_ms: int, debounce_ms: int) -> tuple[int, float]:
-        """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (-1: nothing left).
+        """Moves due jobs from `delayed` to `waiting`; returns how many, and when to look again (epoch ms; -1: nothing is left).
 
-        That is `now_ms` when more are due than one call moves.
+        Returns `now_ms` as the time when more jobs are due than one call moves.
         """
         args = (*self._heads["raise_delayed_jobs"], now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
         return raised, float(look_again)
 
 
+def _taken_in(reply: Sequence[Any], start: int, end: int) -> list[Taken]:
+    """Decodes the jobs in a flat list: id, JSON, id, JSON, …"""
+    return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, end, 2)]
+
+
 def _id_or_error(reply: Any) -> str | CommandError | None:
-    """One of the replies to `add_jobs`."""
+    """Decodes the reply of `add_jobs` for one job."""
     if isinstance(reply, ReplyError):
         return CommandError(str(reply))
     return None if reply is None else _text(reply)
 
 
 def _finished(attempts: int, on_end: Callable[[Finished | BeeQueueError], None], reply: Any) -> None:
-    """Decodes the reply to a `finish` of so many attempts: an answer for each; ids and JSON of jobs; perhaps a refusal."""
+    """Decodes the reply to a `finish`: an answer for each attempt; id and JSON of each job that was taken; perhaps an error."""
     if isinstance(reply, BeeQueueError):
         on_end(reply)
         return

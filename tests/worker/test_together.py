@@ -297,4 +297,4 @@ async def test_jobs_leave_nothing_to_the_garbage_collector(make_queue: MakeQueue
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert not {"Job", "Attempt", "Event", "Settlement"} & left.keys()
+    assert not {"Job", "Attempt", "BlockingTake", "Event", "Settlement", "Taken"} & left.keys()

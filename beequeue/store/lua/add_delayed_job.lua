@@ -10,8 +10,8 @@
 --
 -- Returns the id, or nil when the job's own id is in use (nothing is written then).
 --
--- Why: whoever raises delayed jobs sleeps until the earliest one that it knows; a job that becomes
--- the earliest must wake it. What is refused leaves nothing behind.
+-- Why: the process that raises delayed jobs sleeps until the earliest job that it knows, so a job that becomes
+-- the earliest must wake it. If Redis refuses a command, the script undoes the others.
 
 local id = ARGV[1]
 if id == '' then

@@ -8,8 +8,9 @@
 --
 -- Returns the id, or nil when the job's own id is in use (nothing is written then).
 --
--- Why: storing and making available must be one step, or a worker could take an id that has no data.
--- An automatic id that somebody uses as their own is passed over. What is refused leaves nothing behind.
+-- Why: storing and making available are one step, or a worker could take an id that has no data. An
+-- automatic id is skipped when a job has it already, as its own. If Redis refuses a command, the script
+-- undoes the others.
 
 local id = ARGV[1]
 if id == '' then

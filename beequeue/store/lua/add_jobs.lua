@@ -1,15 +1,15 @@
--- Stores jobs and makes them available: what add_job does, for many in one call.
+-- Stores jobs and makes them available: add_job for many jobs in one call.
 --
 -- KEYS[1] id       counter of automatic ids
 -- KEYS[2] jobs     hash: id -> job JSON
 -- KEYS[3] waiting  list: pushed left, taken right
 -- ARGV[1..n]       two for each job: its own id, or '' for the next automatic one; its JSON
 --
--- Returns for each job its id, nil when its own id is in use, or the error; nothing is written for it
--- in the last two cases.
+-- Returns for each job its id; nil when its own id is in use; or the error. In the last two cases nothing
+-- is written for it.
 --
--- Why: a call of a script costs more than what it does for one job. The caller bounds how many. What
--- Redis refuses for one job is that job's error alone.
+-- Why: calling a script costs more than storing a job. The caller bounds the number of jobs. An error
+-- belongs to one job alone.
 
 local reply, stored = {}, {}
 for at = 1, #ARGV, 2 do

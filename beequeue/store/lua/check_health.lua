@@ -9,7 +9,7 @@
 --
 -- Returns the five counts and the last automatic id, as a string.
 --
--- Why: one step, so that no job is counted twice or not at all.
+-- Why: one step, so that every job is counted exactly once.
 
 return {
   redis.call('LLEN', KEYS[1]),

@@ -1,8 +1,8 @@
--- Moves jobs whose worker has gone silent back to waiting, and tells which of them have stalled too often: one slice of
--- a check, so that Redis serves others between two of them.
+-- Moves jobs whose worker has gone silent back to waiting, and returns which have stalled too often. One call is one
+-- slice of a check, so that Redis serves others between two slices.
 --
--- KEYS[1] stallBlock  string with an expiry: one effective check per interval, whoever asks; '1', or, while a check is
---                     under way, its name and where it goes on
+-- KEYS[1] stallBlock  string with an expiry: one effective check per interval, whoever asks; '1', or, during a check,
+--                     its name and where it goes on
 -- KEYS[2] stalling    set of ids whose worker has not reported since the last check
 -- KEYS[3] waiting     list: pushed left, taken right
 -- KEYS[4] active      list of ids being processed
@@ -11,32 +11,32 @@
 -- KEYS[7] succeeded   set of ids
 -- KEYS[8] failed      set of ids
 -- ARGV[1]             stall interval, ms
--- ARGV[2]             how often a job may stall, or '' for no limit: nothing is counted then
+-- ARGV[2]             how often a job may stall; '' for no limit: then nothing is counted
 -- ARGV[3]             ms after the last stall until the counts expire
 -- ARGV[4]             how many ids to look at in this slice
 -- ARGV[5]             the check's name
--- ARGV[6]             '' to begin a check, else where it goes on: what the slice before has returned
+-- ARGV[6]             '' to begin a check, else where it goes on, as the slice before has returned it
 --
 -- Returns {where to go on, or '' at the end; the ids that were moved; a flat list: id, JSON, id, JSON, … of those that
--- have stalled too often}. The latter stay in active, for the caller to settle; if it does not, a later check tells them
--- again.
+-- have stalled too often}. The last ones stay in active, for the caller to settle; if it does not, a later check
+-- returns them again.
 --
--- Why: two checks find a stalled job. Each leaves a copy of active in stalling; workers take their ids out of the copy;
--- what the next check still finds there, and in active, has lost its worker.
+-- Why: it takes two checks to find a stalled job. Each check leaves a copy of active in stalling. Workers remove their
+-- ids from the copy. An id that the next check still finds there, and in active, has lost its worker.
 --
--- A check has three parts: `counts` drops the counts of jobs that have ended; `move` goes through active from the right
--- end, pushes what has stalled on waiting and all else on the left end of active, so that each slice costs the same and
--- the order stays; `mark` copies active to stalling. Nothing is marked before all has been moved, so an id that `move`
--- meets twice is not taken for stalled. Each slice leaves every id in one list: a check that is cut short loses nothing,
--- and the next one goes on. stallBlock is prolonged by each slice; whoever finds another check in it stops. A slice that
--- is sent again, because its answer was lost, finds its successor there, does nothing and names that.
+-- A check has three parts. `counts` drops the counts of jobs that have ended. `move` goes through active from the right
+-- end; it pushes stalled ids on waiting and all others on the left end of active, so each slice costs the same and the
+-- order stays. `mark` copies active to stalling. Marking begins when everything has been moved, so an id that `move`
+-- meets twice is not taken for stalled. After each slice every id is in one list: a check that is cut short loses
+-- nothing, and the next check goes on. Each slice prolongs stallBlock; a check that finds another one there stops. A
+-- slice that is repeated, because its answer was lost, finds its successor there; it does nothing and returns that.
 --
--- A job's JSON is written when it is saved and when it is settled, and not in between. So a count whose SHA-1 is
--- another's has ended: the job was settled or retried, or a new one has its id. Saving and settling need not drop it,
--- here or in Node. What has ended is taken out by the next check, which looks at no JSON for that.
+-- A job's JSON is written when the job is saved and when it is settled, and not in between. So a count with another
+-- SHA-1 is over: the job was settled or retried, or a new job has its id. Saving and settling need not drop counts,
+-- here or in Node. The next check drops the counts of jobs that have ended; it reads no JSON for that.
 --
--- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. Each right is tried
--- before ids are taken out of active: a refusal must not lose one.
+-- Redis allows the first write at maxmemory, and then all others in the script; it changes nothing, since no id is
+-- empty. Each right is tried before ids leave active: a refusal must not lose one.
 
 local HOLD_MS, MOST_BYTES, MOST_DOUBLES, COUNTING_COSTS = 10000, 1000000, 8, 4
 local limit, budget = tonumber(ARGV[2]), tonumber(ARGV[4])
@@ -81,7 +81,7 @@ end
 
 local stalled, too_often = {}, {}
 
--- returns how many of the last in active it has gone through
+-- returns how many ids of active it has gone through, from the right
 local function move(at_most)
   local ids = redis.call('LRANGE', KEYS[4], -at_most, -1)
   local kept, found, is_moved, seen, bytes = {}, {}, {}, 0, 0
@@ -117,9 +117,9 @@ local function move(at_most)
   return seen
 end
 
--- Node takes all copies of a stalled id out of active. Two slices may not meet both: where one that is marked comes again,
--- one copy stays, at the right end, which `mark` has gone through; for who ends the job it is the same. Returns how many
--- there were.
+-- Node removes all copies of a stalled id from active. Two slices may not meet both copies: when `mark` meets a marked id
+-- again, one copy stays, at the right end, which `mark` has passed. It does not matter which attempt then ends the job.
+-- Returns how many copies there were.
 local function leave_one(id)
   redis.call('LREM', KEYS[4], 1, '') -- only tries the right
   redis.call('RPUSH', KEYS[4], id)
@@ -128,7 +128,7 @@ local function leave_one(id)
   return copies
 end
 
--- returns how many more of the last in active it has gone through, behind the first `done`; and whether it was all
+-- returns how many more ids of active it has gone through, from the right, after the first `done`; and whether that is all
 local function mark(done)
   local ids = redis.call('LRANGE', KEYS[4], -done - budget, -done - 1)
   if done == 0 and #ids < budget then
@@ -165,7 +165,7 @@ if part == 'move' and budget > 0 then
   end
   part, at = 'move', left
   if left <= 0 or redis.call('SCARD', KEYS[2]) == 0 then
-    redis.call('DEL', KEYS[2]) -- what is left there is in active no more
+    redis.call('DEL', KEYS[2]) -- the ids that are left there are no longer in active
     part, at = 'mark', 0
   end
 end

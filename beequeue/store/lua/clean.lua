@@ -1,4 +1,4 @@
--- Deletes jobs that have ended, if they were created early enough.
+-- Deletes jobs that have ended and were created early enough.
 --
 -- KEYS[1] ended  the set succeeded or failed
 -- KEYS[2] jobs   hash: id -> job JSON
@@ -8,10 +8,10 @@
 --
 -- Returns how many were deleted.
 --
--- Why: looking and deleting are one step, or a job that is retried in between would lose its data. An id without
--- data, or with data that tells no time, has no claim to stay. Where cjson cannot read an entry (half of a surrogate
--- pair), its text is searched. Entries are read here and never written back. HDEL is tried first: if it were refused
--- behind SREM, data would be left that no state has.
+-- Why: reading and deleting are one step, or a job that is retried in between would lose its data. An id without
+-- data, or whose data holds no time, is deleted. Where cjson cannot read an entry (half of a surrogate pair), its
+-- text is searched. Entries are only read, never written back. HDEL is tried first: refused after SREM, it would
+-- leave data that belongs to no state.
 
 redis.call('HDEL', KEYS[2], '')
 local deleted = 0

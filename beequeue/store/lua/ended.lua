@@ -1,14 +1,14 @@
--- Tells which jobs have ended, or have had their id given to another one, without decoding what they carry.
+-- Returns which jobs have ended, or whose id now belongs to another job, without decoding any data.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] succeeded  set of ids
 -- KEYS[3] failed     set of ids
--- ARGV[1..n]         two for each job: its id; its timestamp, or '' when that is no number
+-- ARGV[1..n]         two for each job: its id; its timestamp, or '' when that is not a number
 --
--- Returns those of the ids whose job is in succeeded, in failed, gone, or another one.
+-- Returns the ids whose job is in succeeded, in failed, gone, or another job.
 --
--- Why: a producer asks this again and again about jobs that wait, and asks look_up about those that this names. The
--- timestamp is searched for as text: one that is found in a job's data instead only delays what is told.
+-- Why: a producer asks this repeatedly about jobs that wait, and asks look_up about the ids that it returns. The
+-- timestamp is searched for as text. If the same text stands in another job's data, the answer only comes later.
 
 local ended = {}
 for at = 1, #ARGV, 2 do

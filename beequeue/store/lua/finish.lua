@@ -1,4 +1,4 @@
--- Settles jobs that a worker has run, publishes their events, and takes the next ones.
+-- Settles attempts, publishes their events, and takes the next jobs.
 --
 -- KEYS[1] active          list of ids being processed
 -- KEYS[2] stalling        set of ids whose worker has not reported since the last stall check
@@ -10,34 +10,36 @@
 -- KEYS[8] events          channel of job events
 -- KEYS[9] earlierDelayed  channel: "look again at this time"
 -- ARGV[1]                 how many jobs to take at most
--- ARGV[2..n]              six for each run:
+-- ARGV[2..n]              six for each attempt:
 --                         its job's id
 --                         'delete', 'succeeded', 'failed', 'retry now' or 'retry later'
 --                         job JSON to store, unless it is deleted
 --                         event message, or '' for none
 --                         with 'retry later': activation time, epoch ms
---                         the job JSON that the run has: its length; its SHA-1, if this is sent again or the job has stalled
+--                         of the job JSON that was taken: its length; or its SHA-1, when this call is
+--                         repeated or the job has stalled
 --
--- Returns a flat list: for each run 1 if this call settled its job, 0 if not, or the error; then id, JSON,
--- id, JSON, … of the jobs that were taken; then the error, if they could not be.
+-- Returns a flat list: for each attempt 1 if this call settled its job, 0 if not, or the error; then id,
+-- JSON, id, JSON, … of the jobs that were taken; then the error, if Redis refused to take more.
 --
--- Why: one step, so that state and event cannot part, and one call for all runs that end together; the
--- first write is LREM, which Redis allows at maxmemory, and after it all others. Nothing is settled
--- unless the id was in active and has data: one settlement for each entry in active, and a removed job
--- does not come back. A job that is retried is pushed after the next ones are taken, so that it does
--- not return straight to its worker. What Redis refuses for one run is that run's error alone, and its
--- job stays active; except that a job whose event may not be published is settled. What cannot be taken stays in waiting.
+-- Why: one step, so that state and event cannot part, and one call for all attempts that end together. The
+-- first write is LREM, which Redis allows at maxmemory, and then all others in the script. A job is settled
+-- only if its id was in active and has data: so each entry in active is settled once, and a removed job
+-- does not come back. A job that is retried is pushed after the next jobs are taken, so that it does not
+-- return straight to its worker. An error belongs to one attempt alone, and its job stays active; but a job
+-- whose event Redis refuses to publish is settled. Jobs that cannot be taken stay in waiting.
 --
--- What is sent again, because its answer was lost, may have been done the first time, and another worker may
--- have the job by now. Each settlement writes the job's JSON, so an attempt is known by it.
+-- A call is repeated when its answer was lost. The first call may have settled the job, and another worker
+-- may have it by now. Each settlement writes the job's JSON, so the JSON that was taken identifies an attempt.
 --
--- LREM goes from the left end, where takes push, to the first copy: its cost is the number of jobs taken since,
--- however many that are old, or have lost their worker, lie behind. It cannot be less: a list has no index. An
--- id is in active twice when Node has retried a job that was running. The second settlement finds JSON of
--- another length; it settles nothing, nor does a run whose id is another attempt's, or a new job's, by now: then the copy in
--- active is theirs, and stays. It is the run's own, and goes, if the job has ended or has another place.
+-- LREM goes from the left end, where takes push, to the first copy. Its cost is the number of jobs taken
+-- since; older jobs, and jobs that have lost their worker, lie further right. It cannot be less: a list has
+-- no index. An id is in active twice when Node has retried a job that was running. The second settlement
+-- then finds JSON of another length, and settles nothing. So does an attempt whose id now belongs to another
+-- attempt or to a new job: the copy in active is theirs, and stays. If the job has ended or is in another
+-- place, the copy is the attempt's own, and goes.
 
-local RUN, SHA_LENGTH = 6, 40
+local ARGS, SHA_LENGTH = 6, 40
 local reply, ids = {}, {}
 
 local function named(refused, command)
@@ -58,7 +60,7 @@ local function is_overtaken(id)
   return false
 end
 
--- puts the job into its next state; returns the error, if that is refused
+-- puts the job into its next state; returns the error, if Redis refuses that
 local function move_on(at)
   local id, how = ARGV[at], ARGV[at + 1]
   local done
@@ -114,14 +116,14 @@ local function settle(at)
   return type(told) == 'table' and named(told, 'PUBLISH') or 1
 end
 
-for at = 2, #ARGV, RUN do
+for at = 2, #ARGV, ARGS do
   reply[#reply + 1] = settle(at)
 end
--- if that is refused, so is the heartbeat, which tells
+-- no error from here: Redis refuses the heartbeat too, and that reports it
 if #ids > 0 then redis.pcall('SREM', KEYS[2], unpack(ids)) end
 
-local runs, wanted, refused = #reply, tonumber(ARGV[1]), nil
--- an id without data (its job was removed while it waited) is dropped; the bound keeps one call short
+local attempts, wanted, refused = #reply, tonumber(ARGV[1]), nil
+-- an id without data (its job was removed while it waited) is dropped; the bound keeps a call short
 for _ = 1, 100 do
   if wanted == 0 then break end
   local next_ids, taken = {}, {}
@@ -154,9 +156,9 @@ for _ = 1, 100 do
   wanted = wanted - #taken
 end
 
-for run = 1, runs do
-  local at = 2 + (run - 1) * RUN
-  if reply[run] == 1 then
+for attempt = 1, attempts do
+  local at = 2 + (attempt - 1) * ARGS
+  if reply[attempt] == 1 then
     local told = 1
     if ARGV[at + 1] == 'retry now' then
       told = redis.pcall('LPUSH', KEYS[4], ARGV[at])
@@ -169,7 +171,7 @@ for run = 1, runs do
       told = redis.pcall('PUBLISH', KEYS[8], ARGV[at + 3])
       if type(told) == 'table' then told = named(told, 'PUBLISH') end
     end
-    if type(told) == 'table' then reply[run] = told end
+    if type(told) == 'table' then reply[attempt] = told end
   end
 end
 if refused then reply[#reply + 1] = refused end

@@ -7,7 +7,7 @@
 --
 -- Returns {job JSON, 'open', 'succeeded' or 'failed'}, or nil when the job has no data.
 --
--- Why: only a job that has not ended is bound to events, and its stored status does not tell: a job that is retried
+-- Why: only a job that has not ended is bound to events. Its stored status does not say so: a job that was retried
 -- by hand keeps `failed` there.
 
 local id = ARGV[1]

@@ -8,9 +8,9 @@
 --
 -- Returns how many were handed back.
 --
--- Why: pushed on the right, where jobs are taken, in the order that keeps the oldest first. An id
--- that is no longer active was settled or recovered by somebody else and is left alone. One that cannot be pushed stays
--- active. All copies of an id leave active, so this walks through the whole list for each.
+-- Why: ids are pushed on the right, where jobs are taken, in the order that keeps the oldest first. An id
+-- that is no longer active was settled or recovered by another process and is left alone. An id that cannot
+-- be pushed stays active. All copies of an id leave active, so each id costs a walk through the whole list.
 
 local handed = 0
 for _, id in ipairs(ARGV) do

@@ -1,4 +1,4 @@
--- Tells what has become of jobs whose events may have been missed.
+-- Returns how jobs stand whose events may have been missed.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] succeeded  set of ids
@@ -8,9 +8,9 @@
 -- Returns a flat list, three strings for each id: 'open', 'succeeded', 'failed' or 'gone'; the job's timestamp;
 -- its newest stack trace. The last two are '' where there is none.
 --
--- Why: pub/sub has no replay. The timestamp tells a job from another one that has been given the same id
--- since, as happens when Redis comes back empty. Where cjson cannot read an entry (half of a surrogate pair), its text
--- is searched. Entries are read here and never written back.
+-- Why: pub/sub has no replay. The timestamp tells a job from a later one with the same id: a Redis that comes
+-- back empty gives its ids again. Where cjson cannot read an entry (half of a surrogate pair), its text is
+-- searched. Entries are only read, never written back.
 
 local reply = {}
 for _, id in ipairs(ARGV) do

@@ -1,17 +1,17 @@
--- Moves delayed jobs that are due to waiting, a bounded number of them, and says when to look again.
+-- Moves a bounded number of delayed jobs that are due to waiting, and returns when to look again.
 --
 -- KEYS[1] delayed  sorted set: id, scored by activation time in epoch ms
 -- KEYS[2] waiting  list: pushed left, taken right
 -- ARGV[1]          now, epoch ms
--- ARGV[2]          debounce, ms: jobs this close behind the earliest one are raised with it
+-- ARGV[2]          debounce, ms: jobs this close after the earliest one are raised with it
 -- ARGV[3]          how many pages of 1000 jobs to move at most
 --
 -- Returns {how many were moved, the next time to look as a string, or -1 when none is left}. The next time is now when
--- more are due: the caller goes on at once.
+-- more jobs are due: the caller goes on at once.
 --
--- Why: any number may be due at once, and Redis serves nobody else meanwhile; pages, because Lua's unpack has a limit.
--- The first write is one that Redis allows at maxmemory, and after it all others; no id is empty. A page is pushed before
--- it is taken out, so that a push that is refused for another reason loses nothing.
+-- Why: any number of jobs may be due at once, and Redis serves nobody else while a script runs. Jobs move in pages,
+-- because Lua's unpack has a limit. Redis allows the first write at maxmemory, and then all others in the script; it
+-- changes nothing, since no id is empty. A page is pushed before it is removed, so a refused push loses nothing.
 
 local raised = 0
 for _ = 1, ARGV[3] do

@@ -11,9 +11,9 @@
 --
 -- Returns nil.
 --
--- Why: an id can be in a finished set and queued again (a stalled copy, a retry), so all places are looked at; one
--- that stayed in a list would be taken without data. So both lists are walked through. Each right is tried before
--- anything goes; no id is empty.
+-- Why: an id can be in a finished set and queued again (a stalled copy, a retry), so the script looks in every place
+-- and walks through both lists: an id left in a list would be taken without data. Each right is tried before anything
+-- is removed; these calls change nothing, since no id is empty.
 
 local id = ARGV[1]
 redis.call('SREM', KEYS[5], '')

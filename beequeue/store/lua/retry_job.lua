@@ -8,9 +8,10 @@
 --
 -- Returns {1 if the job was in failed, else 0; the length of waiting}, or nil when the job has no data.
 --
--- Why: a job in neither set will run anyway; pushing it too would run it twice. One without data would be taken
--- for nothing. It is pushed before it leaves its set, so a refusal loses nothing; the first write tries the right to that,
--- and is one that Redis allows at maxmemory, and after it all others; no id is empty.
+-- Why: a job in neither set will run anyway; to push it too would run it twice. A job without data is not pushed: a
+-- worker would take it for nothing. A job is pushed before it leaves its set, so a refusal loses nothing. The first
+-- write tries that right. Redis allows it at maxmemory, and then all others in the script; it changes nothing, since
+-- no id is empty.
 
 local id = ARGV[1]
 if redis.call('HEXISTS', KEYS[3], id) == 0 then
