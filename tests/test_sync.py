@@ -463,7 +463,9 @@ def test_other_calls_with_a_time_out_while_redis_is_down(own_server: Server, mak
         own_server.stop()
         until(lambda: not queue_is_open(queue) or not is_up(queue))
         for call in calls:
-            with pytest.raises(ConnectionLost, match="^Redis (did not answer|could not be reached) within the time-out") as lost:
+            with pytest.raises(
+                ConnectionLost, match="^Redis (did not answer|could not be reached) within the time-out"
+            ) as lost:
                 call()
             assert not lost.value.maybe_applied
         own_server.start()
