@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from beequeue import Job, QueueSettings, UnreadableData
-from beequeue.events import encode_event
+from beequeue import CommandError, Job, QueueClosed, QueueSettings, UnreadableData
+from beequeue.events import Event, encode_event
+from beequeue.producer import tracker
 from beequeue.producer.guard import LARGE_BYTES
 from beequeue.producer.tracker import SWEEP_PAUSE_S, Tracker
 from beequeue.store.store import Found
+from tests.conftest import until
 
 
 class Host:
@@ -35,22 +39,26 @@ class Host:
 
 
 class Store:
-    """Answers the tracker's questions: only the jobs `ended` have ended."""
+    """Answers the tracker's questions: the jobs in `states` have ended, each as told there."""
 
-    def __init__(self, *ended: str) -> None:
-        self.looked_up: list[str] = []
-        self._ended = {*ended}
+    def __init__(self, *ended: str, **states: Found) -> None:
+        self.states = {job_id: Found("gone", "", "") for job_id in ended} | states
+        self.looked_up: list[list[str]] = []
+        self.asked: list[list[tuple[str, str]]] = []
+        self.before_answer: Callable[[], None] = lambda: None
 
     async def look_up(self, job_ids: Any) -> list[Found]:
-        self.looked_up += job_ids
-        return [Found("gone" if job_id in self._ended else "open", "", "") for job_id in job_ids]
+        self.looked_up.append(list(job_ids))
+        self.before_answer()
+        return [self.states.get(job_id, Found("open", "", "")) for job_id in job_ids]
 
     async def ended(self, jobs: Any) -> set[str]:
-        return {job_id for job_id, _ in jobs} & self._ended
+        self.asked.append(list(jobs))
+        return {job_id for job_id, _ in jobs} & {*self.states}
 
 
-def make_tracker(host: Host | None = None, *ended: str, **settings: Any) -> Tracker:
-    return Tracker(cast(Any, host or Host(**settings)), cast(Any, Store(*ended)))
+def make_tracker(host: Host | None = None, *ended: str, store: Store | None = None, **settings: Any) -> Tracker:
+    return Tracker(cast(Any, host or Host(**settings)), cast(Any, store or Store(*ended)))
 
 
 def bound(tracker: Tracker, *job_ids: str) -> list[Job]:
@@ -155,7 +163,7 @@ async def test_only_an_end_that_is_too_large_has_its_job_looked_up(job_id: str, 
     subject.read(encode_event(job_id, event, "x" * LARGE_BYTES))
     if subject._looking_at_large is not None:
         await subject._looking_at_large
-    assert cast(Any, subject._store).looked_up == looked_up
+    assert [*itertools.chain(*cast(Any, subject._store).looked_up)] == looked_up
     assert [type(error) for error in host.errors] == [UnreadableData]
     await subject.stop_looking()
 
@@ -188,3 +196,278 @@ async def test_a_half_is_not_most() -> None:
     subject = make_tracker(None, "1", ordered_events=False)
     bound(subject, "1", "2")
     assert await subject._let_go(["1", "2"]) >= SWEEP_PAUSE_S
+
+
+# --- ends that no event told ---------------------------------------------------------------------------------------------
+
+
+def ends(job: Job) -> str:
+    """How a job has ended, in one line."""
+    assert job.last_event is not None
+    assert job.last_event.id == "1"
+    return f"{job.last_event.name}: {job.last_event.data!r}"
+
+
+@pytest.mark.parametrize(
+    ("found", "end"),
+    [
+        (Found("failed", "7", "Error: why\n    at there"), "failed: JobFailed('Error: why')"),
+        (Found("failed", "7", "Traceback (most recent call last):\n  File\nError: why\n"), "failed: JobFailed('Error: why')"),
+        (Found("failed", "", ""), "failed: JobFailed('')"),
+        (
+            Found("succeeded", "7", ""),
+            "unknown: OutcomeUnknown('job 1: it succeeded, but no event told its result, and results are not stored')",
+        ),
+        (Found("gone", "", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+        # another job has the id by now
+        (Found("open", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+        (Found("failed", "8", "Error"), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+        (Found("succeeded", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+    ],
+)
+async def test_after_a_reconnect_a_job_ends_as_redis_tells(found: Found, end: str) -> None:
+    store = Store()
+    subject = make_tracker(store=store, ordered_events=False)
+    store.states["1"] = found
+    job, other = Job(cast(Any, None), job_id="1", options={"timestamp": 7}), Job(cast(Any, None), job_id="2")
+    subject.bind(job)
+    subject.bind(other)
+    await subject.end_unseen(store.look_up)
+    assert ends(job) == end
+    assert subject.jobs == {"2": other}
+    assert subject.unknown_outcomes == end.startswith("unknown")
+
+
+@pytest.mark.parametrize("found", [Found("open", "7", ""), Found("open", "", "")])
+async def test_a_job_that_has_not_ended_stays_bound(found: Found) -> None:
+    store = Store()
+    subject = make_tracker(store=store, ordered_events=False)
+    store.states["1"] = found
+    job = Job(cast(Any, None), job_id="1", options={"timestamp": 7})
+    subject.bind(job)
+    await subject.end_unseen(store.look_up)
+    assert (subject.jobs, job.last_event) == ({"1": job}, None)
+
+
+@pytest.mark.parametrize(("count", "calls"), [(100, [100]), (101, [100, 1]), (250, [100, 100, 50])])
+async def test_one_call_asks_about_a_hundred_jobs(count: int, calls: list[int]) -> None:
+    job_ids = [*map(str, range(count))]
+    store = Store(*job_ids)
+    subject = make_tracker(store=store, ordered_events=False)
+    bound(subject, *job_ids)
+    await subject.end_unseen(store.look_up)
+    assert [len(ids) for ids in store.looked_up] == calls
+    assert [*itertools.chain(*store.looked_up)] == job_ids
+    assert subject.jobs == {}
+    assert subject.unknown_outcomes == count
+
+
+async def test_an_answer_ends_no_job_that_has_gone_on_meanwhile() -> None:
+    """One was retried, the end of one was read, and one has ended; progress alone is no end."""
+    store = Store("retried", "read", "ended", "told")
+    subject = make_tracker(store=store, ordered_events=False)
+    retried, read, ended, told = bound(subject, "retried", "read", "ended", "told")
+
+    def meanwhile() -> None:
+        subject.retried("retried")
+        subject.read(encode_event("read", "failed"))
+        subject.read(encode_event("told", "progress"))
+        ended.end(Event("ended", "succeeded", None))
+
+    store.before_answer = meanwhile
+    await subject.end_unseen(store.look_up)
+    assert [job.last_event is None for job in (retried, read, ended, told)] == [True, True, False, False]
+    assert told.last_event is not None
+    assert told.last_event.name == "unknown"
+    assert {*subject.jobs} == {"retried", "read", "ended"}
+    # a later look-up believes what it finds again
+    store.before_answer = lambda: None
+    await subject.end_unseen(store.look_up)
+    assert {*subject.jobs} == {"read", "ended"}
+
+
+async def test_a_job_is_forgotten_in_a_later_step_unless_its_end_was_read() -> None:
+    subject = make_tracker(ordered_events=False)
+    removed, ending = bound(subject, "1", "2")
+    subject.read(encode_event("2", "succeeded", 5))
+    for job_id in ("1", "2", "3"):
+        subject.forget(job_id, "it was removed")
+    assert subject.jobs == {"2": ending}
+    assert removed.last_event is None
+    await deliver(subject)
+    assert ends(removed) == "unknown: OutcomeUnknown('job 1: it was removed')"
+    assert ending.last_event == Event("2", "succeeded", 5)
+    assert subject.jobs == {}
+
+
+async def test_a_listener_that_ends_the_program_takes_no_event_from_the_others() -> None:
+    host = Host(ordered_events=False)
+    subject = make_tracker(host)
+    [job] = bound(subject, "1")
+    heard = Heard(job)
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*event: Any) -> bool:
+        host.emit = heard_of  # type: ignore[method-assign]
+        raise Stop
+
+    heard_of, host.emit = host.emit, stop  # type: ignore[method-assign]
+    for name in ("progress", "retrying", "succeeded"):
+        subject.read(encode_event("1", name))
+    with pytest.raises(Stop):
+        subject._deliver()
+    subject.read(encode_event("2", "progress"))
+    await asyncio.sleep(0)
+    assert heard == ["retrying", "succeeded"]
+    assert [event[:2] for event in host.emitted] == [("job retrying", "1"), ("job succeeded", "1"), ("job progress", "2")]
+    assert subject._read == []
+
+
+# --- results -------------------------------------------------------------------------------------------------------------
+
+
+async def test_several_await_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one that gives up ends the looks; a job that has ended is not asked about."""
+    monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.001)
+    store = Store()
+    subject = make_tracker(store=store, ordered_events=False)
+    [job] = bound(subject, "1")
+    first, second = (asyncio.create_task(subject.end_of(job)) for _ in range(2))
+    await until(lambda: len(store.looked_up) > 2)
+    first.cancel()
+    await asyncio.wait((first,))
+    assert job.ended is not None
+    await deliver(subject, "succeeded")
+    assert (await second).name == "succeeded"
+    assert (await subject.end_of(job)).name == "succeeded"
+    assert (job.ended, subject._awaited) == (None, {})
+    assert subject._looking is not None
+    await asyncio.wait_for(subject._looking, 5)
+    assert {*map(tuple, store.looked_up)} == {("1",)}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_on_two_sockets_only_the_second_look_is_believed(monkeypatch: pytest.MonkeyPatch, ordered: bool) -> None:
+    monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.001)
+    store = Store("1")
+    subject = make_tracker(store=store, ordered_events=ordered)
+    [job] = bound(subject, "1")
+    assert (await subject.end_of(job)).name == "unknown"
+    assert len(store.looked_up) == (1 if ordered else 2)
+    await subject.stop_looking()
+
+
+async def test_a_look_that_fails_is_reported_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """for results and for messages that are too large"""
+    monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.001)
+    host, store = Host(max_event_bytes=LARGE_BYTES), Store("1", "2")
+    subject = make_tracker(host, store=store)
+    failures: list[Exception] = [CommandError("BUSY now")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    store.before_answer = fail
+    [job, large] = bound(subject, "1", "2")
+    assert (await subject.end_of(job)).name == "unknown"
+    assert [str(error) for error in host.errors] == ["BUSY now"]
+    failures.append(CommandError("BUSY again"))
+    too_large = encode_event("2", "succeeded", "x" * LARGE_BYTES)
+    subject.read(too_large)
+    await until(lambda: not failures)
+    assert large.last_event is None
+    subject.read(too_large)
+    await until(lambda: large.last_event)
+    assert [str(error) for error in host.errors if not isinstance(error, UnreadableData)] == ["BUSY now", "BUSY again"]
+    await subject.stop_looking()
+
+
+def test_results_are_looked_for_as_often_as_the_documentation_promises() -> None:
+    assert (tracker.LOOK_EVERY_S, tracker.SWEEP_EVERY_S) == (5, 5)
+
+
+# --- sweeps --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_sweep_lasts_as_long_as_any_job_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """and the next job that is bound starts another one; each asks by id and time of creation"""
+    monkeypatch.setattr(tracker, "SWEEP_EVERY_S", 0.001)
+    store = Store()
+    subject = make_tracker(store=store)
+    for job_id in ("1", "2"):
+        assert subject._sweeping is None or subject._sweeping.done()
+        job = Job(cast(Any, None), job_id=job_id, options={"timestamp": 1_700_000_000_000})
+        subject.bind(job)
+        sweeping = subject._sweeping
+        assert sweeping is not None
+        store.asked.clear()
+        await until(lambda: len(store.asked) > 1)
+        assert store.asked[0] == [(job_id, "1700000000000")]
+        store.states[job_id] = Found("gone", "", "")
+        await asyncio.wait_for(sweeping, 5)
+        assert subject.jobs == {}
+    await subject.stop_looking()
+
+
+async def test_a_sweep_asks_about_a_hundred_jobs_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker, "SWEEP_EVERY_S", 0.001)
+    job_ids = [*map(str, range(101))]
+    store = Store(*job_ids)
+    subject = make_tracker(store=store)
+    bound(subject, *job_ids)
+    assert subject._sweeping is not None
+    await asyncio.wait_for(subject._sweeping, 5)
+    assert [len(jobs) for jobs in store.asked] == [100, 1]
+    assert subject.jobs == {}
+
+
+async def test_a_sweep_leaves_a_job_that_was_bound_in_the_place_of_another() -> None:
+    store = Store("1")
+    subject = make_tracker(store=store, ordered_events=False)
+    [older] = bound(subject, "1")
+    newer = Job(cast(Any, None), job_id="1")
+
+    def meanwhile() -> None:
+        subject.unbind(older, "1")
+        subject.bind(newer)
+
+    store.before_answer = meanwhile
+    await subject._let_go(["1"])
+    assert (older.last_event, newer.last_event) == (None, None)
+    assert subject.jobs == {"1": newer}
+
+
+async def test_a_sweep_rests_nine_times_as_long_as_a_call_took() -> None:
+    store = Store()
+    subject = make_tracker(store=store, ordered_events=False)
+    bound(subject, "1")
+    loop = asyncio.get_running_loop()
+    times = [10.0, 11.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time", lambda: times.pop(0))
+        assert await subject._let_go(["1"]) == 9
+
+
+# --- closing -------------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_ends_every_wait() -> None:
+    """of jobs that are bound, or awaited; an end that was heard stays"""
+    subject = make_tracker(ordered_events=False)
+    waiting, idle, ended = bound(subject, "1", "2", "3")
+    unbound = Job(cast(Any, None))
+    ended.end(Event("3", "failed", None))
+    waits = [asyncio.create_task(subject.end_of(job)) for job in (waiting, unbound)]
+    await asyncio.sleep(0)
+    await subject.stop_looking()
+    assert subject._looking is not None
+    assert subject._looking.cancelled()
+    subject.close()
+    assert [((await wait).id, (await wait).name) for wait in waits] == [("1", "closed"), ("", "closed")]
+    assert idle.last_event is not None
+    assert isinstance(idle.last_event.data, QueueClosed)
+    assert ended.last_event is not None
+    assert ended.last_event.name == "failed"
