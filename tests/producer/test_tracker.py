@@ -342,7 +342,8 @@ async def test_several_await_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     await deliver(subject, "succeeded")
     assert (await second).name == "succeeded"
     assert (await subject.end_of(job)).name == "succeeded"
-    assert (job.ended, subject._awaited) == (None, {})
+    assert job.ended is None
+    assert subject._awaited == {}
     assert subject._looking is not None
     await asyncio.wait_for(subject._looking, 5)
     assert {*map(tuple, store.looked_up)} == {("1",)}
