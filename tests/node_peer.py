@@ -1,6 +1,6 @@
-"""One side of a queue as a test drives it, whatever its language; and the side that is bee-queue 2.0.0 on Node.
+"""One side of a queue that a test drives, in any language; and the side that is bee-queue 2.0.0 on Node.
 
-Calls, settings, setters and events have bee-queue's names on every side. Knows nothing of the port.
+Calls, settings, setters and events have bee-queue's names on every side. This module knows nothing of the port.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class CallFailed(Exception):
 
 
 class Peer:
-    """A queue that is called by name, and remembers the events that it and its jobs emitted."""
+    """A queue whose methods are called by name. It remembers the events that it and its jobs emitted."""
 
     def __init__(self) -> None:
         self.heard: dict[str, list[list[Any]]] = {}
-        """arguments by event; a job's own are `own succeeded` (id, result), a handler's start is `started` (job, epoch ms)"""
+        """Arguments by event. A job's own: `own succeeded` (id, result). A handler's start: `started` (job, epoch ms)."""
         self._changed = asyncio.Event()
 
     async def call(self, name: str, *args: Any) -> Any:
@@ -35,7 +35,7 @@ class Peer:
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Lets hanging handlers end, and closes the queue."""
+        """Releases hanging handlers and closes the queue."""
         raise NotImplementedError
 
     async def save(self, data: Any, *setters: Setter) -> Any:
@@ -43,7 +43,7 @@ class Peer:
         return await self.call("save", data, setters)
 
     async def event(self, name: str, count: int = 1, deadline_s: float = DEADLINE_S) -> list[list[Any]]:
-        """Returns the arguments of all events of that name once there are `count`."""
+        """Waits for `count` events of a name and returns the arguments of all of them."""
         try:
             async with asyncio.timeout(deadline_s):
                 while len(self.heard.get(name, [])) < count:
@@ -60,7 +60,7 @@ class Peer:
 
 
 class NodePeer(Peer):
-    """A Node process with one bee-queue. It ends when its stdin does, so also when this process is killed."""
+    """A Node process with one bee-queue. It ends when its stdin is closed, even if this process is killed."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class NodePeer(Peer):
         return cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26))
 
     async def call(self, name: str, *args: Any) -> Any:
-        """Calls `name` in peer.js, else a method of the queue; raises `CallFailed`."""
+        """Calls `name` in peer.js, or else a method of the queue; raises `CallFailed`."""
         assert self._process.stdin is not None
         if self._reading.done():
             raise CallFailed("node has ended")
@@ -97,7 +97,7 @@ class NodePeer(Peer):
                 await self._end()
 
     async def kill(self) -> None:
-        """Kills the process in the midst of whatever it does."""
+        """Kills the process."""
         self._process.kill()
         await self._end()
 
@@ -121,7 +121,7 @@ class NodePeer(Peer):
                 self._hear(told["event"], told["args"])
                 continue
             answer = self._pending.pop(told["id"])
-            if answer.done():  # nobody waits any more
+            if answer.done():  # The caller has given up.
                 continue
             if "error" in told:
                 answer.set_exception(CallFailed(told["error"]))

@@ -1,4 +1,4 @@
-"""The command line, as a process: a worker's life, its signals, and what it says about a wrong argument."""
+"""`python -m beequeue worker`, as a process: jobs, signals, and messages about wrong arguments."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ number = 3
 
 
 class Worker:
-    """`python -m beequeue worker`, started."""
+    """A running `python -m beequeue worker`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -79,7 +79,7 @@ class Worker:
         self.printed = ""
 
     async def says(self, text: str) -> str:
-        """Reads stderr up to the line that has `text`; the line, without its time."""
+        """Reads stderr up to a line that contains `text`; returns that line without its time."""
         assert self.process.stderr is not None
         while line := (await self.process.stderr.readline()).decode().rstrip("\n"):
             self.lines.append(re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line))
@@ -88,7 +88,7 @@ class Worker:
         pytest.fail(f"ended without {text!r}: {self.lines}")
 
     async def end(self, number: signal.Signals | None = None) -> int:
-        """Its exit code, after a signal; `lines` has all of stderr then."""
+        """Sends a signal, if any, and returns the exit code; `lines` then has all of stderr."""
         if number is not None:
             self.process.send_signal(number)
         out, err = await self.process.communicate()
@@ -103,7 +103,7 @@ Start = Callable[..., Awaitable[Worker]]
 
 @pytest.fixture
 async def start(name: str, url: str, tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts a worker in a directory that has `app.py`; on the test's queue, unless the options name one."""
+    """Starts workers in a directory that contains `app.py`, on the test's queue unless the options name another."""
     (tmp_path / "app.py").write_text(APP)
     started: list[Worker] = []
 
@@ -156,7 +156,7 @@ async def test_jobs_are_processed(make_queue: MakeQueue, redis: Any, start: Star
 
 
 @pytest.mark.parametrize("handler", ["app:work", "app:plain"])
-async def test_a_line_a_job(make_queue: MakeQueue, start: Start, handler: str) -> None:
+async def test_verbose_logs_each_attempt(make_queue: MakeQueue, start: Start, handler: str) -> None:
     worker = await start(handler, "-v")
     queue = make_queue(is_worker=False)
     first, second = await queue.create_job("x").save(), await queue.create_job("fails").retries(1).save()
@@ -173,8 +173,8 @@ async def test_a_line_a_job(make_queue: MakeQueue, start: Start, handler: str) -
     assert said[-2:] == ["INFO closing: waiting up to 5000 ms for 0 running jobs", "INFO closed"]
 
 
-async def test_the_time_that_jobs_took(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
-    """of the handler alone; a job that timed out counts up to there, also when its thread goes on"""
+async def test_the_time_that_is_logged(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
+    """The handler's time only. For a job that timed out it ends at the time-out, even if its thread goes on."""
     queue = make_queue(is_worker=False)
     waiting = queue.create_job("waits")
     waiting.on("progress", begun := Seen())
@@ -196,10 +196,10 @@ async def test_the_time_that_jobs_took(make_queue: MakeQueue, start: Start, tmp_
     assert max(times) < 10_000
 
 
-async def test_the_times_of_lost_jobs_are_forgotten(
+async def test_the_times_of_jobs_that_never_end_are_dropped(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """of those that could not be settled"""
+    """Attempts that could not be settled must not fill the memory."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(beequeue.command.worker, "SPANS_KEPT", 2)
     queue = make_queue(auto_connect=False)
@@ -229,8 +229,7 @@ async def test_concurrency(make_queue: MakeQueue, start: Start, tmp_path: Path) 
     assert await worker.end(signal.SIGTERM) == 0
 
 
-async def test_what_the_options_set(make_queue: MakeQueue, redis: Any, start: Start, url: str) -> None:
-    """prefix, Redis, stall interval, removal"""
+async def test_prefix_redis_stall_interval_and_removal(make_queue: MakeQueue, redis: Any, start: Start, url: str) -> None:
     queue = make_queue(is_worker=False, prefix="mine")
     jobs = [queue.create_job("x"), queue.create_job("fails")]
     await queue.save_all(jobs)
@@ -244,8 +243,8 @@ async def test_what_the_options_set(make_queue: MakeQueue, redis: Any, start: St
     assert await keys_of(redis, queue.key_prefix) == {"id", "stallBlock"}
 
 
-async def test_a_limit_of_stalls(make_queue: MakeQueue, redis: Any, start: Start) -> None:
-    """a worker that is gone has left a job behind, which has stalled before"""
+async def test_max_stalls(make_queue: MakeQueue, redis: Any, start: Start) -> None:
+    """A dead worker has left a job behind that has stalled once before."""
     queue = make_queue(max_stalls=1)
     job = await queue.create_job("x").save()
     await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
@@ -261,8 +260,8 @@ async def test_a_limit_of_stalls(make_queue: MakeQueue, redis: Any, start: Start
     assert await worker.end(signal.SIGTERM) == 0
 
 
-async def test_what_a_handler_saves_is_not_kept(make_queue: MakeQueue, start: Start) -> None:
-    """in the worker's memory, where no event would end it"""
+async def test_jobs_that_a_handler_saves_are_not_tracked(make_queue: MakeQueue, start: Start) -> None:
+    """The worker gets no events, so they would stay in memory."""
     job = await make_queue(is_worker=False).create_job("saves").save()
     worker = await start("app:work")
     assert await job.result(10_000) == 0
@@ -272,8 +271,8 @@ async def test_what_a_handler_saves_is_not_kept(make_queue: MakeQueue, start: St
 async def test_delayed_jobs(make_queue: MakeQueue, redis: Any, start: Start) -> None:
     queue = make_queue(is_worker=False)
     channel = queue.to_key("earlierDelayed")
-    leaves_it = await start("app:work", "--no-delayed")
-    await leaves_it.says("connected")
+    without = await start("app:work", "--no-delayed")
+    await without.says("connected")
     assert dict(await redis.pubsub_numsub(channel)) == {channel: 0}
     worker = await start("app:work")
     await worker.says("connected")
@@ -285,7 +284,7 @@ async def test_delayed_jobs(make_queue: MakeQueue, redis: Any, start: Start) -> 
     assert await job.result(20_000) == "x"
 
 
-async def test_redis_is_waited_for_and_comes_back(make_queue: MakeQueue, start: Start, own_server: Server) -> None:
+async def test_a_worker_waits_for_redis_and_reconnects(make_queue: MakeQueue, start: Start, own_server: Server) -> None:
     own_server.stop()
     worker = await start("app:work", "-v", REDIS_URL=own_server.url)
     await worker.says("next attempt in 250 ms")
@@ -313,7 +312,7 @@ async def test_a_refusal_is_one_line(start: Start) -> None:
     assert "NOAUTH" in refused or "Authentication required" in refused
 
 
-async def test_a_module_that_sets_up_logging_has_its_way(start: Start, tmp_path: Path) -> None:
+async def test_a_module_may_set_up_logging_itself(start: Start, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("import logging; from app import work; logging.basicConfig(format='own %(message)s')\n")
     worker = await start("own:work")
     await worker.says("own connected")
@@ -324,7 +323,7 @@ async def test_a_module_that_sets_up_logging_has_its_way(start: Start, tmp_path:
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_job_in_flight_is_finished(make_queue: MakeQueue, redis: Any, start: Start, tmp_path: Path) -> None:
+async def test_a_running_job_may_end_after_a_signal(make_queue: MakeQueue, redis: Any, start: Start, tmp_path: Path) -> None:
     queue = make_queue(is_worker=False)
     job = queue.create_job("waits")
     job.on("progress", begun := Seen())
@@ -341,7 +340,7 @@ async def test_a_job_in_flight_is_finished(make_queue: MakeQueue, redis: Any, st
     assert await redis.exists(queue.to_key("active")) == 0
 
 
-async def test_a_job_that_goes_on_is_handed_back(make_queue: MakeQueue, redis: Any, start: Start) -> None:
+async def test_a_job_that_runs_past_the_time_out_is_handed_back(make_queue: MakeQueue, redis: Any, start: Start) -> None:
     queue = make_queue(is_worker=False)
     job = queue.create_job("waits")
     job.on("progress", begun := Seen())
@@ -362,8 +361,8 @@ async def test_a_job_that_goes_on_is_handed_back(make_queue: MakeQueue, redis: A
     assert await redis.exists(queue.to_key("active")) == 0
 
 
-async def test_another_worker_starts_what_is_handed_back(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
-    """under load, and by the hand-back alone: no stall check comes within the hour"""
+async def test_another_worker_takes_jobs_that_are_handed_back(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
+    """Under load, and without a stall check: the interval is an hour."""
     hour = 3_600_000
     options = ("app:work", "--concurrency", "3", "--timeout", "100", "--stall-interval", str(hour), "-v")
     queue = make_queue(is_worker=False, stall_interval=hour)
@@ -391,7 +390,7 @@ async def test_another_worker_starts_what_is_handed_back(make_queue: MakeQueue, 
         assert any(f"job {job.id} " in line for line in second.lines)
 
 
-async def test_a_thread_that_goes_on_does_not_hold_the_process(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
+async def test_a_thread_does_not_keep_the_process_alive(make_queue: MakeQueue, start: Start, tmp_path: Path) -> None:
     queue = make_queue(is_worker=False)
     await queue.create_job("blocks").save()
     worker = await start("app:plain", "--timeout", "100")
@@ -406,7 +405,7 @@ async def test_a_thread_that_goes_on_does_not_hold_the_process(make_queue: MakeQ
 
 
 async def test_redis_does_not_answer_while_a_worker_closes(start: Start, own_server: Server) -> None:
-    """The warning names Redis: no handler was cancelled, since none ran."""
+    """The warning names Redis. No handler was cancelled, since none ran."""
     worker = await start("app:work", "--timeout", "100", REDIS_URL=own_server.url)
     await worker.says("connected")
     freeze(own_server)
@@ -421,8 +420,8 @@ async def test_redis_does_not_answer_while_a_worker_closes(start: Start, own_ser
 
 
 @pytest.mark.parametrize("data", ["waits", "blocks"])
-async def test_a_second_signal_ends_it_at_once(make_queue: MakeQueue, start: Start, data: str) -> None:
-    """also where a handler blocks the loop"""
+async def test_a_second_signal_ends_the_process_at_once(make_queue: MakeQueue, start: Start, data: str) -> None:
+    """even while a handler blocks the event loop"""
     queue = make_queue(is_worker=False)
     job = queue.create_job(data)
     job.on("progress", begun := Seen())
@@ -449,7 +448,7 @@ async def test_a_signal_while_the_interpreter_ends(start: Start, tmp_path: Path)
     assert worker.lines[-2:] == ["INFO closed", "lingers"]
 
 
-async def test_an_interrupted_import(start: Start, tmp_path: Path) -> None:
+async def test_a_signal_during_the_import_of_the_handler(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
     worker = await start("slow:work")
     assert await worker.end() == 128 + signal.SIGINT
@@ -537,7 +536,7 @@ async def test_a_missing_argument(start: Start) -> None:
 
 
 def test_the_handler_is_looked_for_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """also where Python would not: with -P, or started by an installed command"""
+    """even where Python itself would not look: with -P, or when an installed command starts it"""
     (tmp_path / "in_the_current_directory.py").write_text("def work(job): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
