@@ -21,7 +21,7 @@ from beequeue.command.arguments import load_handler
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import MakeQueue, Seen, until
-from tests.observe import freeze, thaw
+from tests.observe import clients, freeze, thaw
 
 APP = """
 import asyncio, os, time
@@ -404,10 +404,15 @@ async def test_a_thread_does_not_keep_the_process_alive(make_queue: MakeQueue, s
     assert (await queue.check_health()).active == 1
 
 
+async def takes(server: Server) -> bool:
+    """Whether a worker waits for a job on this server."""
+    return any("b" in client["flags"] for client in await clients(server))
+
+
 async def test_redis_does_not_answer_while_a_worker_closes(start: Start, own_server: Server) -> None:
     """The warning names Redis. No handler was cancelled, since none ran."""
     worker = await start("app:work", "--timeout", "100", REDIS_URL=own_server.url)
-    await worker.says("connected")
+    await until(lambda: takes(own_server))
     freeze(own_server)
     try:
         assert await worker.end(signal.SIGTERM) == 0
