@@ -38,7 +38,7 @@ logs:
 
 docs: $(VENV)/.docs ## the pages and the API reference as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with its search: $(VENV)/bin/python -m http.server --directory site"
 
 test: $(VENV)/.test ## all tests, side by side; with containers if Docker runs
 ## TESTS=tests/wire PROCESSES=4 TEST_LOOP=uvloop

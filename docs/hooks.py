@@ -7,6 +7,7 @@ and MkDocs reports it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import posixpath
 import re
@@ -60,6 +61,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(on_the_site, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Gives each cell the name of its column: on a phone rows are blocks, and a wide table's head is not shown."""
+    return re.sub(r"<table>.*?</table>", lambda table: _with_names(table[0]), html, flags=re.DOTALL)
+
+
+def _with_names(table: str) -> str:
+    names = [re.sub(r"<[^>]*>", "", name) for name in re.findall(r"<th[^>]*>(.*?)</th>", table, re.DOTALL)]
+    if len(names) < 3:
+        return table
+    columns = itertools.cycle(names)
+    return re.sub(r"<td(?=[ >])", lambda _: f'<td data-column="{next(columns)}"', table)
+
+
 def _relative(target: str, page: Any) -> str:
     return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
 
@@ -73,6 +87,8 @@ def on_post_build(config: Any) -> None:
     for path, text in texts.items():
         for loaded in re.findall(r'<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]+)"', text):
             log.warning("%s loads %s", path.name, loaded)
+        if 'class="mermaid"' in text:
+            log.warning("%s has a Mermaid diagram, which the theme draws with a script from elsewhere", path.name)
 
 
 def _public_names() -> set[str]:

@@ -163,10 +163,12 @@ OUR_OWN = list(QueueSettings.__dataclass_fields__)[-5:]
 
 def test_the_settings_are_all_there() -> None:
     """with type, default and bee-queue's name"""
-    rows = {row[0].strip("`"): row[1:] for row in tables(PAGES["docs/settings.md"], "setting")}
+    rows = {
+        row[0].split("`")[1]: [*row[0].split("<br>")[1:], "", *row[1:]] for row in tables(PAGES["docs/settings.md"], "setting")
+    }
     hints = get_type_hints(QueueOptions)
     assert {*rows} == {*hints} == {*QueueSettings.__dataclass_fields__}
-    for name, (kind, default, upstream, meaning) in rows.items():
+    for name, (upstream, *_, kind, default, meaning) in rows.items():
         value = QueueSettings.__dataclass_fields__[name].default
         assert default == f"`{'linear_backoff' if value is linear_backoff else value}`", name
         alternatives = [hints[name]] if hints[name] in TYPES else [a for a in hints[name].__args__ if a is not type(None)]
@@ -189,12 +191,12 @@ def test_the_setters_of_a_job_are_all_there() -> None:
         for name, method in methods.items()
         if not inspect.iscoroutinefunction(method) and inspect.signature(method).return_annotation == "Job"
     }
-    assert {re.sub(r"`job\.(\w+)\(.*", r"\1", row) for row in rows} == setters > {"retries"}
+    assert {row.split("(")[0].removeprefix("`job.") for row in rows} == setters > {"retries"}
 
 
-@pytest.mark.parametrize("row", tables(PAGES["docs/settings.md"], "call"), ids=lambda row: row[0].strip("`"))
+@pytest.mark.parametrize("row", tables(PAGES["docs/settings.md"], "call"), ids=lambda row: row[0].split("`")[1])
 def test_the_arguments_of_calls_have_these_defaults(row: list[str]) -> None:
-    owner, name, arguments = re.fullmatch(r"`(queue|job)\.(\w+)\((.*)\)`", row[0]).groups()  # type: ignore[union-attr]
+    owner, name, arguments = re.match(r"`(queue|job)\.(\w+)\((.*)\)`", row[0]).groups()  # type: ignore[union-attr]
     call: Callable[..., Any] = getattr({"queue": Queue, "job": Job}[owner], name)
     parameters = inspect.signature(call).parameters
     assert {*arguments.split(", ")} == {*parameters} - {"self"}
