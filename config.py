@@ -23,22 +23,22 @@ from beequeue.parse import text, whole_number
 
 @dataclass(frozen=True)
 class Config:
-    """One field a variable, named like it in lower case."""
+    """One field for each variable; the names are the variables' in lower case."""
 
     queue_name: str = "issue-189"
     concurrency: int = 2
-    """jobs at once in one worker process"""
+    """Jobs at once in one worker process."""
     num_chains: int = 7
     redis_url: str = "redis://127.0.0.1:6379"
     ordered_events: bool = False
-    """True turns the cure on"""
+    """True turns the cure on."""
     stats_interval: float = 3
-    """seconds"""
+    """Seconds between stats lines."""
     duration: float = 0
-    """seconds after which the client ends; 0: when it is stopped"""
+    """Seconds after which the client ends; 0: not before it is stopped."""
     extended_stats: bool = False
     workers: int = 6
-    """worker processes, without Docker"""
+    """Worker processes, without Docker."""
 
 
 def _seconds(value: str, *, zero: bool = False) -> float:
@@ -47,7 +47,7 @@ def _seconds(value: str, *, zero: bool = False) -> float:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
-        raise ValueError(f"must be a number of seconds, {'0 or more' if zero else 'more than 0'}, not {value!r}")
+        raise ValueError(f"must be a number of seconds, {'at least 0' if zero else 'greater than 0'}, not {value!r}")
     return seconds
 
 
@@ -76,7 +76,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
 
 
 def parse(variables: Mapping[str, str]) -> Config:
-    """The configuration in `variables`; an empty variable counts as not set. Raises `ValueError` with the line to show."""
+    """Reads the configuration; an empty variable counts as unset. Raises `ValueError` with the line to show."""
     given = {}
     for field, parser in _PARSERS.items():
         name = field.upper()
@@ -89,17 +89,17 @@ def parse(variables: Mapping[str, str]) -> Config:
 
 
 def variables() -> dict[str, str]:
-    """`.env`, and the environment, which wins. Raises `ValueError` with the line to show."""
+    """The variables of `.env` and of the environment, which wins. Raises `ValueError` with the line to show."""
     file = Path(__file__).with_name(".env")
     try:
         written = dotenv_values(file)
     except UnicodeDecodeError:
-        raise ValueError(f"{file} must be UTF-8, and is not") from None
+        raise ValueError(f"{file} is not UTF-8") from None
     return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 
 def load() -> Config:
-    """The configuration of this process."""
+    """Reads the configuration of this process; ends the program if it is wrong."""
     try:
         return parse(variables())
     except ValueError as error:
@@ -107,6 +107,6 @@ def load() -> Config:
 
 
 def fail(line: str, code: int = 1) -> NoReturn:
-    """Ends the program with one line."""
+    """Ends the program with one line on stderr."""
     print(escape(line), file=sys.stderr)
     sys.exit(code)

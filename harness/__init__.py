@@ -1,1 +1,5 @@
-"""What surrounds the client and the workers where there is no Docker. Starts them as processes; never imports them."""
+"""Everything around `client.py` and `worker.py`: what both use, and the commands that start them as processes.
+
+Never imports them. Compose's image contains this package, so importing it needs only requirements.txt; what needs an extra
+(tqdm, matplotlib) is imported by its own command.
+"""

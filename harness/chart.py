@@ -1,8 +1,8 @@
-"""`python -m harness chart`: one picture of saved stdout logs; needs the extra `chart`.
+"""`python -m harness chart`: draws one picture of saved logs; needs the extra `chart`.
 
-Reads the client's stats lines out of a log, whatever Compose or `make local` put before them, and skips all other lines.
-They carry no time: it is the line's number times the interval. Only the last line, which comes when the run is stopped, may
-be nearer than that; there `throughput`, which is jobs by seconds, tells.
+Reads the client's stats lines, whatever Compose or `make local` put before them, and skips all other lines. The lines carry
+no time, so a line's time is its number times the interval. Only the last line, printed when the run is stopped, may come
+earlier; its time follows from `throughput`, which is jobs divided by seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart, less the yellow, which white paper swallows"""
+"""Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is invisible on white."""
 STYLES = ("-", (0, (5, 1.5)), "-.", (0, (1, 1.2)))
 UNITS = ((3 * 3600, 3600, "hours"), (600, 60, "minutes"), (0, 1, "seconds"))
 PANELS = {
@@ -35,7 +35,7 @@ PANELS = {
     "rate": ("Speed", "jobs/s in each interval", 10),
     "memory": ("The client's resident memory", "MB", 10),
 }
-"""title, unit, and the least height of the axis"""
+"""By panel: title, unit, and the least height of the axis."""
 PIXELS_PER_INCH = 160
 Line = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -47,23 +47,23 @@ class NoChart(Exception):
 
 @dataclass(frozen=True)
 class Log:
-    """The stats lines of one run, and when each was printed, in seconds since the start."""
+    """The stats lines of one run, and the time of each in seconds since the start."""
 
     name: str
     lines: list[Line]
     times: list[float]
 
     def counter(self, key: str) -> Points:
-        """From the start on; besides the line's own keys, `lost` and `ended`."""
+        """The values of a line's key, or of `lost` or `ended`, beginning with 0 at the start."""
         return [(0, 0), *((time, line[key]) for time, line in zip(self.times, self.lines, strict=True))]
 
     def loss_percent(self) -> Points:
-        """Of all jobs since the start; nothing before the first job."""
+        """The share of all jobs since the start; no points before the first job."""
         both = zip(self.counter("numQueueSucceeded"), self.counter("lost"), strict=True)
         return [(time, 100 * lost / jobs) for (time, jobs), (_, lost) in both if jobs]
 
     def rate(self) -> Points:
-        """Jobs ended per second between each line and the one before; not for a last line that follows at once."""
+        """Jobs ended per second between neighbouring lines; none for a last line that follows at once."""
         steps = list(pairwise(self.counter("ended")))
         half = self.times[0] / 2
         return [(time, (now - then) / (time - before)) for (before, then), (time, now) in steps if time - before >= half]
@@ -74,7 +74,7 @@ class Log:
 
 
 def parse_line(text: str) -> Line | None:
-    """The stats in one line of a log, with `lost`, `ended` and `elapsed_s` (NaN where too coarse); None for another line."""
+    """The stats in a line of a log, plus `lost`, `ended` and `elapsed_s` (NaN if too coarse); None for other lines."""
     try:
         line, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
         succeeded, failed, heard = (index(line[key]) for key in ("numQueueSucceeded", "numQueueFailed", "numJobSucceeded"))
@@ -86,7 +86,7 @@ def parse_line(text: str) -> Line | None:
 
 
 def read(argument: str, interval_s: float) -> Log:
-    """The log that `NAME=path` or `path` names; raises `NoChart`."""
+    """Reads the log that `NAME=path` or `path` names; raises `NoChart`."""
     name, equals, path = argument.partition("=")
     if not (equals and name) or Path(argument).exists():
         name, path = Path(argument).stem, argument
@@ -95,26 +95,26 @@ def read(argument: str, interval_s: float) -> Log:
     except OSError as error:
         raise NoChart(f"{path}: {error.strerror}") from None
     if not lines:
-        raise NoChart(f"{path}: no stats line in it")
+        raise NoChart(f"{path}: contains no stats line")
     for number, (before, after) in enumerate(pairwise(lines), 2):
         if after["ended"] < before["ended"]:
-            raise NoChart(f"{path}: its counters go back at stats line {number}; a chart needs a log for each run")
+            raise NoChart(f"{path}: the counters go back at stats line {number}; a chart needs one log for each run")
     times = [number * interval_s for number in range(1, len(lines) + 1)]
     if times[-1] - interval_s < lines[-1]["elapsed_s"] < times[-1]:
         times[-1] = lines[-1]["elapsed_s"]
     for time, line in list(zip(times, lines, strict=True))[-2:-1]:
         if abs(line["elapsed_s"] / time - 1) > 0.1:
-            took = f"line {len(lines) - 1} came after {line['elapsed_s']:.3g} s by its throughput, not {time:g} s"
-            print(f"{escape(path)}: {took}: is the interval {interval_s:g} s right, and the log whole?", file=sys.stderr)
+            took = f"by its throughput, line {len(lines) - 1} came after {line['elapsed_s']:.3g} s, not {time:g} s"
+            print(f"{escape(path)}: {took}; is the interval {interval_s:g} s right, and the log complete?", file=sys.stderr)
     return Log(name, lines, times)
 
 
 def run(arguments: Sequence[str], output: str, interval: str) -> None:
     """Draws the logs into the file `output`; raises `NoChart`."""
     if Path(output).suffix.lower() not in (".png", ".svg"):
-        raise NoChart(f"--output must be a name in .png or .svg, not {output!r}")
+        raise NoChart(f"--output must end in .png or .svg, not {output!r}")
     if not (re.fullmatch(r"[0-9]*\.?[0-9]+", interval) and float(interval) > 0):
-        raise NoChart(f"--interval must be a number of seconds, more than 0, not {interval!r}")
+        raise NoChart(f"--interval must be a number of seconds greater than 0, not {interval!r}")
     logs = [read(argument, float(interval)) for argument in arguments]
     names = [log.name for log in logs]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -135,7 +135,7 @@ def run(arguments: Sequence[str], output: str, interval: str) -> None:
 
 
 def draw(logs: Sequence[Log], interval_s: float) -> Figure:
-    """Five panels, each with one curve a log; the first with two."""
+    """Draws five panels. Each has one curve for each log; the first has two."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.8), layout="constrained")
@@ -151,20 +151,20 @@ def draw(logs: Sequence[Log], interval_s: float) -> Figure:
             axes[key].plot([time / unit_s for time, _ in points], [value for _, value in points], **look)
             edges = [*axes[key].get_ylim(), *(1.05 * value for _, value in points)]
             axes[key].set_ylim(min(edges), max(edges))
-    note = "wide: as the queue tells it\nnarrow: as the jobs heard it"
+    note = "wide: events of the queue\nnarrow: events of the jobs themselves"
     axes["counters"].text(0.03, 0.97, note, transform=axes["counters"].transAxes, va="top")
     _enlarge_the_end(axes["counters"], logs)
     _name_memory(axes["memory"], logs)
     place: dict[str, Any] = {"loc": "outside upper left", "ncols": 2, "frameon": False, "handlelength": 3.5}
     legend = figure.legend(axes["lost"].lines, ["."] * len(logs), **place)
-    for text, log in zip(legend.get_texts(), logs, strict=True):  # a label that begins with "_" would have been left out
+    for text, log in zip(legend.get_texts(), logs, strict=True):  # the legend would leave out a label that begins with "_"
         text.set_parse_math(False)
         text.set_text(f"{log.name}: {log.lines[-1]['lost']:,} of {log.lines[-1]['numQueueSucceeded']:,} lost")
     return figure
 
 
 def _curves(log: Log, number: int) -> list[tuple[str, Points, dict[str, Any]]]:
-    """The panel, the points and the look of each of a log's curves."""
+    """The panel, the points and the style of each curve of a log."""
     colour, style = COLOURS[number % len(COLOURS)], STYLES[number % len(STYLES)]
     look = {"color": colour, "linestyle": style, "linewidth": 1.8, "marker": "o" if len(log.lines) < 3 else ""}
     look |= {"clip_on": False, "zorder": 3}  # a curve at 0 lies on the axis
@@ -179,7 +179,7 @@ def _curves(log: Log, number: int) -> list[tuple[str, Points, dict[str, Any]]]:
 
 
 def _enlarge_the_end(axes: Axes, logs: Sequence[Log]) -> None:
-    """The last moments of the log that lost most, so near that its two counters stand apart."""
+    """Adds an inset with the last moments of the log that lost most, where its two counters can be told apart."""
     worst, log = max(enumerate(logs), key=lambda item: item[1].lines[-1]["lost"])
     end, jobs, lost = log.times[-1], log.lines[-1]["numQueueSucceeded"], log.lines[-1]["lost"]
     if lost <= 0:
@@ -197,7 +197,7 @@ def _enlarge_the_end(axes: Axes, logs: Sequence[Log]) -> None:
 
 
 def _name_memory(axes: Axes, logs: Sequence[Log]) -> None:
-    """Says which logs have no memory in them, and brings the others' nearer."""
+    """Names the logs that have no memory in them, and cuts the axis to the range of the others."""
     if known := [value for log in logs for _, value in log.memory_mb()]:
         axes.set_ylim(bottom=0.8 * min(known))
     else:

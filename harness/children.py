@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, however it ends."""
+"""Child processes that end when their parent does, even if it is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """A `preexec_fn` that has the kernel kill the child when its parent dies (Linux; elsewhere None)."""
+    """A `preexec_fn` with which the kernel kills the child when its parent dies (Linux; None elsewhere)."""
     if _libc is None:
         return None
     parent = os.getpid()
@@ -21,13 +21,13 @@ def end_with_parent() -> Callable[[], None] | None:
     def in_child() -> None:
         assert _libc is not None
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the kernel was asked
+        if os.getppid() != parent:  # the parent died before the kernel was asked
             os._exit(1)
 
     return in_child
 
 
 def stop_with_parent() -> None:
-    """Has this process get SIGTERM when its own parent dies (Linux)."""
+    """Makes the kernel send this process SIGTERM when its own parent dies (Linux)."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

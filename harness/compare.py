@@ -1,7 +1,7 @@
-"""`python -m harness compare`: both orderings in turn on one Redis with the same workers, and what became of their jobs.
+"""`python -m harness compare`: runs both orderings in turn, on one Redis and with the same workers.
 
-Each round starts a client for each contestant, the first one of this round last in the next. The original on Node has
-workers of its own, on a queue of its own. What the runs said is judged in `report`.
+Each round starts one client for each contestant, and every other round reverses their order. The original on Node has its
+own workers and its own queue. `report` judges the results.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from harness.member import Member
 from harness.server import redis_url
 
 BAR = "{desc} |{bar}| {n:.0f} of {total:.0f} s"
-"""on a terminal; elsewhere there is none"""
+"""Shown on a terminal only."""
 INTERVAL_S = 1
 START_S = 30
-"""how long a client may take besides its run"""
+"""How long a client or a worker may take to start."""
 
 
 class NotCompared(Exception):
-    """A run did not come to its end undisturbed; the message is the line to show."""
+    """A run failed or was disturbed; the message is the line to show."""
 
 
 @dataclass
 class Contestant:
-    """A client program with its workers; several may share the latter."""
+    """A client program and its workers; contestants may share workers."""
 
     name: str
     client: Sequence[str]
@@ -59,7 +59,7 @@ class Plan:
 
 
 async def run(plan: Plan, settings: config.Config, environment: Mapping[str, str]) -> int:
-    """Compares, prints the findings, and returns the exit code; raises `NotCompared`, `NoServer`, `NotInstalled`."""
+    """Runs the comparison, prints the findings, and returns the exit code; raises `NotCompared`, `NoServer`, `NotInstalled`."""
     with redis_url(environment) as url:
         names = [f"compare-{os.getpid()}", f"compare-{os.getpid()}-node"]
         common = {**environment, "REDIS_URL": url, "EXTENDED_STATS": "true"}
@@ -103,7 +103,7 @@ def _contestants(plan: Plan, workers: int, common: Mapping[str, str], names: Seq
 
 
 async def _start_worker(worker: Member, variables: Mapping[str, str]) -> None:
-    """Starts it and waits until it says that it is connected."""
+    """Starts a worker and waits until it reports that it is connected; raises `NotCompared`."""
     said: list[str] = []
     connected = asyncio.Event()
 
@@ -123,7 +123,7 @@ async def _start_worker(worker: Member, variables: Mapping[str, str]) -> None:
 
 
 async def _run_client(contestant: Contestant, bar: tqdm[NoReturn]) -> report.Run:
-    """One start of the client, to its end; raises `NotCompared`."""
+    """Runs the client from start to end; raises `NotCompared`."""
     lines: list[report.Line] = []
     said: list[str] = []
 
@@ -151,7 +151,7 @@ async def _run_client(contestant: Contestant, bar: tqdm[NoReturn]) -> report.Run
             raise NotCompared(f"{client.name} was disturbed, {key} is {last[key]}: {_last(said)}")
     half = lines[len(lines) // 2 - 1]
     if not (last["numQueueSucceeded"] > half["numQueueSucceeded"] and last["numJobSucceeded"]):
-        raise NotCompared(f"{client.name} was told of no job after half-time: {_last(said)}")
+        raise NotCompared(f"{client.name} heard of no job after half-time: {_last(said)}")
     return report.Run(half, last)
 
 
@@ -160,7 +160,7 @@ def _last(said: Sequence[str]) -> str:
 
 
 def _conditions(plan: Plan, settings: config.Config, url: str) -> dict[str, Any]:
-    """Where and how it ran."""
+    """The server, the machine and the sizes, for the line below the table."""
     client = BlockingConnection(Address(url), START_S)
     server = dict(line.partition(":")[::2] for line in client.call("INFO", "server").decode().splitlines())
     client.close()
@@ -185,7 +185,7 @@ def _processor() -> str:
 
 
 async def _remove_queues(names: Sequence[str], url: str) -> None:
-    """They have names of their own, so nobody misses them; a Redis that has gone keeps nothing of ours."""
+    """Destroys the queues of this comparison. A Redis that has ended keeps none."""
     for name in names:
         with suppress(BeeQueueError, TimeoutError):
             async with asyncio.timeout(START_S), Queue(name, url, is_worker=False, get_events=False) as queue:

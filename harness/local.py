@@ -1,7 +1,7 @@
-"""The main job's topology as processes: one client, some workers, a Redis; their lines prefixed like Compose's.
+"""`python -m harness local`: one client, some workers and a Redis as processes, with Compose's prefixes on their lines.
 
-The client's stdout goes to stdout, everything else to stderr. It all ends with the client, with a signal, or with this
-process; in this order, so that nothing is lost: client, workers, Redis.
+The client's stdout goes to stdout, everything else to stderr. All processes end when the client ends, on a signal, or with
+this process. The order is client, workers, Redis, so that no job is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def run(workers: int, environment: Mapping[str, str]) -> int:
             try:
                 print(prefix + escape(line), file=stream, flush=True)
             except BrokenPipeError:
-                # whatever is printed from now on, and at the interpreter's last flush, goes nowhere
+                # nobody reads any more: later lines, and the interpreter's last flush, must not raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 stop.set()
 

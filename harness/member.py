@@ -1,4 +1,4 @@
-"""One process of the topology, and what it prints."""
+"""One process of the topology: started, listened to, ended."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from harness.children import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 END_S = 10
-"""how long a process has to end after SIGTERM, as in Compose"""
+"""How long a process may take to end after SIGTERM, as in Compose."""
 
 Listener = Callable[[str], None]
 
 
 class Member:
-    """Runs `command` in the project's directory; each line of its stdout and stderr is told to a listener."""
+    """Runs `command` in the project's directory and passes each line of its stdout and stderr to a listener."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
@@ -48,24 +48,24 @@ class Member:
 
     @property
     def pid(self) -> int:
-        """Of the process, which must have been started."""
+        """The process id; the process must have been started."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def code(self) -> int | None:
-        """Its exit code, once it has ended."""
+        """The exit code; None while the process runs."""
         return self._process.returncode if self._process else None
 
     async def ended(self) -> int:
-        """Waits for its end and its last lines; returns its exit code."""
+        """Waits for the end and the last lines; returns the exit code."""
         assert self._process is not None
         code = await self._process.wait()
         await asyncio.wait(self._pumps)
         return code
 
     async def end(self) -> int | None:
-        """SIGTERM, and SIGKILL when that does not help; returns its exit code, None if it never started."""
+        """Sends SIGTERM, and SIGKILL after `END_S`; returns the exit code, or None if the process never started."""
         if self._process is None:
             return None
         self._signal(signal.SIGTERM)
@@ -77,7 +77,7 @@ class Member:
             return await self.ended()
 
     def _signal(self, number: signal.Signals) -> None:
-        """The process's own `send_signal` would look whether it has ended, and take its exit code from asyncio."""
+        """Signals a process that runs. asyncio's own `send_signal` would reap it, and its exit code would be lost."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)

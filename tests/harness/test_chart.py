@@ -136,8 +136,8 @@ def test_a_slow_run_goes_by_the_number_of_the_line(write_log: WriteLog, capsys: 
 def test_an_interval_that_cannot_be_right_is_noted(write_log: WriteLog, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_log("a.log", RUN)
     chart.read(str(path), 1)
-    took = "line 2 came after 6 s by its throughput, not 2 s"
-    assert capsys.readouterr().err == f"{path}: {took}: is the interval 1 s right, and the log whole?\n"
+    took = "by its throughput, line 2 came after 6 s, not 2 s"
+    assert capsys.readouterr().err == f"{path}: {took}; is the interval 1 s right, and the log complete?\n"
 
 
 def test_a_name_may_stand_before_the_file(write_log: WriteLog) -> None:
@@ -200,20 +200,20 @@ def test_many_logs_look_different(write_log: WriteLog) -> None:
         (["absent.log"], "absent.log: No such file or directory"),
         (["x=absent.log"], "absent.log: No such file or directory"),
         (["."], ".: Is a directory"),
-        (["a.log", "empty.log"], "empty.log: no stats line in it"),
-        (["other.log"], "other.log: no stats line in it"),
-        (["twice.log"], "twice.log: its counters go back at stats line 4; a chart needs a log for each run"),
+        (["a.log", "empty.log"], "empty.log: contains no stats line"),
+        (["other.log"], "other.log: contains no stats line"),
+        (["twice.log"], "twice.log: the counters go back at stats line 4; a chart needs one log for each run"),
         (
             ["a.log", "a=twice.log", "a.log"],
-            "twice.log: its counters go back at stats line 4; a chart needs a log for each run",
+            "twice.log: the counters go back at stats line 4; a chart needs one log for each run",
         ),
         (["a.log", "a=a.log"], "more than one log is called 'a'; name them: NAME=file"),
-        (["a.log", "--output", "a.jpg"], "--output must be a name in .png or .svg, not 'a.jpg'"),
-        (["a.log", "--output", "png"], "--output must be a name in .png or .svg, not 'png'"),
+        (["a.log", "--output", "a.jpg"], "--output must end in .png or .svg, not 'a.jpg'"),
+        (["a.log", "--output", "png"], "--output must end in .png or .svg, not 'png'"),
         (["a.log", "--output", "absent/a.png"], "absent/a.png: No such file or directory"),
-        (["a.log", "--interval", "soon"], "--interval must be a number of seconds, more than 0, not 'soon'"),
-        (["a.log", "--interval", "0"], "--interval must be a number of seconds, more than 0, not '0'"),
-        (["a.log", "--interval", "nan"], "--interval must be a number of seconds, more than 0, not 'nan'"),
+        (["a.log", "--interval", "soon"], "--interval must be a number of seconds greater than 0, not 'soon'"),
+        (["a.log", "--interval", "0"], "--interval must be a number of seconds greater than 0, not '0'"),
+        (["a.log", "--interval", "nan"], "--interval must be a number of seconds greater than 0, not 'nan'"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(write_log: WriteLog, tmp_path: Path, arguments: list[str], message: str) -> None:

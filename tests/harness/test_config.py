@@ -59,10 +59,10 @@ def test_empty_means_not_set() -> None:
         ("WORKERS", "-1", "WORKERS must be a whole number of at least 1, not '-1'"),
         ("ORDERED_EVENTS", "yes", "ORDERED_EVENTS must be true or false, not 'yes'"),
         ("EXTENDED_STATS", "1", "EXTENDED_STATS must be true or false, not '1'"),
-        ("STATS_INTERVAL", "0", "STATS_INTERVAL must be a number of seconds, more than 0, not '0'"),
-        ("STATS_INTERVAL", "nan", "STATS_INTERVAL must be a number of seconds, more than 0, not 'nan'"),
-        ("DURATION", "-1", "DURATION must be a number of seconds, 0 or more, not '-1'"),
-        ("DURATION", "soon", "DURATION must be a number of seconds, 0 or more, not 'soon'"),
+        ("STATS_INTERVAL", "0", "STATS_INTERVAL must be a number of seconds, greater than 0, not '0'"),
+        ("STATS_INTERVAL", "nan", "STATS_INTERVAL must be a number of seconds, greater than 0, not 'nan'"),
+        ("DURATION", "-1", "DURATION must be a number of seconds, at least 0, not '-1'"),
+        ("DURATION", "soon", "DURATION must be a number of seconds, at least 0, not 'soon'"),
         (
             "REDIS_URL",
             "http://h",
@@ -130,7 +130,7 @@ def test_a_dotenv_that_is_not_utf8(tmp_path: Path) -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"{tmp_path / '.env'} must be UTF-8, and is not\n"
+    assert ended.stderr == f"{tmp_path / '.env'} is not UTF-8\n"
 
 
 def test_the_example_lists_every_variable() -> None:

@@ -187,7 +187,7 @@ def test_a_server_that_cannot_be_run_is_named(local: Callable[..., Local]) -> No
     run = local(REDIS_URL="", REDIS_SERVER="/nowhere/redis-server")
     _, err = run.end()
     assert run.process.returncode == 1
-    assert err == "REDIS_SERVER must be a server that can be run, not '/nowhere/redis-server'\n"
+    assert err == "REDIS_SERVER must name an executable server, not '/nowhere/redis-server'\n"
 
 
 class Programs:
