@@ -1,6 +1,6 @@
 FROM python:3.13-slim
 
-# top, to watch the leak
+# for top, to watch the leak
 RUN apt-get update \
  && apt-get install -y --no-install-recommends procps \
  && rm -rf /var/lib/apt/lists/*
@@ -8,7 +8,7 @@ RUN apt-get update \
 RUN useradd --system --no-create-home harness
 WORKDIR /harness
 
-# dependencies in a layer of their own: editing a source does not install them again
+# dependencies have their own layer: editing a source does not install them again
 COPY requirements.txt .
 RUN python -m pip install --no-cache-dir --root-user-action=ignore -r requirements.txt
 
