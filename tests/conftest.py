@@ -20,7 +20,7 @@ from tests.loops import use_loop
 
 ALONE = {
     "containers": ("tests/harness/test_compose.py",),
-    "harness": ("tests/harness/", "tests/bench/"),
+    "harness": ("tests/harness/test_harness", "tests/harness/test_compare.py", "tests/bench/"),
     "faults": ("tests/faults/", "tests/producer/test_proof.py", "tests/wire/test_sizes.py"),
 }
 """Tests that load the machine: those of one group never run beside each other. pytest-xdist starts with the groups."""

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says and prints it; how fast anything is, no test asks."""
+"""The benchmark measures what it claims to, and prints it. No test asks how fast anything is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bench import table
+from bench.__main__ import parse
 from bench.growth import Level
 from bench.interpreter import SLOW, build, package_of
 from bench.measures import MEASURES, NODE, OURS, ROWS
@@ -49,7 +50,7 @@ def wheel() -> Path | None:
 
 @pytest.fixture
 def installed_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that the benchmark takes, whichever the other tests run on: it refuses the wheel's."""
+    """An installed redis-server, whichever server the other tests use: the benchmark refuses the wheel's."""
     server = shutil.which("redis-server")
     if server is None:
         skip("the benchmark needs an installed redis-server")
@@ -108,11 +109,13 @@ async def test_the_wheel_is_refused() -> None:
         (["drain"], "drain"),
     ],
 )
-async def test_wrong_arguments_end_with_one_line(arguments: list[str], named: str) -> None:
-    ended = await bench(*arguments)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert len(ended.stderr.splitlines()) == 1
-    assert named in ended.stderr
+def test_wrong_arguments_end_with_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(arguments)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
 
 
 def test_a_program_that_fails_tells_why() -> None:

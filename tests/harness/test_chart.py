@@ -1,4 +1,4 @@
-"""`python -m harness chart`: what it reads out of a log, what it draws, and what it says when it cannot."""
+"""`python -m harness chart`: what it reads from a log, what it draws, and its message when it cannot."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from client import COUNTERS, stats
 from harness import chart
+from harness.__main__ import main
 from tests import ROOT
 
 COMPOSE_V1 = "\x1b[33mclient_1  |\x1b[0m "
@@ -40,6 +41,7 @@ issue-189_client_1 exited with code 0
 """
 
 WriteLog = Callable[..., Path]
+Run = Callable[..., tuple[int | str | None, str, str]]
 
 
 def line(elapsed_s: float, succeeded: int, own: int, failed: int = 0, **extended: int) -> str:
@@ -64,11 +66,20 @@ def write_log(tmp_path: Path) -> WriteLog:
     return write
 
 
-def run(*arguments: object, cwd: Path = ROOT) -> tuple[int, str, str]:
-    command = [sys.executable, "-W", "error", "-m", "harness", "chart", *map(str, arguments)]
-    environment = {"PYTHONPATH": str(ROOT), "HOME": str(Path.home())}
-    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=50, check=False)
-    return ended.returncode, ended.stdout, ended.stderr
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `python -m harness chart` in `tmp_path`, within this process: matplotlib is imported once."""
+
+    def run(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["harness", "chart", *map(str, arguments)])
+        try:
+            code: int | str | None = main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def words(svg: Path) -> list[str]:
@@ -86,7 +97,7 @@ def test_a_log_is_read_in_each_of_its_forms(write_log: WriteLog, prefix: str) ->
 
 
 def test_the_log_of_make_local_is_read() -> None:
-    # its lines, as test_harness has them, are those of Compose v1 without colours
+    # test_harness shows that its lines look like Compose v1's without colours
     parsed = chart.parse_line("client_1  | " + RUN[0])
     assert parsed is not None
     assert {**json.loads(RUN[0]), "lost": 30, "ended": 3000, "elapsed_s": 3.0} == parsed
@@ -100,7 +111,7 @@ def test_bytes_that_are_no_text_and_windows_line_ends_do_no_harm(tmp_path: Path)
 def test_the_rate_is_that_of_each_interval(write_log: WriteLog) -> None:
     log = chart.read(str(write_log("a.log", RUN)), 3)
     assert log.rate() == [(3, 1000), (6, 2000), (9, 400)]  # failed jobs count too, as in throughput
-    # 6000 jobs in 6 s after 3000 in 3 s, though the cumulated throughput tells another number
+    # 6000 jobs in 3 s after 3000 in 3 s; the throughput since the start would be another number
     assert [time for time, _ in chart.read(str(write_log("b.log", RUN[:1])), 0.5).rate()] == [0.5]
 
 
@@ -147,7 +158,7 @@ def test_a_name_may_stand_before_the_file(write_log: WriteLog) -> None:
     assert chart.read(str(odd), 3).name == "x=y"
 
 
-def test_an_svg_names_the_logs_and_its_axes(write_log: WriteLog, tmp_path: Path) -> None:
+def test_an_svg_names_the_logs_and_its_axes(write_log: WriteLog, run: Run, tmp_path: Path) -> None:
     lossy, cured = write_log("lossy.log", RUN, COMPOSE_V1), write_log("b.log", [line(3, 3000, 3000), line(6, 6100, 6100)])
     output = tmp_path / "picture.svg"
     assert run(lossy, f"_the $cure$ & more={cured}", "--output", output) == (0, f"{output}\n", "")
@@ -161,9 +172,9 @@ def test_an_svg_names_the_logs_and_its_axes(write_log: WriteLog, tmp_path: Path)
         assert unit in texts
 
 
-def test_a_png_is_written_where_nothing_else_is_asked_for(write_log: WriteLog, tmp_path: Path) -> None:
+def test_a_png_is_written_where_nothing_else_is_asked_for(write_log: WriteLog, run: Run, tmp_path: Path) -> None:
     write_log("a.log", RUN)
-    assert run("a.log", cwd=tmp_path) == (0, "chart.png\n", "")
+    assert run("a.log") == (0, "chart.png\n", "")
     picture = (tmp_path / "chart.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n")
     width = int.from_bytes(picture[16:20])
@@ -182,9 +193,9 @@ def test_a_png_is_written_where_nothing_else_is_asked_for(write_log: WriteLog, t
     ],
     ids=["no job", "all lost", "one line", "hours", "fewer than none"],
 )
-def test_odd_runs_are_drawn_too(write_log: WriteLog, tmp_path: Path, lines: list[str]) -> None:
+def test_odd_runs_are_drawn_too(write_log: WriteLog, run: Run, tmp_path: Path, lines: list[str]) -> None:
     write_log("a.log", lines)
-    assert run("a.log", "--output", "a.svg", cwd=tmp_path) == (0, "a.svg\n", "")
+    assert run("a.log", "--output", "a.svg") == (0, "a.svg\n", "")
     assert "not in the log of a: EXTENDED_STATS was off" in words(tmp_path / "a.svg")
 
 
@@ -216,12 +227,14 @@ def test_many_logs_look_different(write_log: WriteLog) -> None:
         (["a.log", "--interval", "nan"], "--interval must be a number of seconds greater than 0, not 'nan'"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(write_log: WriteLog, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_drawn_is_one_line(
+    write_log: WriteLog, run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     write_log("a.log", RUN)
     write_log("empty.log", [])
     write_log("other.log", [], between=OTHER_LINES)
     write_log("twice.log", RUN + RUN)
-    assert run(*arguments, cwd=tmp_path) == (2, "", message + "\n")
+    assert run(*arguments) == (2, "", message + "\n")
     assert not list(tmp_path.glob("*.png"))
 
 
