@@ -21,7 +21,7 @@ from beequeue.wire.forks import process
 log = logging.getLogger("beequeue")
 
 
-class Public(Owner, Protocol):
+class PublicQueue(Owner, Protocol):
     """The queue that a host belongs to."""
 
     name: str
@@ -34,7 +34,7 @@ class Public(Owner, Protocol):
 class Host:
     """The inside of one queue. `open` returns the work that connects it; the host calls it once and runs that in a task."""
 
-    def __init__(self, queue: Public, open: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, queue: PublicQueue, open: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self.queue: Owner = queue
         """The owner of the jobs that the parts decode."""
         self.name = queue.name

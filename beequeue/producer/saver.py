@@ -7,7 +7,6 @@ reply in the same read. With two sockets it is bound as in bee-queue 2.0.0: when
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ JOBS_IN_FLIGHT = 1_000
 JOBS_A_CALL, BYTES_A_CALL = 100, 2**16
 """How many jobs, and of what size together, one script stores before Redis serves other clients."""
 
+Answer = str | BeeQueueError | None
+"""The store's answer to a save: the job's id; None when its own id is in use; or an error."""
 Outcome = bool | BeeQueueError
 """Whether a save has stored its job, or the error that it ended with."""
 
@@ -49,7 +50,7 @@ class Saver:
             raise
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         command = self._store.add(
-            form.id, form.entry, form.delay, lambda reply: complete(answered, self._outcome(job, form, reply))
+            form.id, form.entry, form.delay, lambda answer: complete(answered, self._outcome(job, form, answer))
         )
         with self._host.calls:
             try:
@@ -91,74 +92,71 @@ class Saver:
         return errors
 
     async def _save_some(self, jobs: Sequence[Job], timeout_s: float | None) -> dict[Job, Exception]:
-        """Sends the saves of some jobs and waits for the replies; returns the errors."""
-        unanswered = 1  # until all are sent: a reply may come at once
-        answers: set[int] = set()
+        """Sends the saves of some jobs and waits for the answers; returns the errors."""
         errors: dict[Job, Exception] = {}
         stored: list[tuple[Job, _Form]] = []
-        all_answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        calls: list[_Call] = []
 
-        def answered(number: int, saves: list[tuple[Job, _Form]], replies: Any) -> None:
-            nonlocal unanswered
-            answers.add(number)
-            failed = isinstance(replies, BeeQueueError)
-            for index, (job, form) in enumerate(saves):
-                outcome = self._outcome(job, form, copy(replies) if failed else replies[index])
+        def on_answers(call: _Call, answers: Sequence[Answer] | BeeQueueError) -> None:
+            for index, (job, form) in enumerate(call.saves):
+                # an error for the whole call: each job gets its own copy
+                answer = copy(answers) if isinstance(answers, BeeQueueError) else answers[index]
+                outcome = self._outcome(job, form, answer)
                 if outcome is True:
                     stored.append((job, form))
                 elif outcome is not False:
                     errors[job] = outcome
-            unanswered -= 1
-            if not unanswered:
-                complete(all_answered, None)
-
-        calls: list[tuple[Command, list[tuple[Job, _Form]]]] = []
-
-        def withdraw_unanswered() -> dict[Job, Exception]:
-            """Withdraws the calls that have not been sent; returns an error for each job without an answer."""
-            left: dict[Job, Exception] = {}
-            for number, (command, saves) in enumerate(calls):
-                if number not in answers:
-                    withdrawn = self._store.withdraw(command)
-                    for job, _ in saves:
-                        job.saving = not withdrawn
-                        left[job] = timed_out(maybe_applied=not withdrawn)
-            return left
+            complete(call.answered, None)
 
         try:
-            for number, saves in enumerate(_in_calls(jobs, errors)):
-                unanswered += 1
-                calls.append((self._add_all(saves, functools.partial(answered, number, saves)), saves))
+            for saves in _in_calls(jobs, errors):
+                calls.append(self._send(saves, on_answers))
                 if len(saves) > 1:
                     await asyncio.sleep(0)  # this call leaves now, and Redis stores it while the next one is encoded
-            answered(-1, [], [])
-            await asyncio.wait((all_answered,), timeout=timeout_s)
+            if calls:
+                await asyncio.wait([call.answered for call in calls], timeout=timeout_s)
         except asyncio.CancelledError:
-            withdraw_unanswered()
+            self._withdraw(calls)
             raise
-        failed = errors | withdraw_unanswered()  # a copy: later replies must not change it
+        failed = errors | self._withdraw(calls)  # a copy: later answers must not change it
         for job, form in stored:
             self._stored(job, form)
         return failed
 
-    def _add_all(self, saves: list[tuple[Job, _Form]], answered: Callable[[Any], None]) -> Command:
+    def _send(self, saves: list[tuple[Job, _Form]], on_answers: Callable[[_Call, Any], None]) -> _Call:
+        """Sends the saves of one script call; an answer may come before this returns."""
+        call = _Call(saves)
         for job, _ in saves:
             job.saving = True
         form = saves[0][1]
         if len(saves) > 1:
-            return self._store.add_all([(form.id, form.entry) for _, form in saves], answered)
-        return self._store.add(form.id, form.entry, form.delay, lambda reply: answered([reply]))
+            forms = [(form.id, form.entry) for _, form in saves]
+            call.command = self._store.add_all(forms, lambda answers: on_answers(call, answers))
+        else:
+            call.command = self._store.add(form.id, form.entry, form.delay, lambda answer: on_answers(call, [answer]))
+        return call
 
-    def _outcome(self, job: Job, form: _Form, reply: Any) -> Outcome:
-        """Reads the reply to a save and updates its job, in the step that parses the reply."""
+    def _withdraw(self, calls: Iterable[_Call]) -> dict[Job, Exception]:
+        """Withdraws the calls that have not been sent; returns an error for each job without an answer."""
+        left: dict[Job, Exception] = {}
+        for call in calls:
+            if not call.answered.done():
+                withdrawn = self._store.withdraw(call.command)
+                for job, _ in call.saves:
+                    job.saving = not withdrawn
+                    left[job] = timed_out(maybe_applied=not withdrawn)
+        return left
+
+    def _outcome(self, job: Job, form: _Form, answer: Answer) -> Outcome:
+        """Updates a job by the answer to its save, in the step that parses the reply."""
         job.saving = False
-        if isinstance(reply, BeeQueueError):
-            return reply
-        if reply is None:
+        if isinstance(answer, BeeQueueError):
+            return answer
+        if answer is None:
             # the id is in use: by this very job, if it was saved under that id before
             job.id = form.id if form.id == job.saved_as else None
             return False
-        job.id = job.saved_as = reply
+        job.id = job.saved_as = answer
         job.created_at = form.created_at
         if self._ordered:
             # in this very step: the job's events may follow the reply in the same read
@@ -182,6 +180,16 @@ class _Form(NamedTuple):
     entry: bytes
     delay: float | None
     created_at: Any
+
+
+class _Call:
+    """One script call of a bulk save, and the jobs that it saves."""
+
+    command: Command
+
+    def __init__(self, saves: list[tuple[Job, _Form]]) -> None:
+        self.saves = saves
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 def timed_out(done: str = "saved", *, maybe_applied: bool) -> ConnectionLost:
