@@ -4,26 +4,21 @@
 picture (`suspects`, a plain function), and reports only ids that are wrong both times. It changes nothing. `repair` looks a
 third time, in the atomic step that repairs. The kinds of finding, and their repair:
 
-ghost       An id is in a list or a set, but `jobs` has no entry for it. The id is removed from every list and set.
-
-orphan      `jobs` has an entry, but its id is in no state. If the stored status is `succeeded` or `failed`, the id goes to that
-            set: the job has ended and does not run again. (A job retried by hand still says `failed`; it can be retried again.)
-            Any other job goes to `waiting` and runs at least once, or to `delayed` if it was never tried and is not yet due.
-
-two-states  An id is in two states, or twice in one list. If it is in `succeeded` or `failed`, and the stored status says that
-            the job has ended, it stays in that set only, and does not run again. Otherwise it stays where it is furthest along:
-            in `active`, else `waiting`, else `delayed`. It runs, but never twice at a time. In a list, the copy that would be
-            taken first stays.
-
-too-old     An id is in `active`, but no worker reports it: it is in `stalling`, and the stall check that put it there was more
-            than its interval ago (`stallBlock` has expired). It goes to `waiting`, as the next stall check would do. While
-            stall checks go on, they take care of such jobs, and none is reported here. A job taken since the last stall check,
-            or when there was none, is only in `active`, which proves nothing: Redis does not store when a job was taken.
-            `older_than` reports it too, if no check is in force and the job was created that long ago; choose longer than any
-            job waits and runs.
-
-unreadable  An entry of `jobs` is not a JSON object, or its options are not one. It is left alone: the worker that takes the job
-            moves it to `failed`, where it is no longer reported.
+- `ghost`: an id is in a list or a set, but `jobs` has no entry for it. The id is removed from every list and set.
+- `orphan`: `jobs` has an entry, but its id is in no state. If the stored status is `succeeded` or `failed`, the id goes to
+  that set: the job has ended and does not run again. (A job retried by hand still says `failed`; it can be retried again.)
+  Any other job goes to `waiting` and runs at least once, or to `delayed` if it was never tried and is not yet due.
+- `two-states`: an id is in two states, or twice in one list. If it is in `succeeded` or `failed`, and the stored status says
+  that the job has ended, it stays in that set only, and does not run again. Otherwise it stays where it is furthest along: in
+  `active`, else `waiting`, else `delayed`. It runs, but never twice at a time. In a list, the copy that would be taken first
+  stays.
+- `too-old`: an id is in `active`, but no worker reports it: it is in `stalling`, and the stall check that put it there was
+  more than its interval ago (`stallBlock` has expired). It goes to `waiting`, as the next stall check would do. While stall
+  checks go on, they take care of such jobs, and none is reported here. A job taken since the last stall check, or when there
+  was none, is only in `active`, which proves nothing: Redis does not store when a job was taken. `older_than` reports it too,
+  if no check is in force and the job was created that long ago; choose longer than any job waits and runs.
+- `unreadable`: an entry of `jobs` is not a JSON object, or its options are not one. It is left alone: the worker that takes
+  the job moves it to `failed`, where it is no longer reported.
 """
 
 from __future__ import annotations
