@@ -502,7 +502,7 @@ async def test_progress_of_nothing_is_refused(make_queue: MakeQueue) -> None:
     job = queue.create_job({})
     with pytest.raises(ValueError, match="^Progress cannot be empty$"):
         await job.report_progress(None)
-    with pytest.raises(BeeQueueError, match="not been saved"):
+    with pytest.raises(BeeQueueError, match="^a job without an id cannot report progress: save it first$"):
         await job.report_progress(1)
 
 

@@ -308,7 +308,7 @@ async def test_any_value_but_none_is_progress(make_queue: MakeQueue) -> None:
     heard = Seen()
     job = queue.create_job({})
     assert job.progress == 0
-    with pytest.raises(BeeQueueError, match="has not been saved"):
+    with pytest.raises(BeeQueueError, match="^a job without an id cannot report progress: save it first$"):
         await job.report_progress(5)
     assert job.progress == 0
     job.on("progress", heard)
