@@ -1,1 +1,1 @@
-"""The benchmark: beequeue beside the real bee-queue on Node and Python's other queues. `python -m bench`, or `make bench`."""
+"""The benchmark: beequeue, bee-queue on Node, and Python's other queues. Run it with `make bench` or `python -m bench`."""

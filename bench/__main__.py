@@ -1,7 +1,7 @@
-"""`python -m bench`: beequeue beside the real bee-queue on Node, and beside Python's other queues, on one machine.
+"""`python -m bench`: compares beequeue with bee-queue on Node and with Python's other queues, on one machine.
 
-Starts Redis servers of its own (REDIS_SERVER, else the installed redis-server; REDIS_URL is not used) and prints tables, or
-JSON; progress goes to stderr. Ends with 0 when it has measured, with 1 when it could not, and with 2 for wrong arguments.
+Starts its own Redis servers (REDIS_SERVER, else the installed redis-server; REDIS_URL is not used). Prints tables or JSON;
+progress goes to stderr. Exits with 0 if everything was measured, with 1 if not, and with 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -25,38 +25,32 @@ from harness.server import NoServer, find_server
 
 
 def measures(text: str) -> list[str]:
-    """The named measures, in the order in which they run."""
+    """The named measures, in the order of `MEASURES`."""
     named = text.split(",")
     for name in named:
         if name not in MEASURES:
-            raise argparse.ArgumentTypeError(f"must be some of {','.join(MEASURES)}; {name!r} is not")
+            raise argparse.ArgumentTypeError(f"must be some of {','.join(MEASURES)}, not {name!r}")
     return [name for name in MEASURES if name in named]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m bench", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--rounds", type=argument(whole_number), metavar="N", help="how often the sides alternate (default: 5)")
+    parser.add_argument("--rounds", type=argument(whole_number), metavar="N", help="runs of each side (default: 5)")
     parser.add_argument("--only", type=measures, metavar="MEASURE,…", help=f"some of: {', '.join(MEASURES)}")
-    parser.add_argument(
-        "--unix", action="store_true", help="reach Redis by a unix socket instead of TCP over the loopback (for all)"
-    )
+    parser.add_argument("--unix", action="store_true", help="connect by a unix socket instead of TCP over the loopback")
     parser.add_argument("--no-peers", action="store_true", help="leave out the other queues")
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes and one round, to try it out; its numbers mean little"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes and one round, for a trial; the numbers mean little")
     return parser.parse_args(arguments)
 
 
 def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
-    """What the numbers will be measured on; raises `NoServer` for a server whose speed tells nothing."""
+    """Describes the set-up; raises `NoServer` for a server whose speed means nothing."""
     with paired.own_server(setup) as url:
         with redis.Redis.from_url(url) as client:
             allocator = client.info("memory")["mem_allocator"]
         if not allocator.startswith("jemalloc"):
-            raise NoServer(
-                f"bench needs an installed redis-server, built with jemalloc as Debian's is: {setup.server} uses {allocator}"
-            )
+            raise NoServer(f"bench needs a redis-server built with jemalloc, as Debian's is; {setup.server} uses {allocator}")
         described = machine.describe(url, setup.node, arguments)
     if described["Python"].endswith(SLOW):
         print(f"warning: {described['Python']}", file=sys.stderr)
@@ -64,7 +58,7 @@ def check_server(setup: paired.Setup, arguments: list[str]) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
-    """Everything that was asked for; raises `NoServer`."""
+    """Runs the chosen measures; raises `NoServer`."""
     left_out = {}
     node = None
     try:
@@ -86,7 +80,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> table.Results:
                 results.peers, missing = peers.run(setup)
                 left_out |= missing
         except (Failed, NotInstalled) as reason:
-            results.failed[name] = str(reason)  # the others are still worth their time
+            results.failed[name] = str(reason)  # the other measures still run
     return results
 
 

@@ -1,7 +1,7 @@
-"""Does beequeue stay as fast, and its jobs as small, however many there are? Ours only, on a server for each level.
+"""Whether beequeue stays as fast, and its jobs as small, in a large queue. Measures beequeue only, with one server a level.
 
-The levels take turns, so that a machine that is slow for a minute slows them all. The jobs that are kept come from a worker
-that keeps them; the timed drains remove theirs, so that a level stays what it is.
+The levels take turns, so a machine that is slow for a minute slows all of them. A worker that keeps its jobs fills a level;
+the timed drains remove theirs, so a level does not grow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.summary import Summary, paired_ratios, summarise
 
 @dataclass(frozen=True)
 class Level:
-    """One quantity at one size of the queue; the ratio is to the smallest size."""
+    """One quantity at one size of the queue. `ratios` compares it with the smallest size."""
 
     title: str
     unit: str
@@ -36,13 +36,13 @@ class Level:
 
     @property
     def met(self) -> bool:
-        """Whether it is not worse than the smallest level by more than the bound."""
+        """Whether this level is within the bound of the smallest one."""
         assert self.ratio is not None
         return self.ratio.median >= 1 - GROWTH_BOUND if self.higher_is_better else self.ratio.median <= 1 + GROWTH_BOUND
 
 
 def run(setup: Setup) -> list[Level]:
-    """All three questions, in turn."""
+    """Measures drains, enqueues and memory."""
     sizes = setup.sizes
     return [
         *_levels(setup, "drain at 10, beside finished jobs", sizes.finished, _keep_finished, _timed_drain),
@@ -58,7 +58,7 @@ def _levels(
     fill: Callable[[str, str, int], None],
     timed: Callable[[Setup, str, str], float],
 ) -> list[Level]:
-    """Fills one queue for each level, then times the same work on each of them in turn."""
+    """Fills one queue for each level, then times the same work on each in turn."""
     rates: dict[int, list[float]] = {jobs: [] for jobs in levels}
     with ExitStack() as open_:
         places = []
@@ -99,17 +99,17 @@ def _timed_drain(setup: Setup, url: str, queue: str) -> float:
 
 def _timed_save_all(setup: Setup, url: str, queue: str) -> float:
     saved = rate(store(url, queue, setup.sizes.save_all))
-    _drain(url, queue, setup.sizes.save_all, 100, keep=False)  # the level is what it was
+    _drain(url, queue, setup.sizes.save_all, 100, keep=False)  # back to the level
     return saved
 
 
 def _memory(setup: Setup) -> list[Level]:
-    """Bytes that Redis uses for each waiting job."""
+    """The bytes that Redis uses for each waiting job."""
     title = "Redis's memory for a waiting job"
     values = []
     for jobs in setup.sizes.waiting_for_memory:
         with own_server(setup) as url, own_queue(url) as queue:
-            store(url, queue, BATCH)  # what the queue itself takes, and the scripts
+            store(url, queue, BATCH)  # pays for the queue itself and the scripts
             before = _used_memory(url)
             store(url, queue, jobs)
             values.append((_used_memory(url) - before) / jobs)

@@ -1,5 +1,7 @@
-"""Which Python measures: its version, who built it, and how. One without profile-guided and link-time optimisation (PGO, LTO)
-is a quarter slower than those that distributions, Docker's images and uv ship.
+"""Describes the Python that measures: its version, who built it, and how.
+
+A Python built without profile-guided and link-time optimisation (PGO, LTO) is about a quarter slower than those that
+distributions, Docker's images and uv ship.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ SLOW = "built without PGO and LTO, about a quarter slower than what users run; n
 
 
 def build(options: str, package: str | None) -> str:
-    """Who built a Python, and how: `options` are those of its configure script, `package` is the distribution's, if it has one.
+    """Who built a Python, and how. `options` are those of its configure script; `package` is its package, if any.
 
-    A distribution's own recipe adds PGO and LTO, and its options do not show them.
+    A distribution adds PGO and LTO by its own recipe, so its options do not show them.
     """
     if package:
         return f"package {package}"
@@ -26,20 +28,21 @@ def build(options: str, package: str | None) -> str:
 
 
 def described() -> str:
-    """The Python that runs this."""
+    """The description of the running Python."""
     options = str(sysconfig.get_config_var("CONFIG_ARGS") or "")
     built = build(options, package_of(Path(sys.executable).resolve()))
     return f"{platform.python_implementation()} {platform.python_version()}, {built}"
 
 
 def package_of(executable: Path) -> str | None:
-    """Name and version of the Debian or Ubuntu package that has installed a program; None: no package has."""
-    owner = _output("dpkg-query", "--search", str(executable)).partition(":")[0]
-    version = owner and _output("dpkg-query", "--show", "--showformat=${Version}", owner)
+    """Name and version of the Debian or Ubuntu package that installed a program; None if none did."""
+    owner = output("dpkg-query", "--search", str(executable)).partition(":")[0]
+    version = owner and output("dpkg-query", "--show", "--showformat=${Version}", owner)
     return f"{owner} {version}" if version else None
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """The output of a command, stripped; empty if the command fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 - ours
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
-"""What is measured: one declaration for each row of the table, and the sizes of a run. Pure.
+"""The measures: one declaration for each row of the table, and the sizes of a run. Pure.
 
-A row compares beequeue with its baseline, the real bee-queue on Node unless it says otherwise. A ratio is always ours to the
-baseline's; whether it should be high or low, the row says, and `target` is its bound.
+A row compares beequeue with its baseline, by default bee-queue on Node. A ratio is always ours divided by the baseline's. The
+row declares whether a high or a low ratio is better, and `target` is the bound.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ class Row:
     """One line of the table."""
 
     measure: str
-    """what `--only` calls it; the rows of one measure come from the same runs"""
+    """Its name for `--only`. The rows of one measure come from the same runs."""
     key: str
     title: str
     unit: str
     higher_is_better: bool
     target: float | None
-    """the ratio to reach, or not to exceed; None: only told"""
+    """The ratio to reach, or not to exceed; None: no target."""
     baseline: str = NODE
 
     def met(self, ratio: float) -> bool | None:
-        """Whether a ratio meets the target; None when there is none."""
+        """Whether a ratio meets the target; None without a target."""
         if self.target is None:
             return None
         return ratio >= self.target if self.higher_is_better else ratio <= self.target
@@ -48,20 +48,20 @@ ROWS = (
     Row("import", "import", "import, beside that of redis.asyncio alone", "ms", False, None, DRIVER),
 )
 MEASURES = (*dict.fromkeys(row.measure for row in ROWS), "growth", "peers")
-"""all names for `--only`, in the order in which they run"""
+"""All names for `--only`, in the order in which they run."""
 CONCURRENCIES = (1, 10, 100)
 WORKERS, WORKER_CONCURRENCY, CHAINS = 6, 2, 7
 BATCH, IN_FLIGHT = 1_000, 100
 
 GROWTH_BOUND = 0.1
-"""flat: nothing gets worse by more than this share between the smallest level and any other"""
+"""Growth is flat if no level is worse than the smallest one by more than this share."""
 PEER_FACTOR = 10
-"""how many times the drain of Python's best other queue ours should be"""
+"""Our drain should be this many times as fast as that of Python's best other queue."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each measure does."""
+    """The amount of work of each measure."""
 
     drain: int = 20_000
     save_all: int = 50_000
@@ -69,7 +69,7 @@ class Sizes:
     latency: int = 3_000
     latency_warm_up: int = 300
     harness_warm_up_s: int = 3
-    """whole seconds after the client's start that are not counted"""
+    """Whole seconds after the client's start that are not counted."""
     harness_s: int = 10
     finished: tuple[int, ...] = (1_000, 100_000, 1_000_000)
     waiting: tuple[int, ...] = (0, 1_000_000)
@@ -77,7 +77,7 @@ class Sizes:
     growth_rounds: int = 7
     peers: int = 5_000
     peers_at_1: int = 1_000
-    """for the peers that run one job at a time"""
+    """For the peers that run one job at a time."""
 
 
 QUICK = Sizes(

@@ -1,7 +1,7 @@
-"""The measures that set beequeue beside its baseline: what one run of one side is, and how the sides alternate.
+"""The measures that compare beequeue with its baseline: one run of one side, and how the sides alternate.
 
-A run returns its rows' values by key. Every run has a queue of its own, which is destroyed afterwards, on a server that its
-measure has started. The stored jobs of a drain come from beequeue's producer for both sides, so both find the same bytes.
+A run returns its rows' values by key. Each measure starts a server, and each run uses and destroys its own queue there. For
+both sides of a drain, beequeue's producer stores the jobs, so both find the same bytes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from harness.server import running_server
 
 Values = dict[str, float]
 Samples = dict[str, dict[str, list[float]]]
-"""row's key -> side -> a value for each round"""
+"""Row's key -> side -> a value for each round."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every measure needs to know."""
+    """The parameters of every measure."""
 
     server: Path
     sizes: Sizes
     rounds: int
     node: str | None
-    """the path of Node, or None: nothing to compare with"""
+    """The path of Node; None: there is nothing to compare with."""
     tcp: bool = True
-    """TCP over the loopback, as under Compose and with nearly every Redis; else a unix socket"""
+    """TCP over the loopback, as under Compose and with nearly every Redis; else a unix socket."""
 
     def program(self, side: str, name: str, order: dict[str, Any]) -> Program:
         if side == OURS:
@@ -62,7 +62,7 @@ def own_server(setup: Setup) -> Iterator[str]:
 
 @contextmanager
 def own_queue(url: str) -> Iterator[str]:
-    """A queue's name; what is under it is deleted afterwards."""
+    """The name of a new queue, which is destroyed at the end of the block."""
     name = f"bench-{uuid.uuid4().hex[:12]}"
     yield name
 
@@ -134,7 +134,7 @@ def harness(setup: Setup, side: str, url: str) -> Values:
 
 
 def import_time(setup: Setup, side: str, url: str) -> Values:
-    with python_program("importing", {"module": side}) as program:  # the sides are called like the modules
+    with python_program("importing", {"module": side}) as program:  # the sides have the modules' names
         return {"import": float(program.result()["seconds"] * 1000)}
 
 
@@ -148,7 +148,7 @@ RUNS: dict[str, Callable[[Setup, str, str], Values]] = {
 
 
 def measure(setup: Setup, name: str) -> Samples:
-    """Runs one measure: in every round each side once, and each side first in every other round."""
+    """Runs one measure. Each round runs each side once; the sides take turns to be first."""
     rows = [row for row in ROWS if row.measure == name]
     sides = [OURS, rows[0].baseline]
     if setup.node is None and NODE in sides:

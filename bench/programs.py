@@ -1,6 +1,6 @@
-"""Running the contestants' programs: their environments, their orders, their results, and what they cost.
+"""Runs the contestants' programs: their environments, orders, results and processor time.
 
-Every program is a process that ends with this one. None runs beside another, but for those that belong together.
+Every program is a process that ends with this one. Only programs of the same measurement run at the same time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from harness.original import NODE_MODULES
 
 BENCH = ROOT / "bench"
 TIME_LIMIT_S = 300
-"""for one program"""
+"""For one program."""
 END_S = 10
-"""how long a program may take to end after SIGTERM"""
+"""How long a program may take to end after SIGTERM."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Failed(Exception):
-    """A program that did not measure; the message is one line."""
+    """A program gave no result; the message is one line."""
 
 
 class Program:
-    """One running process. Its stdout can be read line by line; its stderr is kept for when it fails."""
+    """A running process. Its stdout can be read line by line; its stderr is kept for the message if it fails."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = " ".join(Path(part).name for part in command if not part.startswith("{"))
@@ -53,7 +53,7 @@ class Program:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends it, if it has not ended by itself."""
+        """Ends the process if it still runs."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -66,7 +66,7 @@ class Program:
         self._errors.close()
 
     def line(self) -> dict[str, Any]:
-        """The next line of its stdout; raises `Failed` when there is none."""
+        """The next line of its stdout, parsed; raises `Failed` if there is none."""
         assert self._process.stdout is not None
         text = self._process.stdout.readline()
         if not text:
@@ -76,7 +76,7 @@ class Program:
         return told
 
     def result(self) -> dict[str, Any]:
-        """The line that it prints in the end; raises `Failed`."""
+        """The last line of its stdout, parsed; raises `Failed`."""
         try:
             printed, _ = self._process.communicate(timeout=TIME_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -89,21 +89,21 @@ class Program:
     def _last_error(self) -> str:
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line]  # Node says more behind it
+        errors = [line for line in lines if "Error" in line]  # Node prints more after it
         return (errors or lines or ["it said nothing"])[-1]
 
 
 def python_program(name: str, order: Mapping[str, Any]) -> Program:
-    """A program of bench/contestants/."""
+    """Starts a program of bench/contestants/."""
     return Program([sys.executable, "-m", f"bench.contestants.{name}", json.dumps(order)])
 
 
 def node_program(node: str, name: str, order: Mapping[str, Any]) -> Program:
-    """A program of bench/node/."""
+    """Starts a program of bench/node/."""
     return Program([node, str(BENCH / "node" / f"{name}.js"), json.dumps(order)], {"NODE_PATH": str(NODE_MODULES)})
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time that a process has used so far, in seconds."""
+    """The user and system time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS

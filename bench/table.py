@@ -1,7 +1,7 @@
 """The results as Markdown, and as one JSON object. Pure.
 
-A cell is the median of the rounds and, in brackets, the least and the greatest value. A target that was missed is marked; it
-is no error.
+A cell shows the median of the rounds and, in brackets, the lowest and the highest value. A missed target is marked; it is
+not an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.summary import Summary, paired_ratios, summarise
 
 @dataclass
 class Results:
-    """Everything that one run has found."""
+    """All results of one run of the benchmark."""
 
     machine: dict[str, str]
     rounds: int
@@ -27,13 +27,13 @@ class Results:
     growth: list[Level] = field(default_factory=list)
     peers: list[PeerResult] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    """contestant -> why"""
+    """Contestant -> reason."""
     failed: dict[str, str] = field(default_factory=dict)
-    """measure -> why"""
+    """Measure -> reason."""
 
 
 def number(value: float) -> str:
-    """As many digits as say something."""
+    """A number with its significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -50,7 +50,7 @@ def verdict(bound: str, met: bool | None) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns stand below each other in plain text too."""
+    """A table whose columns are aligned in plain text too."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     texts = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -59,7 +59,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def render(results: Results) -> str:
-    """All that was measured, one table after the other."""
+    """All results, one table after the other."""
     parts = ["\n".join(f"{label + ':':<10} {value}" for label, value in results.machine.items())]
     if results.samples:
         columns = ("measure", "unit", OURS, "Node", f"ratio (median of {results.rounds})", "target")
@@ -88,7 +88,7 @@ def measured(results: Results) -> list[Row]:
 
 
 def ratio_of(row: Row, sides: Mapping[str, list[float]]) -> Summary | None:
-    """Of the pairs of a row's rounds."""
+    """The ratio of a row, summarised over its rounds."""
     return summarise(paired_ratios(sides[OURS], sides.get(row.baseline, [])))
 
 
@@ -125,7 +125,7 @@ def _peer_verdict(peers: Sequence[PeerResult]) -> str:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Every value of every round, and what the tables say of them."""
+    """Every value of every round, with the summaries of the tables."""
     return {
         "machine": results.machine,
         "rounds": results.rounds,

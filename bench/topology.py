@@ -1,6 +1,6 @@
-"""The main job's topology as it runs under Compose, with Python's programs or Node's: one client, six workers.
+"""The main job's topology as under Compose, with Python's programs or Node's: one client and six workers.
 
-Measured between two of the client's stats lines, when all are at work; at both, the processor time of every process is read.
+Measures between two of the client's stats lines, while all processes work. At both, it reads each process's processor time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NODE_PROGRAMS = ROOT / "harness" / "node"
 
 @dataclass(frozen=True)
 class TopologyRun:
-    """What happened between the two moments; the client's memory is that of the last one."""
+    """The difference between the two moments; the client's memory is that of the second one."""
 
     jobs: int
     seconds: float
@@ -33,7 +33,7 @@ class TopologyRun:
 
 
 class Moment(NamedTuple):
-    """Everything that is read when the client prints a line."""
+    """The values that are read when the client prints a line."""
 
     stats: dict[str, Any]
     at_s: float
@@ -42,7 +42,7 @@ class Moment(NamedTuple):
 
 
 def run_topology(url: str, queue: str, node: str | None, warm_up_s: int, seconds: int) -> TopologyRun:
-    """Runs it on `url`, with Node's programs if `node` is the path of Node; raises `Failed`."""
+    """Runs the topology on `url`; with Node's programs if `node` is the path of Node. Raises `Failed`."""
     environment = {
         "REDIS_URL": url,
         "QUEUE_NAME": queue,

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from beequeue.escape import escape
 from beequeue.wire.address import Address
 from beequeue.wire.driver import BlockingConnection
 from harness import original, report
+from harness.machine import processor
 from harness.member import Member
 from harness.server import redis_url
 
@@ -171,17 +171,9 @@ def _conditions(plan: Plan, settings: config.Config, url: str) -> dict[str, Any]
         "chains": f"{settings.num_chains} chains",
         "server": f"{str(server.get('server_name', 'redis')).title()} {version}",
         "python": f"Python {platform.python_version()}",
-        "machine": f"{os.cpu_count()} cores ({_processor()})",
+        "machine": f"{os.cpu_count()} cores ({processor()})",
         "kernel": f"{platform.system()} {platform.release()}",
     }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 async def _remove_queues(names: Sequence[str], url: str) -> None:

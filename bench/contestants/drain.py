@@ -1,7 +1,7 @@
 """One worker process empties a queue of stored no-op jobs.
 
-The clock runs from the first job's handler to the last job's `succeeded`, which is emitted when Redis has confirmed its finish.
-With `keep` the finished jobs stay in Redis. Its order: `jobs`, `concurrency`.
+The clock runs from the first job's handler to the last job's `succeeded`, which is emitted once Redis has confirmed the
+finish. The order's own keys: `jobs`, `concurrency`, and `keep`, with which the finished jobs stay in Redis.
 """
 
 from __future__ import annotations

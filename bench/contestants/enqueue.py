@@ -1,7 +1,7 @@
 """A producer stores jobs that nobody takes.
 
-The clock runs over creating and saving all of them. Its order: `jobs`, and `batch` (that many by each `save_all`, one after
-the other) or `in_flight` (that many single saves at a time).
+The clock covers creating and saving all of them. The order's own keys: `jobs`, and either `batch` (jobs in each `save_all`,
+one call after the other) or `in_flight` (single saves at a time).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long the import of one module takes in an interpreter that has imported little else. Its order: `module`."""
+"""Times the import of one module in an interpreter that has imported little else. The order's only key: `module`."""
 
 from __future__ import annotations
 

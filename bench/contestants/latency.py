@@ -1,7 +1,7 @@
-"""A producer has one job at a time on its way, to a worker in another process.
+"""A producer sends one job at a time to a worker in another process.
 
-Each job's clock runs from before its `save` to its own `succeeded`. Its order: `jobs`, and `warm_up` jobs before them, which
-are not counted. Reports the percentiles in microseconds.
+Each job's clock runs from before its `save` to its own `succeeded`. Reports percentiles in microseconds. The order's own keys:
+`jobs`, and `warm_up`, the number of jobs before them that are not counted.
 """
 
 from __future__ import annotations

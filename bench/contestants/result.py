@@ -1,4 +1,4 @@
-"""The order that a contestant gets, and the line that it prints. Light: what is imported here counts as its memory."""
+"""A contestant's order and the line that it prints. Imports little, because imports count as the contestant's memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from harness.memory import resident_kb
 
 
 def order() -> dict[str, Any]:
-    """What to do: the program's argument."""
+    """The program's argument, parsed."""
     ordered: dict[str, Any] = json.loads(sys.argv[1])
     return ordered
 
 
 def report(jobs: int, seconds: float, **more: float) -> None:
-    """Prints the result, with the memory and the CPU time of this process so far."""
+    """Prints the result, with this process's memory and processor time."""
     told = {"jobs": jobs, "seconds": seconds, "rss_kb": resident_kb(), "cpu_s": time.process_time()}
     print(json.dumps({**told, **more}))

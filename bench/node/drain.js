@@ -1,6 +1,6 @@
 'use strict';
 
-// One worker process empties a queue of stored no-op jobs: the rules are those of bench/contestants/drain.py.
+// One worker process empties a queue of stored no-op jobs, under the rules of bench/contestants/drain.py.
 
 const Queue = require('bee-queue');
 const {order, redis, report} = require('./order');

@@ -1,6 +1,6 @@
 'use strict';
 
-// A producer stores jobs that nobody takes: the rules are those of bench/contestants/enqueue.py.
+// A producer stores jobs that nobody takes, under the rules of bench/contestants/enqueue.py.
 
 const Queue = require('bee-queue');
 const {order, redis, report} = require('./order');

@@ -1,7 +1,7 @@
 'use strict';
 
-// One job at a time, to a worker in another process: the rules are those of bench/contestants/latency.py. bee-queue
-// loses a job's own event now and then (its issue 189): after a second it is given up, and told as `lost`, in no percentile.
+// One job at a time to a worker in another process, under the rules of bench/contestants/latency.py. bee-queue sometimes
+// loses a job's own event (its issue 189): such a job is given up after a second, counted as `lost`, and in no percentile.
 
 const Queue = require('bee-queue');
 const {order, redis, report} = require('./order');

@@ -1,6 +1,6 @@
 'use strict';
 
-// The order that a contestant gets, and the line that it prints: what bench/contestants/result.py is for Python.
+// A contestant's order and the line that it prints, as bench/contestants/result.py for Python.
 
 const order = JSON.parse(process.argv[2]);
 const {protocol, pathname, hostname, port} = new URL(order.url);

@@ -1,8 +1,8 @@
-"""Other queues on Redis, beside beequeue: which, in which environment, and their one run each.
+"""Other queues on Redis: their programs, their environments, and one run of each.
 
-Each peer has a program here that stores or drains no-op jobs under the rules of bench/contestants/, in the configuration its
-own documentation gives for speed. Their packages live in environments of their own, which are made at first use; a peer whose
-packages cannot be had is left out.
+Each peer has a program here that stores or drains no-op jobs under the rules of bench/contestants/, configured for speed as
+its own documentation advises. The peers' packages have their own environments, made at first use. A peer whose packages
+cannot be installed is left out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PEERS = (
 
 
 def run(setup: Setup) -> tuple[list[PeerResult], dict[str, str]]:
-    """Ours and every peer, one after the other; and who is left out, and why."""
+    """Measures beequeue and every peer in turn. Returns the results, and a reason for each peer that is left out."""
     results = [_ours(setup)]
     left_out: dict[str, str] = {}
     for peer in PEERS:
@@ -78,7 +78,7 @@ def run(setup: Setup) -> tuple[list[PeerResult], dict[str, str]]:
 
 
 def best_python_drain(peers: Sequence[PeerResult]) -> PeerResult | None:
-    """Python's fastest other queue."""
+    """The fastest of Python's other queues."""
     others = [peer for peer in peers if peer.language == "Python" and peer.name != OURS]
     return max(others, key=lambda peer: peer.drain, default=None)
 
@@ -95,7 +95,7 @@ def _ours(setup: Setup) -> PeerResult:
 
 
 def _peer(setup: Setup, peer: Peer) -> PeerResult:
-    """On a server of its own, so that nothing of a peer has to be known to remove it."""
+    """Uses a new server, so that nothing of the peer needs to be removed."""
     interpreter = _environment(peer)
     jobs = setup.sizes.peers if peer.concurrency > 1 else setup.sizes.peers_at_1
     with own_server(setup) as url:
@@ -112,7 +112,7 @@ def _step(interpreter: str, peer: Peer, order: dict[str, Any]) -> dict[str, Any]
 
 
 def _environment(peer: Peer) -> str:
-    """The interpreter that has the peer's packages; raises `NotInstalled`."""
+    """Installs the peer's packages if need be; returns their interpreter. Raises `NotInstalled`."""
     if peer.language == "Node":
         return install.npm_ci(HERE)
     requirements = HERE / peer.requirements

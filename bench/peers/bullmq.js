@@ -1,7 +1,7 @@
 'use strict';
 
-// bullmq on Node: jobs by addBulk, a thousand at a time, removed when they complete, as its documentation advises for speed.
-// Its clock is that of bench/contestants/drain.py: `completed` comes when Redis has confirmed the finish.
+// bullmq on Node: addBulk saves a thousand jobs at a time, and jobs are removed when they complete, as its documentation
+// advises for speed. The clock follows bench/contestants/drain.py: `completed` comes when Redis has confirmed the finish.
 
 const {Queue, Worker} = require('bullmq');
 const {version} = require('bullmq/package.json');

@@ -1,4 +1,4 @@
-"""The order that a peer gets, and the line that it prints. Its clock is that of bench/contestants/drain.py."""
+"""A peer's order, the line that it prints, and its clock, which follows bench/contestants/drain.py."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Clock:
         self._started = 0.0
 
     def job_started(self) -> None:
-        """Every handler calls it."""
+        """Every handler calls this."""
         if not self._started:
             self._started = time.perf_counter()
 
     def job_ended(self) -> bool:
-        """Whether it was the last one. Threads may call it: what matters is one step under the interpreter's lock or less."""
+        """Whether it was the last one. Threads may call this: CPython does not switch threads within a decrement."""
         self._left -= 1
         if self._left == 0:
             self.stop()
         return self._left == 0
 
     def stop(self) -> None:
-        """Now, for a queue that tells only that it is empty."""
+        """Stops the clock; for a queue that only reports that it is empty."""
         self.seconds = time.perf_counter() - self._started

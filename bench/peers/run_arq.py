@@ -1,6 +1,7 @@
-"""arq: no results kept, and a poll that comes soon and reads far, since its default reads 100 jobs every half second.
+"""arq: keeps no results, and polls often for many jobs, because its default reads 100 jobs every half second.
 
-It has no bulk call: 100 enqueue_job at a time. A job has ended when its hook after_job_end runs, behind the write to Redis.
+It has no bulk call, so 100 enqueue_job run at a time. A job has ended when its hook after_job_end runs, after the write to
+Redis.
 """
 
 from __future__ import annotations

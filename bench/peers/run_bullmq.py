@@ -1,4 +1,4 @@
-"""bullmq for Python: jobs by addBulk, a thousand at a time, removed when they complete."""
+"""bullmq for Python: addBulk saves a thousand jobs at a time, and jobs are removed when they complete."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""dramatiq: one process with as many threads as jobs at once; its default middleware.
+"""dramatiq: one process with a thread for each job at once, and the default middleware.
 
-It has no bulk call: one thread sends. A job has ended when its message has been acknowledged (after_ack).
+It has no bulk call, so one thread sends. A job has ended when its message has been acknowledged (after_ack).
 """
 
 from __future__ import annotations

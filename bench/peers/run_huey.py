@@ -1,7 +1,7 @@
 """huey: threads, results not stored, no periodic tasks.
 
-It has no bulk call: one thread sends. A task is taken off the list when it starts and nothing is written when it ends: a job
-has ended when its signal `complete` comes, a weaker end than the others'.
+It has no bulk call, so one thread sends. A task leaves the list when it starts, and its end writes nothing: a job has ended
+when its signal `complete` comes, which promises less than the other queues' ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""rq: its SimpleWorker, which does not fork for each job, one job at a time; no results kept; jobs by enqueue_many.
+"""rq: a SimpleWorker, which does not fork for each job, runs one job at a time; results are not kept; enqueue_many saves.
 
-It tells no more than that the queue is empty: the clock stops when a worker in burst mode returns.
+It only reports that the queue is empty, so the clock stops when a worker in burst mode returns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""saq: with hiredis, and jobs that leave nothing behind (a ttl of -1).
+"""saq: with hiredis, and a ttl of -1, with which jobs leave nothing behind.
 
-It has no bulk call that does not wait for results: 100 enqueue at a time. A job has ended when after_process runs.
+Its only bulk call waits for results, so 100 enqueue run at a time. A job has ended when after_process runs.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 'use strict';
 
-// client.py with the real bee-queue: keeps chains of jobs alive and prints, every few seconds, how many of their own events
-// were lost. It is a yardstick, so it has no answer to faults: a save that fails ends it.
+// client.py with the real bee-queue: keeps chains of jobs alive and prints, every few seconds, how many jobs never heard of
+// their own end. It is a yardstick and handles no faults: a save that fails ends it.
 
 const Queue = require('bee-queue');
 const settings = require('./settings');
 
 const WIND_DOWN_MS = 2000;
-const BUCKETS_PER_E = 32; // as in client.py
+const BUCKETS_PER_E = 32; // as in harness/latencies.py
 
 const queue = new Queue(settings.queueName, {
   redis: settings.redis,

@@ -1,6 +1,6 @@
 'use strict';
 
-// The harness's configuration for the programs on Node: the variables of config.py that matter to them, already checked there.
+// The configuration of the programs on Node: config.py's variables, which config.py has already checked.
 
 function connection(url) {
   if (url.startsWith('unix://')) return {path: url.slice('unix://'.length).split('?')[0]};
