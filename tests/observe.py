@@ -1,4 +1,4 @@
-"""What tests look at, and where they interfere: connections and tasks, commands on a relay, what is stored."""
+"""Helpers with which tests observe and disturb: connections and tasks, commands on a relay, stored data."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ONLOOKER = "onlooker"
 
 
 def freeze(server: Server) -> None:
-    """From now on the server says nothing; its sockets stay open."""
+    """Stops the server's process: it is silent from now on, but its sockets stay open."""
     assert server._process is not None
     server._process.send_signal(signal.SIGSTOP)
 
 
 def thaw(server: Server) -> None:
-    """Ends what `freeze` began."""
+    """Undoes `freeze`."""
     assert server._process is not None
     server._process.send_signal(signal.SIGCONT)
 
 
 async def answers(redis: Any) -> None:
-    """Returns when a server that has just been started again answers an onlooker: it loads its data first."""
-    await redis.connection_pool.disconnect()  # the onlooker's own connections, which it would find to be cut
+    """Returns when a server that has just been restarted answers an onlooker: it first loads its data."""
+    await redis.connection_pool.disconnect()  # the onlooker's own connections were cut, too
     while True:
         try:
             await redis.ping()
@@ -43,12 +43,12 @@ async def answers(redis: Any) -> None:
 
 
 def beequeue_tasks() -> list[str]:
-    """What runs in the background."""
+    """The names of beequeue's background tasks."""
     return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("beequeue")]
 
 
 async def clients(server: Server) -> list[dict[str, str]]:
-    """Who is connected to a server of the test's own, but for the test itself."""
+    """The clients of a server that the test owns, without the test itself."""
     async with Redis.from_url(server.url, decode_responses=True, client_name=ONLOOKER) as redis:
         return [client for client in await redis.client_list() if client["name"] != ONLOOKER]
 
@@ -58,12 +58,12 @@ async def present(server: Server, count: int) -> bool:
 
 
 def takes_no_more(queue: Queue) -> bool:
-    """Whether a worker that is being closed has come to the end of its intake; `paused` is a few steps ahead of that."""
+    """Whether a worker that is being closed has stopped its exchange; `paused` becomes true a few steps earlier."""
     return queue._consumer is not None and queue._consumer._exchange.closing
 
 
 async def calls_of(redis: Any, command: str) -> int:
-    """How often a server of the test's own has run a command."""
+    """How often a server that the test owns has run a command."""
     statistics = await redis.info("commandstats")
     calls: int = statistics.get(f"cmdstat_{command}", {"calls": 0})["calls"]
     return calls
@@ -74,12 +74,12 @@ def soon(attempt: int) -> int:
 
 
 def said(relay: Relay, what: bytes) -> int:
-    """How often the queues behind a relay have said it."""
+    """How often the queues behind a relay have sent `what`."""
     return sum(line.said.count(what) for line in relay.lines)
 
 
 class Spoken:
-    """What queues say through a relay from now on: each command, with the role of its connection."""
+    """Records the commands that queues send through a relay from now on, each with the role of its connection."""
 
     def __init__(self, relay: Relay) -> None:
         self.commands: list[tuple[str, list[bytes]]] = []
@@ -95,7 +95,7 @@ class Spoken:
 
     @property
     def names(self) -> list[tuple[str, str]]:
-        """Of each command: the role, and what it is called; a script by its name."""
+        """The role and name of each command; a script has its own name."""
         return [
             (role, self._scripts[command[1]] if command[0] == b"EVALSHA" else command[0].decode())
             for role, command in self.commands
@@ -103,7 +103,7 @@ class Spoken:
 
 
 class Heard:
-    """What is published on a queue's two channels meanwhile."""
+    """Records the messages published on a queue's two channels."""
 
     def __init__(self, redis: Any, queue: Queue) -> None:
         self._redis = redis
@@ -120,7 +120,7 @@ class Heard:
         await self._messages.aclose()
 
     async def before(self, marker: str) -> list[str]:
-        """Publishes `marker` on the second channel, and returns what came before it."""
+        """Publishes `marker` on the second channel and returns the messages that came before it."""
         await self._redis.publish(self._channels[1], marker)
         heard: list[str] = []
         while (message := (await self._messages.get_message(timeout=10))["data"]) != marker:
@@ -129,7 +129,7 @@ class Heard:
 
 
 def nested(depth: int) -> Any:
-    """Lists in lists."""
+    """A list in a list and so on, `depth` levels deep."""
     value: list[Any] = []
     for _ in range(depth - 1):
         value = [value]
@@ -137,12 +137,12 @@ def nested(depth: int) -> Any:
 
 
 def assert_says(error: BaseException, message: str) -> None:
-    """One line: `message`, in which a `*` at the end stands for any text."""
+    """Checks that an error's text is one line and equals `message`, in which everything after a `*` may differ."""
     start, star, _ = message.partition("*")
     assert str(error).startswith(start) if star else str(error) == message
     assert "\n" not in str(error)
 
 
 async def keys(queue: Queue, redis: Any) -> set[str]:
-    """The keys that the queue has, below its prefix."""
+    """The queue's keys in Redis, without their prefix."""
     return {key.removeprefix(queue.key_prefix) async for key in redis.scan_iter(f"{queue.key_prefix}*")}

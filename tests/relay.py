@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 
 Distort = Callable[["Line", bytes], Awaitable[bytes]]
 CHUNK = 2**14
-"""How many bytes a slow relay passes on at once."""
+"""How many bytes a slow relay passes on at a time."""
 HELD = 2**17
-"""About how many bytes the kernel takes for a relay that does not read them yet; it would be megabytes on a loopback."""
+"""About how many bytes the kernel accepts for a relay that does not read them yet; on a loopback it would be megabytes."""
 AT_ONCE = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing sends RST in place of FIN."""
+"""SO_LINGER: closing sends RST instead of FIN."""
 
 
 class Line:
-    """One relayed connection. `role` is told by what the queue has said on it: event, take or command."""
+    """One relayed connection. Its `role` (event, take or command) follows from the commands that the queue sent on it."""
 
     def __init__(self, inner: asyncio.StreamWriter, outer: asyncio.StreamWriter) -> None:
         self.said = b""
         self.dead = False
-        """From now on nothing comes through, in either direction, and neither side is told."""
+        """When True, nothing comes through in either direction, and neither side notices."""
         self.moved_at = asyncio.get_running_loop().time()
         self._inner = inner
         self._outer = outer
@@ -44,16 +44,16 @@ class Line:
 
     def cut(self) -> None:
         for writer in (self._inner, self._outer):
-            with contextlib.suppress(AttributeError):  # of asyncio's own: it was closed while it still had something to say
+            with contextlib.suppress(AttributeError):  # asyncio's own, when the transport was closed with data left to send
                 writer.transport.abort()
 
     def reset(self) -> None:
-        """Cuts it; the queue gets RST."""
+        """Cuts the connection; the queue receives RST."""
         reset(self._outer)
         self.cut()
 
     async def pass_back(self, data: bytes) -> None:
-        """Gives the queue what Redis has said."""
+        """Sends `data` to the queue as if Redis had sent it."""
         self._outer.write(data)
         await self._outer.drain()
 
@@ -65,7 +65,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
 
 
 class Relay:
-    """Passes everything on to `target`; of what is said it keeps `remember` bytes a connection.
+    """Passes everything on to `target`; remembers `remember` bytes of each connection's commands, by default all.
 
     It listens on a unix socket, or with `tcp` on a port of the loopback; `url` says where.
     """
@@ -82,19 +82,19 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self.lines: list[Line] = []
         self._new: set[Line] = set()
-        """on which Redis has said nothing yet"""
+        """The connections on which Redis has sent nothing yet."""
         self.said_on: Callable[[Line, bytes], None] = lambda line, data: None
-        """called with what a queue says, before it is passed on"""
+        """Called with the data that a queue sends, before they are passed on."""
         self.distort: Distort | None = None
-        """Awaited with what Redis says, which it may delay, pass on in part, or cut; what it returns is passed on."""
+        """Awaited with the data that Redis sends; may delay or change them, or cut the line. The relay passes on its result."""
         self.resets: Literal["", "accepted", "greeted"] = ""
-        """Resets new connections: when they are accepted, or behind the first that Redis says."""
+        """When to reset new connections: once accepted, or after the first data from Redis."""
         self.resets_done = 0
         self.rate: int | None = None
-        """Bytes a second that come through in each direction, on all connections together; the rest waits on the other side."""
+        """Bytes a second that come through in each direction, on all connections together; the rest waits at the sender."""
         self._free_at = [0.0, 0.0]
         self.forget_after_s: float | None = None
-        """A connection that was idle for longer is dead, which nobody is told."""
+        """A connection that was idle for longer than this is dead, and neither side notices."""
         self.url = f"unix://{self._path}"
 
     async def __aenter__(self) -> Relay:
@@ -117,27 +117,27 @@ class Relay:
         self._directory.cleanup()
 
     def hold(self, role: str) -> None:
-        """Keeps back what Redis says on the connections of a role, until `release`."""
+        """Holds back the data from Redis on the connections of a role until `release`."""
         self._gates[role] = asyncio.Event()
 
     def release(self, role: str) -> None:
-        """Lets all that was kept back through, in one piece."""
+        """Lets everything that was held back through, in one piece."""
         self._gates.pop(role).set()
 
     def split(self, role: str) -> None:
-        """From now on passes each byte that Redis says on the connections of a role by itself."""
+        """From now on passes the data from Redis on the connections of a role byte by byte."""
         self._split.add(role)
 
     def cut_before(self, role: str, words: bytes) -> None:
-        """Cuts the next connection of a role on which Redis says `words`, when all before them has been passed on."""
+        """Cuts the next connection of a role on which Redis says `words`, after passing on everything before them."""
         self._last_words[role] = words
 
     def lead_to(self, target: str) -> None:
-        """Passes new connections on to another Redis; those that are open stay with theirs."""
+        """Leads new connections to another Redis; open ones stay with theirs."""
         self._target = urlsplit(target)
 
     def forget_closed(self) -> None:
-        """Keeps in `lines` what is open."""
+        """Removes closed connections from `lines`."""
         self.lines = [line for line in self.lines if line.is_open]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -162,7 +162,7 @@ class Relay:
             task.add_done_callback(self._tasks.discard)
 
     def _forget(self, line: Line) -> None:
-        """Something has been said: too late, where the connection is forgotten."""
+        """Notes that data have moved; a connection that was idle for too long is dead from then on."""
         now = asyncio.get_running_loop().time()
         if self.forget_after_s is not None and now > line.moved_at + self.forget_after_s:
             line.dead = True
@@ -172,6 +172,22 @@ class Relay:
         now = asyncio.get_running_loop().time()
         self._free_at[to_redis] = max(now, self._free_at[to_redis]) + takes_s
         await asyncio.sleep(self._free_at[to_redis] - now)
+
+    async def _wait_at_gate(self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, data: bytes) -> bytes:
+        """Collects the data from Redis while its role is held back; returns those to pass on when it is released."""
+        while (gate := self._gates.get(line.role)) is not None:
+            more = asyncio.ensure_future(source.read(2**20))
+            opened = asyncio.ensure_future(gate.wait())
+            await asyncio.wait((more, opened), return_when=asyncio.FIRST_COMPLETED)
+            opened.cancel()
+            if more.done() and not more.result():  # the end of the stream: nothing more can come
+                await gate.wait()
+            elif more.done():
+                data += more.result()
+            else:  # the gate opened during a read, whose data follow in a piece of their own
+                sink.write(data)
+                data = await more
+        return data
 
     async def _pass_on(self, line: Line, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_redis: bool) -> None:
         try:
@@ -186,19 +202,7 @@ class Relay:
                         line.said += data
                     self.said_on(line, data)
                 else:
-                    while (gate := self._gates.get(line.role)) is not None:
-                        more = asyncio.ensure_future(source.read(2**20))
-                        opened = asyncio.ensure_future(gate.wait())
-                        await asyncio.wait((more, opened), return_when=asyncio.FIRST_COMPLETED)
-                        opened.cancel()
-                        if more.done() and not more.result():  # the end: nothing more can come
-                            await gate.wait()
-                        elif more.done():
-                            data += more.result()
-                        else:
-                            # what is being read when the gate opens follows behind
-                            sink.write(data)
-                            data = await more
+                    data = await self._wait_at_gate(line, source, sink, data)
                     words = self._last_words.get(line.role)
                     if words and words in data:
                         del self._last_words[line.role]

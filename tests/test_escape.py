@@ -122,7 +122,7 @@ async def test_the_log_of_a_queue(make_queue: MakeQueue, name: str, url: str, ca
         assert_safe(logging.Formatter("%(message)s").format(record))
 
 
-# --- the command line --------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 APP = """
 async def work(job):
@@ -164,7 +164,7 @@ def test_the_output_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
         assert_safe(line)
 
 
-# --- the harness -------------------------------------------------------------------------------------------------------
+# --- the harness ------------------------------------------------------------------------------------------------------
 
 
 def test_the_output_of_the_harness(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

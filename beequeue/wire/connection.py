@@ -121,7 +121,7 @@ class Connection:
         self._closed = False
         self._first: asyncio.Future[None] | None = None
 
-    # --- commands ----------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def send(self, command: Command) -> None:
         """Issues a command now, or keeps it until the connection is up."""
@@ -173,7 +173,7 @@ class Connection:
                 return True
         return False
 
-    # --- life --------------------------------------------------------------------------------------------------------
+    # --- life ---------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Returns when the connection is up, however long that takes; raises `ConnectionRefused` when Redis says no."""

@@ -70,7 +70,7 @@ class NotLetIn(ConnectionLost):
     """Something is there but admits nobody now: no credentials were given, it has too many clients, or it is not ready."""
 
 
-# --- what redis-py knows about a setting -----------------------------------------------------------------------------
+# --- what redis-py knows about a setting ------------------------------------------------------------------------------
 
 
 def kind_for(arguments: Mapping[str, Any]) -> Any:
@@ -172,7 +172,7 @@ class Endpoint:
 _ARGUMENTS = re.compile(r",? with args beginning with:.*", re.DOTALL)
 """Redis repeats the arguments of a command that it does not know, even those of AUTH."""
 
-# --- a connection for the event loop ---------------------------------------------------------------------------------
+# --- a connection for the event loop ----------------------------------------------------------------------------------
 
 
 async def open_connection(endpoint: Endpoint, protocol: int) -> tuple[asyncio.Transport, object]:
@@ -288,7 +288,7 @@ def _end_of(driver: Any) -> str | None:
     return None
 
 
-# --- a connection for a thread ---------------------------------------------------------------------------------------
+# --- a connection for a thread ----------------------------------------------------------------------------------------
 
 
 class BlockingConnection:
@@ -345,7 +345,7 @@ class BlockingConnection:
             driver.disconnect()
 
 
-# --- failures as our own errors --------------------------------------------------------------------------------------
+# --- failures as our own errors ---------------------------------------------------------------------------------------
 
 _ENDS_THE_PROGRAM = (KeyboardInterrupt, SystemExit)
 _DRIVERS_OWN = (redis.exceptions.RedisError, OSError)

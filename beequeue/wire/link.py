@@ -155,7 +155,7 @@ class Link(asyncio.Protocol):
         transport.set_protocol(self)
         transport.resume_reading()
 
-    # --- commands ----------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def send(self, command: Command) -> None:
         """Issues a command: at once when nothing is in flight, else in one write with all others of this step of the loop."""
@@ -228,7 +228,7 @@ class Link(asyncio.Protocol):
         self._unsent.clear()
         return commands[:written], commands[written:]
 
-    # --- replies -----------------------------------------------------------------------------------------------------
+    # --- replies ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         reader = self._reader
@@ -316,7 +316,7 @@ class Link(asyncio.Protocol):
             return False
         return True
 
-    # --- life --------------------------------------------------------------------------------------------------------
+    # --- life ---------------------------------------------------------------------------------------------------------
 
     def connection_lost(self, error: Exception | None) -> None:
         self.down = True
@@ -363,7 +363,7 @@ class Link(asyncio.Protocol):
         before, self._delivered = self._delivered, max(self._delivered, min(self._expected, self._written - left))
         return self._delivered > before
 
-    # --- the server at the other end -------------------------------------------------------------------------------------
+    # --- the server at the other end ----------------------------------------------------------------------------------
 
     async def is_primary(self) -> bool | None:
         """Whether the server is a primary, by `ROLE`; None if the user may not ask. Raises the refusal of one not ready."""

@@ -1,4 +1,4 @@
-"""Redis's ACL: the users that the page names can do all that belongs to their role, and every one of their rights is needed."""
+"""Redis's ACL: the users that the page names can do everything that their role needs, and need every one of their rights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PAGE = PAGES["docs/operations.md"]
 LINES = re.findall(r"^    ACL SETUSER (\w+) (.*)$", PAGE, re.MULTILINE)
 ROLES = ("worker", "producer", "checker")
 RIGHTS = {role: " ".join(rights for name, rights in LINES if name == role).split() for role in ROLES}
-"""Of each user that the page makes: the words of all its lines."""
+"""The words of all the page's lines about each user."""
 OPTIONAL = {"+ping", "+role", "+client|id", "+client|unblock"}
 REFUSED = re.compile("(?i)NOPERM|no permissions to run|can't run this command|can't access|can't publish")
 
 
 class Access:
-    """A server with the users of one test, and queues that are made as one of them or as nobody in particular."""
+    """A server with the users of one test, and queues made as one of these users or as the default user."""
 
     def __init__(self, server: Server, redis: Any) -> None:
         self.server = server
@@ -46,7 +46,7 @@ class Access:
         self._queues: list[Queue] = []
 
     async def allow(self, role: str, without: str | None = None) -> None:
-        """Makes the user as the page does, for this test's queue; less one right."""
+        """Makes the user as the page does, for this test's queue, without one of its rights."""
         rights = [right.replace("bq:add:", f"bq:{self.name}:") for right in RIGHTS[role] if right != without]
         assert len(rights) == len(RIGHTS[role]) - (without is not None)
         await self.redis.execute_command("ACL SETUSER", self.user, *rights)
@@ -57,14 +57,14 @@ class Access:
         return f"unix://{self.user}:PASSWORD@{self.server.socket}"
 
     def queue(self, name: str | None = None, **settings: Any) -> Queue:
-        """A queue of the user."""
+        """A queue made as the user."""
         queue = Queue(name or self.name, self.url, reconnect=soon, **settings)
         queue.on("error", self._error)
         self._queues.append(queue)
         return queue
 
     def other_side(self, **settings: Any) -> Queue:
-        """A queue of a user that may do everything."""
+        """A queue made as a user that may do everything."""
         queue = Queue(self.name, self.server.url, **settings)
         self._queues.append(queue)
         return queue
@@ -74,20 +74,20 @@ class Access:
         self.reported.set()
 
     async def refused(self) -> set[str]:
-        """What Redis has refused the user so far: commands, keys or channels."""
+        """The commands, keys and channels that Redis has refused the user so far."""
         log = await self.redis.execute_command("ACL LOG")
         entries = [line if isinstance(line, dict) else dict(zip(line[::2], line[1::2], strict=True)) for line in log]
         return {line["object"] for line in entries if line["username"] == self.user}
 
     async def first_error(self, work: Awaitable[None]) -> BaseException | None:
-        """The first error that `work` raises or a queue reports; None when there is none."""
+        """The first error that `work` raises or a queue reports, or None."""
         working = asyncio.ensure_future(work)
         reported = asyncio.ensure_future(self.reported.wait())
         await asyncio.wait((working, reported), timeout=20, return_when=asyncio.FIRST_COMPLETED)
         reported.cancel()
         assert working.done() or self.errors, "neither an end nor an error"
         while not working.done():
-            working.cancel()  # again and again: the driver may swallow one
+            working.cancel()  # repeated, since the driver may swallow one
             await asyncio.wait((working,), timeout=0.05)
         (ended,) = await asyncio.gather(working, return_exceptions=True)
         return self.errors[0] if self.errors else ended
@@ -113,11 +113,11 @@ async def access(server: Server) -> AsyncIterator[Access]:
         await made.close()
 
 
-# --- all that a role does --------------------------------------------------------------------------------------------
+# --- all that a role does ---------------------------------------------------------------------------------------------
 
 
 async def produce(access: Access) -> None:
-    """All that a producer does, each right used at least once."""
+    """Does everything a producer does and uses each of its rights at least once."""
     access.other_side(get_events=False).process(echo)
     async with access.queue(is_worker=False) as queue:
         jobs = [queue.create_job(number) for number in range(3)]
@@ -151,7 +151,7 @@ async def fail_twice(job: Job) -> Any:
 
 
 async def work(access: Access) -> None:
-    """All that a worker does, each right used at least once."""
+    """Does everything a worker does and uses each of its rights at least once."""
     producer = access.other_side(is_worker=False)
     tidy = access.queue(get_events=False, remove_on_success=True)
     tidy.process(echo)
@@ -166,7 +166,7 @@ async def work(access: Access) -> None:
     await put(access.redis, queue, ["waiting"], "ghost")
     await access.redis.hset(queue.to_key("jobs"), "lost", entry())
     await access.redis.hset(queue.to_key("stalls"), "gone", "1 0")
-    await access.redis.zadd(queue.to_key("delayed"), {"far": 4_102_444_800_000})  # something is left after each look
+    await access.redis.zadd(queue.to_key("delayed"), {"far": 4_102_444_800_000})  # some jobs are left after each look
     await access.redis.delete(queue.to_key("stallBlock"))
     assert await queue.check_stalled_jobs() == 1
     jobs = [producer.create_job("later").delay_until(now_ms() + 20), producer.create_job("at once").retries(2)]
@@ -184,7 +184,7 @@ async def work(access: Access) -> None:
 
 
 async def damage(access: Access) -> None:
-    """Makes one finding of each kind, and one that goes to each place."""
+    """Makes one finding of each kind, and one for each place where a repaired job goes."""
     queue, redis = access.other_side(is_worker=False), access.redis
     jobs = queue.to_key("jobs")
     for place in ("waiting", "active", "delayed", "succeeded", "failed", "stalling"):
@@ -198,7 +198,7 @@ async def damage(access: Access) -> None:
 
 
 async def look_over(access: Access) -> None:
-    """What `python -m beequeue check --repair` does."""
+    """Does the same as `python -m beequeue check --repair`."""
     await damage(access)
     async with access.queue(is_worker=False, get_events=False, store_jobs=False) as queue:
         report = await check(queue)
@@ -240,7 +240,7 @@ def test_readme_grants_commands_one_by_one_and_each_once() -> None:
     [(role, right) for role, rights in RIGHTS.items() for right in rights if right[0] == "+" and right not in OPTIONAL],
 )
 async def test_each_right_is_needed(access: Access, role: str, right: str) -> None:
-    """without it the error says that something was refused, and Redis's log what"""
+    """without it the error says that something was refused, and Redis's log names it"""
     await access.allow(role, without=right)
     error = await access.first_error(DOES[role](access))
     assert isinstance(error, BeeQueueError), error
@@ -248,7 +248,7 @@ async def test_each_right_is_needed(access: Access, role: str, right: str) -> No
     assert await access.refused() >= {right[1:]}
 
 
-# --- another queue ---------------------------------------------------------------------------------------------------
+# --- another queue ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -277,12 +277,12 @@ async def test_a_producer_may_neither_take_jobs_nor_destroy_the_queue(access: Ac
     assert (await queue.check_health()).waiting == 1
 
 
-# --- what can be left out --------------------------------------------------------------------------------------------
+# --- what can be left out ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", ["+client|id", "+client|unblock", None])
 async def test_closing_with_an_open_take(access: Access, monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
-    """Redis is asked to end it; if that is refused it runs its course. A job that comes meanwhile is handed back."""
+    """Redis is asked to end the take; if it refuses, the take runs its course. A job that arrives meanwhile is handed back."""
     monkeypatch.setattr(beequeue.store.store, "TAKE_WAIT_S", 1 if missing else 3_600)
     await access.allow("worker", missing)
     producer = await access.other_side(is_worker=False).ready()
@@ -325,8 +325,8 @@ async def test_without_these_a_quiet_connection_stays(access: Access, monkeypatc
     assert (queue.reconnects, access.errors) == (0, [])
 
 
-async def test_what_the_page_says_a_worker_without_max_stalls_can_do_without(access: Access) -> None:
-    """its check finds a job that is marked, one that is not, and a count of another worker's"""
+async def test_the_rights_that_a_worker_without_max_stalls_does_not_need(access: Access) -> None:
+    """its check finds a marked job, an unmarked one, and another worker's count"""
     (named,) = re.findall(r"^- (.*) where no `max_stalls` is set", PAGE, re.MULTILINE)
     await access.allow("worker")
     rights = [f"-{right}" for right in re.findall(r"`(\w+)`", named)]
@@ -343,7 +343,7 @@ async def test_what_the_page_says_a_worker_without_max_stalls_can_do_without(acc
     assert (access.errors, await access.refused()) == ([], set())
 
 
-# --- afterwards ------------------------------------------------------------------------------------------------------
+# --- afterwards -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_producer_that_reconnects_asks_about_its_jobs(access: Access) -> None:
@@ -358,7 +358,7 @@ async def test_a_producer_that_reconnects_asks_about_its_jobs(access: Access) ->
     assert await access.refused() == set()
 
 
-async def test_a_right_that_is_taken_away_meanwhile_is_told_to_who_asks(access: Access) -> None:
+async def test_a_right_taken_away_later_is_reported_to_the_caller(access: Access) -> None:
     await access.allow("producer")
     queue = await access.queue(is_worker=False).ready()
     await access.redis.execute_command("ACL SETUSER", access.user, "-evalsha")
@@ -369,7 +369,7 @@ async def test_a_right_that_is_taken_away_meanwhile_is_told_to_who_asks(access: 
 
 
 async def test_the_command_as_a_checker(access: Access) -> None:
-    """with its first line it looks, with both it repairs"""
+    """its first line lets it look, both let it repair"""
     await access.allow("checker")
     second = LINES[-1][1].split()
     assert LINES[-1][0] == "checker"

@@ -1,4 +1,4 @@
-"""Where Redis is: wrong arguments are named, whatever fails at run time can be retried, and an open connection is alive."""
+"""Addresses: wrong arguments are named, every failure at run time can be retried, and an opened connection is alive."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.conftest import until
 PASSWORD = "Zq7/k@v9%#x"
 
 
-# --- wrong arguments ---------------------------------------------------------------------------------------------------
+# --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("url", ["unix:///a%00b", "rediss://h?ssl_certfile=a%00", "redis://h%00x:1"])
 def test_a_url_with_a_nul(url: str) -> None:
-    """the part is named, and not shown: it may be a piece of a password"""
+    """the message names the part and does not show it: it may be a piece of a password"""
     with pytest.raises(ValueError, match=r"redis must be a URL: \w+ must not contain NUL$"):
         Queue("q", url)
 
@@ -60,7 +60,7 @@ def test_a_url_with_a_nul(url: str) -> None:
     ],
 )
 async def test_a_wrong_argument(arguments: dict[str, Any], message: str) -> None:
-    """it is named when the queue is made"""
+    """it is named as soon as the queue is made"""
     for make in (lambda: Queue("q", arguments), lambda: beequeue.sync.Queue("q", arguments)):
         with pytest.raises((TypeError, ValueError)) as caught:
             make()
@@ -78,7 +78,7 @@ async def test_a_wrong_argument(arguments: dict[str, Any], message: str) -> None
     ],
 )
 async def test_an_argument_that_the_driver_refuses(arguments: dict[str, Any], message: str) -> None:
-    """the first connect names it"""
+    """it is named at the first connect"""
     queue = Queue("q", {"port": 1, **arguments})
     with pytest.raises(ConnectionRefused, match=message):
         await queue.ready()
@@ -91,7 +91,7 @@ async def slow(attempt: int) -> int:
 
 
 @pytest.mark.parametrize("wrong", [5, slow])
-async def test_a_back_off_that_is_none(wrong: Any) -> None:
+async def test_a_back_off_of_the_wrong_kind(wrong: Any) -> None:
     with pytest.raises(TypeError, match="^reconnect must be a function from attempt to milliseconds, not "):
         QueueSettings(reconnect=wrong)
     with pytest.raises(TypeError, match="^reconnect must be a function from attempt to milliseconds, not "):
@@ -107,11 +107,11 @@ async def test_valkey_is_a_scheme(scheme: str) -> None:
         beequeue.check_redis_url("valkey://h/x")
 
 
-# --- what fails at run time --------------------------------------------------------------------------------------------
+# --- what fails at run time -------------------------------------------------------------------------------------------
 
 
 class Unreliable(CredentialProvider):
-    """Raises the first time."""
+    """Raises at the first call."""
 
     def __init__(self, failure: BaseException) -> None:
         self._failures = [failure]
@@ -182,12 +182,12 @@ async def test_a_blocking_connection_raises_its_own_errors(failure: BaseExceptio
         connection.close()
 
 
-# --- Sentinel ----------------------------------------------------------------------------------------------------------
+# --- Sentinel ---------------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def watched() -> AsyncIterator[tuple[int, int]]:
-    """A server, and a Sentinel that names it as `shop`: their ports."""
+    """The ports of a server and of a Sentinel that calls it `shop`."""
     port, sentinel_port = free_port(), free_port()
     with running_server(find_server({}), "--port", str(port), "--bind", "127.0.0.1") as server:
         (server.directory / "sentinel.conf").write_text(f"sentinel monitor shop 127.0.0.1 {port} 1\n")
@@ -211,8 +211,8 @@ async def answers(client: Redis) -> bool:
         return False
 
 
-async def test_a_client_of_sentinel_that_nobody_keeps() -> None:
-    """its pool is only weakly held by what it tells its connections"""
+async def test_a_client_of_sentinel_without_another_reference() -> None:
+    """its pool's arguments refer to the pool only weakly"""
     async with watched() as (port, sentinel_port):
         address = Address(Sentinel([("127.0.0.1", sentinel_port)]).master_for("shop"))  # type: ignore[no-untyped-call]
         pool: Any = address._setting.connection_pool  # type: ignore[union-attr]
@@ -231,7 +231,7 @@ async def test_a_client_of_sentinel_that_nobody_keeps() -> None:
             await client.aclose()
 
 
-# --- alive when handed over --------------------------------------------------------------------------------------------
+# --- alive when handed over -------------------------------------------------------------------------------------------
 
 HELLO = b"%1\r\n$5\r\nproto\r\n:3\r\n"
 
@@ -260,10 +260,10 @@ RUNS: dict[str, Callable[[Awaitable[Any]], Any]] = {"asyncio": asyncio.run, "uvl
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_a_peer_that_goes_between_handshake_and_hand_over(
+def test_a_peer_that_leaves_between_handshake_and_hand_over(
     end: Callable[[socket.socket], object], protocol: int, run: Callable[[Awaitable[Any]], Any]
 ) -> None:
-    """`open` hands over nothing that is dead; with a HELLO the end has been read by then"""
+    """`open` never hands over a dead connection; with HELLO the driver has read the end by then"""
 
     async def use() -> None:
         loop = asyncio.get_running_loop()
@@ -277,7 +277,7 @@ def test_a_peer_that_goes_between_handshake_and_hand_over(
             peer.sendall(HELLO)
         end(peer)
         (outcome,) = await asyncio.gather(opening, return_exceptions=True)
-        if protocol == 2 and isinstance(outcome, tuple):  # the end comes behind the hand-over, and is the link's
+        if protocol == 2 and isinstance(outcome, tuple):  # the end comes after the hand-over, and the link will see it
             transport, keep = outcome
             assert not transport.is_closing()
             assert not keep._protocol._stream_reader.at_eof()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A connection lives, or says so: none hangs, and none that works is given up."""
+"""A connection works or reports that it does not: none hangs, and none that works is given up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link is looked into when nothing has moved for 0.3 s."""
+    """Shortens the silence after which a link is looked into to 0.3 s."""
     monkeypatch.setattr(beequeue.wire.link, "TICK_S", TICK_S)
 
 
@@ -42,7 +42,7 @@ async def own_redis(own_server: Server) -> AsyncIterator[Redis]:
         yield client
 
 
-# --- between the driver's handshake and our protocol ---------------------------------------------------------------------
+# --- between the driver's handshake and our protocol ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -67,11 +67,11 @@ def test_a_proxy_that_accepts_and_resets(
     run(main())
 
 
-# --- a keeper never ends without a word ----------------------------------------------------------------------------------
+# --- a keeper never ends unnoticed ------------------------------------------------------------------------------------
 
 
 class TokenService(CredentialProvider):
-    """Gives no credentials as long as it is down."""
+    """Gives no credentials while it is down."""
 
     def __init__(self, *failures: BaseException) -> None:
         self.failures = [*failures]
@@ -83,7 +83,7 @@ class TokenService(CredentialProvider):
 
 
 class OwnKind(BaseException):
-    """As some libraries have."""
+    """A base of its own, as some libraries have."""
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyError, asyncio.CancelledError, GeneratorExit, OwnKind])
@@ -107,7 +107,7 @@ async def test_a_credential_provider_that_fails_for_a_while(make_queue: MakeQueu
 
 
 class Stubborn(CredentialProvider):
-    """Has no answer, and does not let itself be cancelled, the first time."""
+    """At its first call it neither answers nor lets itself be cancelled."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -122,7 +122,7 @@ class Stubborn(CredentialProvider):
 
 
 async def test_a_credential_provider_that_is_not_cancelled(make_queue: MakeQueue) -> None:
-    """the next attempt follows all the same"""
+    """the next attempt follows nevertheless"""
     with running_server(find_server({}), "--requirepass", "secret") as server:
         service = Stubborn()
         arguments = {"path": str(server.socket), "credential_provider": service, "socket_connect_timeout": 0.1}
@@ -154,7 +154,7 @@ async def test_a_reconnect_that_raises_anything(make_queue: MakeQueue, own_serve
 
 
 async def test_a_redis_that_runs_a_long_script_is_waited_for(make_queue: MakeQueue) -> None:
-    """also where the driver asks it for a database first"""
+    """even if the driver selects a database first"""
     with running_server(find_server({}), "--busy-reply-threshold", "1") as server:
         redis: Any
         async with Redis.from_url(server.url) as redis, Redis.from_url(server.url) as other:
@@ -183,7 +183,7 @@ async def test_a_redis_that_runs_a_long_script_is_waited_for(make_queue: MakeQue
 async def test_a_set_up_that_fails_is_reported_and_tried_again(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    """what nobody expects ends no keeper, and leaves no connection open"""
+    """an unexpected error ends no keeper and leaves no connection open"""
     monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     queue = make_queue(is_worker=False, auto_connect=False, reconnect=soon)
     assert queue._connections.events is not None
@@ -212,7 +212,7 @@ async def test_a_set_up_that_fails_is_reported_and_tried_again(
 
 @pytest.mark.parametrize("wrong", [None, -1, "10", float("nan"), True], ids=repr)
 async def test_a_back_off_that_returns_nonsense(own_server: Server, make_queue: MakeQueue, wrong: Any) -> None:
-    """it is named once, and the default takes its place"""
+    """it is reported once, and the default is used instead"""
     queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=lambda attempt: wrong).ready()
     own_server.stop()
     await until(lambda: len(make_queue.errors) == 2)
@@ -236,7 +236,7 @@ async def test_a_back_off_that_raises(own_server: Server, make_queue: MakeQueue)
     assert "reconnect(1) raised LookupError: no such attempt" in [str(error) for error in make_queue.claim(BeeQueueError)][1]
 
 
-async def test_the_back_off_begins_anew_after_each_outage(own_server: Server, make_queue: MakeQueue) -> None:
+async def test_the_back_off_starts_over_after_each_outage(own_server: Server, make_queue: MakeQueue) -> None:
     attempts: list[int] = []
 
     def reconnect(attempt: int) -> int:
@@ -254,18 +254,18 @@ async def test_the_back_off_begins_anew_after_each_outage(own_server: Server, ma
     make_queue.claim(ConnectionLost)
 
 
-# --- a server that is not fit ---------------------------------------------------------------------------------------------
+# --- an unfit server --------------------------------------------------------------------------------------------------
 
 
 async def demote(redis: Any) -> None:
-    """Makes a server a replica of nothing: it refuses writes, and cuts no client."""
+    """Makes a server a replica without a primary: it refuses writes and cuts no client."""
     await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
 
 
-async def test_readonly_is_a_change_of_address(
+async def test_readonly_leads_to_the_new_primary(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, seen: Callable[[], Seen]
 ) -> None:
-    """What a demoted server refuses is repeated on the new one, and all connections of producer and worker follow."""
+    """Commands that a demoted server refuses are repeated on the new one, and all connections of producer and worker follow."""
     with running_server(find_server({})) as new:
         async with Relay(own_server.url) as relay:
             settings: dict[str, Any] = {"redis": relay.url, "reconnect": soon, "initial_redis_failure_retry_delay": 10}
@@ -290,7 +290,7 @@ async def test_readonly_is_a_change_of_address(
 async def test_a_quiet_queue_notices_a_demotion(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, is_worker: bool
 ) -> None:
-    """by ROLE, with no command of its own under way"""
+    """through ROLE, without a command under way"""
     with running_server(find_server({})) as new:
         async with Relay(own_server.url) as relay:
             queue = await make_queue(redis=relay.url, is_worker=is_worker, reconnect=soon).ready()
@@ -303,7 +303,7 @@ async def test_a_quiet_queue_notices_a_demotion(
 
 
 async def test_a_queue_waits_for_its_primary(own_server: Server, own_redis: Any, make_queue: MakeQueue, caplog: Any) -> None:
-    """as long as the name leads to the replica; reads of a queue that writes nothing work there"""
+    """while the name leads to a replica; a queue that only reads can use the replica"""
     await own_redis.hset("bq:reader:jobs", "1", "{}")
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
     await demote(own_redis)
@@ -319,8 +319,8 @@ async def test_a_queue_waits_for_its_primary(own_server: Server, own_redis: Any,
     assert reader.reconnects == 0
 
 
-async def test_a_late_refusal_sends_nobody_away_again(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """on a link that is being left, when others have found the new server already"""
+async def test_a_late_refusal_moves_no_connection_again(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """on a link that is being left, after others have found the new server"""
     with running_server(find_server({})) as new:
         async with Relay(own_server.url) as relay:
             queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
@@ -347,7 +347,7 @@ async def test_a_late_refusal_sends_nobody_away_again(own_server: Server, own_re
 
 
 async def test_closing_while_a_server_is_left(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """also while a take is open on a link that is being left; what waits raises"""
+    """even while a take is open on the link that is being left; waiting calls raise"""
     queue = await make_queue(redis=own_server.url, reconnect=soon).ready()
     queue.process(echo)
     await until(lambda: own_redis.info("clients"))
@@ -382,7 +382,7 @@ async def test_a_refused_save_that_is_cancelled_is_not_made(own_server: Server, 
 
 
 async def test_a_bulk_save_that_is_cancelled_is_not_made(own_server: Server, make_queue: MakeQueue) -> None:
-    """while Redis is down; its jobs may be saved later"""
+    """while Redis is down; its jobs can be saved later"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
     own_server.stop()
     await until(lambda: queue._connections.events is not None and queue._connections.events.link is None)
@@ -431,8 +431,11 @@ async def test_a_refused_save_is_taken_back_while_others_wait_for_an_answer(
 async def test_the_back_off_to_a_server_that_lets_in_and_refuses(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """goes on when the server is unfit at once, and begins anew when it was fit for a while (CLUSTERDOWN: no slot is served)"""
-    for calm_s, expected in ((60.0, [1, 2, 3, 4, 5]), (0.0, [1] * 5)):  # one after the other: both would have one cluster port
+    """grows while the server is unfit at once, and starts over once it was fit for a while (CLUSTERDOWN: no slot served)"""
+    for calm_s, expected in (
+        (60.0, [1, 2, 3, 4, 5]),
+        (0.0, [1] * 5),
+    ):  # one after the other, as both would use the same cluster port
         monkeypatch.setattr(beequeue.wire.connection, "CALM_S", calm_s)
         attempts: list[int] = []
 
@@ -455,7 +458,7 @@ async def test_the_back_off_to_a_server_that_lets_in_and_refuses(
 
 
 async def test_a_busy_redis_is_waited_for(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """BUSY: while somebody's script runs, no call raises"""
+    """BUSY: no call raises while another client's script runs"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
     await own_redis.config_set("lua-time-limit", 1)
     busy = asyncio.create_task(own_redis.eval("while true do end", 0))
@@ -490,12 +493,12 @@ async def _refusals(redis: Any, code: str, count: int) -> bool:
     return bool(told.get(f"errorstat_{code}", {"count": 0})["count"] > count)
 
 
-# --- a link on which nothing moves ---------------------------------------------------------------------------------------
+# --- a silent link ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What connections beside a link that stands still have told."""
+    """Collects the verdicts of the connections opened beside a silent link."""
     told: list[bool] = []
     ask = beequeue.wire.connection.answers
 
@@ -512,7 +515,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 async def test_a_pause_cuts_nothing(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, verdicts: list[bool], mode: str
 ) -> None:
-    """CLIENT PAUSE for ten times as long as nothing may move: all saves wait, and none fails"""
+    """CLIENT PAUSE for ten times the allowed silence: all saves wait, and none fails"""
     queue = await make_queue(redis=own_server.url, is_worker=False).ready()
     await own_redis.execute_command("CLIENT", "PAUSE", int(100 * TICK_S * 1000), mode)
     saves = [asyncio.create_task(queue.create_job(number).save()) for number in range(1_000)]
@@ -523,10 +526,8 @@ async def test_a_pause_cuts_nothing(
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_server_that_stands_still_is_waited_for(
-    own_server: Server, make_queue: MakeQueue, verdicts: list[bool]
-) -> None:
-    """SIGSTOP: nobody could be reached on another connection either"""
+async def test_a_frozen_server_is_waited_for(own_server: Server, make_queue: MakeQueue, verdicts: list[bool]) -> None:
+    """SIGSTOP: a new connection gets no answer either"""
     queue = await make_queue(redis=own_server.url).ready()
     queue.process(echo)
     freeze(own_server)
@@ -542,7 +543,7 @@ async def test_a_server_that_stands_still_is_waited_for(
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("reachable", [True, False])
 async def test_a_silent_link_is_cut(own_server: Server, make_queue: MakeQueue, reachable: bool) -> None:
-    """where Redis answers on a new connection, and where none can be opened any more"""
+    """when Redis answers on a new connection, and when none can be opened"""
     async with Relay(own_server.url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
         for line in (lines := [*relay.lines]):
@@ -563,8 +564,8 @@ async def test_a_silent_link_is_cut(own_server: Server, make_queue: MakeQueue, r
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_silent_link_is_found_though_it_swallows_more(own_server: Server, make_queue: MakeQueue) -> None:
-    """saves that go on and on into a link that says nothing do not keep it alive"""
+async def test_a_silent_link_is_found_even_if_it_swallows_more(own_server: Server, make_queue: MakeQueue) -> None:
+    """an endless series of saves does not keep a silent link alive"""
     async with Relay(own_server.url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
         for line in (lines := [*relay.lines]):
@@ -586,7 +587,7 @@ async def test_a_silent_link_is_found_though_it_swallows_more(own_server: Server
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("tcp", [True, False], ids=["all in buffers on the way", "hardly any buffers"])
 async def test_a_slow_link_is_not_cut(own_server: Server, make_queue: MakeQueue, tcp: bool) -> None:
-    """1 MB/s: a job that takes many times as long as nothing may move is saved, fetched, listed and run, and small ones too"""
+    """1 MB/s: a job that takes many times the allowed silence is saved, fetched, listed and run, and so are small ones"""
     size = 1_500_000
     async with Relay(own_server.url, tcp=tcp) as relay:
         worker = await make_queue(redis=relay.url, get_events=False).ready()
@@ -614,7 +615,7 @@ async def test_a_slow_link_is_not_cut(own_server: Server, make_queue: MakeQueue,
 
 @pytest.mark.usefixtures("hurried")
 async def test_every_connection_is_kept_alive(own_server: Server, make_queue: MakeQueue) -> None:
-    """also that of a producer without events, and a worker's while all slots are taken"""
+    """including that of a producer without events, and a worker's while all slots are taken"""
     async with Relay(own_server.url) as relay:
         gate, started = asyncio.Event(), Seen()
 
@@ -632,7 +633,7 @@ async def test_every_connection_is_kept_alive(own_server: Server, make_queue: Ma
         await queue.close()
 
 
-async def test_what_never_fits_is_not_repeated_without_end(own_server: Server, make_queue: MakeQueue) -> None:
+async def test_a_reply_that_never_fits_is_not_asked_for_endlessly(own_server: Server, make_queue: MakeQueue) -> None:
     async with Relay(own_server.url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
         await queue.create_job("x" * 1000).set_id("large").save()
@@ -672,15 +673,13 @@ async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQu
     assert [str(error) for error in make_queue.claim(RuntimeError)] == ["nobody expects this"]
 
 
-# --- what a connection beside tells --------------------------------------------------------------------------------------
+# --- what a new connection tells --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("kind", ["password", "database", "password changed", "provider", "no right"])
-async def test_a_server_that_stands_still_is_waited_for_whoever_asks(
-    make_queue: MakeQueue, verdicts: list[bool], kind: str
-) -> None:
-    """A handshake that is not answered, and a refusal, are no answer to what waits."""
+async def test_a_silent_server_is_waited_for_even_if_it_refuses(make_queue: MakeQueue, verdicts: list[bool], kind: str) -> None:
+    """Neither an unanswered handshake nor a refusal counts as an answer."""
     with running_server(find_server({}), "--requirepass", "secret") as server:
         redis: Any = Redis.from_url(server.url, password="secret", client_name=ONLOOKER)
         service = TokenService()
@@ -709,8 +708,8 @@ async def test_a_server_that_stands_still_is_waited_for_whoever_asks(
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_refusal_to_whoever_asks_is_no_answer(make_queue: MakeQueue, verdicts: list[bool]) -> None:
-    """one that comes at once, while what was issued before waits"""
+async def test_a_refusal_of_a_new_connection_is_no_answer(make_queue: MakeQueue, verdicts: list[bool]) -> None:
+    """even if it comes at once while earlier commands wait"""
     with running_server(find_server({})) as server:
         redis: Any = Redis.from_url(server.url, client_name=ONLOOKER)
         async with redis:
@@ -734,8 +733,8 @@ async def _waits(redis: Any) -> bool:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_server_that_answers_nobody_is_named(own_server: Server, make_queue: MakeQueue, caplog: Any) -> None:
-    """in the log; also when a queue has never been ready"""
+async def test_a_server_that_answers_no_connection_is_named(own_server: Server, make_queue: MakeQueue, caplog: Any) -> None:
+    """in the log, even when a queue has never been ready"""
     queue = await make_queue(redis=own_server.url, is_worker=False).ready()
     freeze(own_server)
     try:
@@ -751,7 +750,7 @@ async def test_a_server_that_answers_nobody_is_named(own_server: Server, make_qu
 
 
 @pytest.mark.parametrize("command", ["CLIENT", "ROLE"])
-async def test_a_command_that_the_server_lacks_keeps_no_worker_out(make_queue: MakeQueue, command: str) -> None:
+async def test_a_worker_does_without_a_command_that_the_server_lacks(make_queue: MakeQueue, command: str) -> None:
     with running_server(find_server({}), "--rename-command", command, "") as server:
         queue = make_queue(redis=server.url)
         queue.process(echo)
@@ -759,7 +758,7 @@ async def test_a_command_that_the_server_lacks_keeps_no_worker_out(make_queue: M
         await queue.close(10_000)
 
 
-async def test_what_a_server_repeats_of_a_command_is_not_shown() -> None:
+async def test_arguments_that_a_server_repeats_are_not_shown() -> None:
     """a Redis without AUTH quotes the password"""
     with running_server(find_server({}), "--rename-command", "AUTH", "") as server:
         queue = Queue("q", redis={"path": str(server.socket), "credential_provider": TokenService()}, is_worker=False)

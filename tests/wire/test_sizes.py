@@ -1,6 +1,6 @@
-"""What a stranger may publish: how much memory it costs a process that listens, and that it goes on.
+"""Messages from untrusted publishers: how much memory they cost a listening process, and that it goes on.
 
-Memory is that of a process of its own (Linux): resident now, and its peak since it was last asked.
+Memory is measured in a separate process (Linux): resident memory, and its peak since the last report.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 class Told(NamedTuple):
-    """What a listener says of itself; bytes. `errors`: how many of each kind since it was last asked."""
+    """A listener's report; memory in bytes. `errors` counts each kind since the last report."""
 
     resident: int
     peak: int
@@ -70,7 +70,7 @@ class Told(NamedTuple):
 
 
 class Listener:
-    """A process with a queue that listens, and one job of its own that waits for its end."""
+    """A process with a queue that listens, and with a job of its own that waits for its end."""
 
     def __init__(self, server: Server, redis: Any, process: asyncio.subprocess.Process) -> None:
         self.server = server
@@ -79,7 +79,7 @@ class Listener:
         self._asked = 0
 
     async def tells(self, mark: str) -> Told:
-        """What it says at a mark."""
+        """Its report at a mark."""
         assert self._process.stdout is not None
         while True:
             number, *told = json.loads(await self._process.stdout.readline())
@@ -87,23 +87,23 @@ class Listener:
                 return Told(*told)
 
     async def asked(self) -> Told:
-        """What it says when it has read all that was published so far."""
+        """Its report once it has read everything published so far."""
         self._asked += 1
         mark = str(self._asked)
         telling = asyncio.create_task(self.tells(mark))
         async with asyncio.timeout(30):
-            while not telling.done():  # one that Redis is about to cut off may not hear it
+            while not telling.done():  # a listener that Redis is about to cut off may miss it
                 await self.publish(json.dumps({"id": mark, "event": "mark"}).encode())
                 await asyncio.wait((telling,), timeout=1)
         return telling.result()
 
     async def publish(self, payload: bytes, channel: str = "events") -> int:
-        """Returns how many heard it, if they were not cut off for its size."""
+        """Publishes a message; returns the number of subscribers, including any cut off for its size."""
         reached: int = await self.redis.publish(f"bq:q:{channel}", payload)
         return reached
 
     async def publish_many(self, count: int, script: str) -> None:
-        """Runs a script that publishes by `say(channel, message)`, `i` from 1 to `count`; never far ahead of the listener."""
+        """Runs a script that calls `say(channel, message)` for `i` from 1 to `count`, never far ahead of the listener."""
         say = "local function say(channel, message) redis.call('PUBLISH', 'bq:q:' .. channel, message) end\n"
         text = f"{say}for i = ARGV[1], ARGV[2] do {script} end"
         for first in range(1, count + 1, 5_000):
@@ -113,7 +113,7 @@ class Listener:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It stands still meanwhile, and reads nothing."""
+        """Stops the process for a while: it reads nothing."""
         self._process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -121,16 +121,16 @@ class Listener:
             self._process.send_signal(signal.SIGCONT)
 
     async def is_cut_off(self) -> bool:
-        """Whether Redis has no subscriber."""
+        """Whether Redis has no subscriber left."""
         return not await self.redis.client_list(_type="pubsub")
 
     async def ends_well(self) -> None:
-        """Its own job has waited all the time, and is told its end."""
+        """Ends its own job, which has waited all the time, and checks that it learns so."""
         await self.publish(b'{"id":"mine","event":"succeeded","data":"well"}')
         assert self._process.stdout is not None
         async with asyncio.timeout(30):
             while isinstance(told := json.loads(await self._process.stdout.readline()), list):
-                pass  # a mark that was published twice, since it was long in coming
+                pass  # a mark published twice because it took long
             assert told == "well"
             assert await self._process.wait() == 0
 
@@ -162,19 +162,19 @@ async def listener(server: Server) -> AsyncIterator[Listener]:
 
 
 def event(size: int, job_id: bytes = b"x") -> bytes:
-    """A whole message; `x` is a job that nobody here knows."""
+    """A whole message about `x`, a job that nobody here knows."""
     return b'{"id":"' + job_id + b'","event":"succeeded","data":"' + b"a" * size + b'"}'
 
 
 def dear(size: int, job_id: bytes) -> bytes:
-    """A message that takes thirty times its size when it is decoded."""
+    """A message that takes thirty times its size when decoded."""
     return b'{"id":"' + job_id + b'","event":"succeeded","data":[' + b"{}," * (size // 3) + b"{}]}"
 
 
 async def test_an_event_of_100_mb_never_comes(listener: Listener) -> None:
     """Redis's limit for subscribers (32 MB) cuts the connection instead; the library reconnects and goes on
 
-    The listener reads nothing meanwhile: Valkey 9.1 may have written all of it before it looks at its limit.
+    The listener is stopped meanwhile, because Valkey 9.1 may write all of it before it checks its limit.
     """
     before = await listener.asked()
     with listener.stopped():
@@ -182,7 +182,7 @@ async def test_an_event_of_100_mb_never_comes(listener: Listener) -> None:
         await until(listener.is_cut_off)
     after = await listener.asked()
     assert after.errors == {"ConnectionLost": 1}
-    assert after.peak - before.resident < 210 * MB  # what the socket held
+    assert after.peak - before.resident < 210 * MB  # the data that the socket held
     assert after.resident - before.resident < 30 * MB
     assert after.tracked == 1
     await listener.ends_well()
@@ -200,7 +200,7 @@ async def test_an_event_of_100_mb_never_comes(listener: Listener) -> None:
 async def test_without_that_limit_an_event_costs_a_few_times_its_size_and_only_for_a_while(
     listener: Listener, payload: bytes, errors: dict[str, int]
 ) -> None:
-    """none of them is decoded; a forged end of a job that has not ended changes nothing"""
+    """none of them is decoded; a forged end of a running job changes nothing"""
     await listener.redis.config_set("client-output-buffer-limit", "pubsub 0 0 0")
     before = await listener.asked()
     for _ in range(3):
@@ -208,7 +208,7 @@ async def test_without_that_limit_an_event_costs_a_few_times_its_size_and_only_f
         after = await listener.asked()
         assert after.errors == errors
         assert 100 * MB < after.peak - before.resident < 350 * MB  # as it is read, and as a message
-        assert (await listener.asked()).resident - before.resident < 120 * MB  # the reader may keep what it has grown to
+        assert (await listener.asked()).resident - before.resident < 120 * MB  # the reader may keep its grown buffer
         assert after.tracked == 1
     await listener.ends_well()
 
@@ -256,7 +256,7 @@ async def test_a_strange_event_of_10_mb_costs_a_few_times_its_size(
         after = await listener.asked()
         assert after.errors == errors
         assert after.peak - before.resident < 80 * MB
-    # what the allocator keeps of one serves the next
+    # memory that the allocator keeps of one serves the next
     assert (await listener.asked()).resident - before.resident < 45 * MB
     await listener.ends_well()
 
@@ -282,7 +282,7 @@ async def test_a_flood_leaves_nothing(listener: Listener, flood: str) -> None:
     await listener.publish_many(many - 50_000, script)
     after = await listener.asked()
     assert set(after.errors) <= {error}
-    # at most 20 in 10 s, and then how many there were; it takes a minute at most
+    # at most 20 in 10 s, then their number; it takes a minute at most
     assert sum(after.errors.values()) <= 7 * 21
     assert after.tracked == 1
     assert after.resident - before.resident < 3 * MB
@@ -291,12 +291,12 @@ async def test_a_flood_leaves_nothing(listener: Listener, flood: str) -> None:
     await listener.ends_well()
 
 
-# --- large results that are meant ------------------------------------------------------------------------------------
+# --- intended large results -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ordered", [True, False])
 async def test_a_large_result_arrives(make_queue: MakeQueue, ordered: bool) -> None:
-    """with the settings as they are: 15 MB; and what is as large as the limit"""
+    """15 MB with the default settings; and one exactly as large as the limit"""
     worker = make_queue(get_events=False)
     worker.process(lambda job: "a" * job.data)
     queue = await make_queue(is_worker=False, ordered_events=ordered).ready()
@@ -311,7 +311,7 @@ async def test_a_large_result_arrives(make_queue: MakeQueue, ordered: bool) -> N
 async def test_a_job_whose_result_is_too_large_is_looked_up(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, ordered: bool, remove: bool
 ) -> None:
-    """at once, whether somebody waits for it or listens; its failure is known"""
+    """at once, whether somebody waits for it or listens; a failure is recognised"""
     monkeypatch.setattr(tracker, "LOOK_EVERY_S", 60)
     queue = await make_queue(is_worker=False, ordered_events=ordered, max_event_bytes=100_000).ready()
     waited, heard, failed = [await queue.create_job(kind).save() for kind in ("waited", "heard", "failed")]
@@ -342,7 +342,7 @@ async def test_a_job_whose_result_is_too_large_is_looked_up(
 async def test_messages_that_cannot_be_read_are_counted(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """each of the first 20 is reported; of those behind them, how many there were"""
+    """each of the first 20 is reported; of the others, only their number"""
     monkeypatch.setattr(guard, "PERIOD_S", 0.3)
     queue = await make_queue(is_worker=False).ready()
     for number in range(100):

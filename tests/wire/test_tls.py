@@ -1,4 +1,4 @@
-"""TLS: a wrong file is refused by its name, nothing is asked on the terminal, a server that wants a certificate says so."""
+"""TLS: an error names a wrong file, nothing is asked on the terminal, and a server's demand for a certificate is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PASSPHRASE = "Zq7-pass-phrase"
 
 
 class Files:
-    """A server that wants certificates of one authority; keys and certificates, right and wrong."""
+    """A server that requires certificates of one authority; right and wrong keys and certificates."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -143,7 +143,7 @@ async def test_a_key_with_its_passphrase(files: Files) -> None:
     blocking.close()
 
 
-async def test_a_key_that_goes_later_is_reported(files: Files, tmp_path: Path) -> None:
+async def test_a_key_that_is_deleted_later_is_reported(files: Files, tmp_path: Path) -> None:
     key = Path(shutil.copy(files.path("client.key"), tmp_path / "own.key"))
     errors: list[Exception] = []
     queue = Queue("q", files.setting(ssl_keyfile=str(key)), is_worker=False, reconnect=lambda attempt: 10)
@@ -159,7 +159,7 @@ async def test_a_key_that_goes_later_is_reported(files: Files, tmp_path: Path) -
 
 
 def test_nothing_is_asked_on_the_terminal(files: Files) -> None:
-    """with a terminal of its own, on which OpenSSL would ask"""
+    """the process has a terminal of its own, on which OpenSSL would ask"""
     url = f"rediss://localhost:{files.port}?ssl_certfile={files.path('client.pem')}&ssl_keyfile={files.path('encrypted.key')}"
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "beequeue", "check", "q", "--redis", url]
@@ -187,10 +187,10 @@ UNTRUSTED: dict[str, tuple[Callable[[Files], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("case", UNTRUSTED)
-def test_a_server_that_wants_another_certificate(
+def test_a_server_that_requires_another_certificate(
     case: str, protocol: int, run: Callable[[Awaitable[Any]], Any], files: Files
 ) -> None:
-    """TLS 1.3 says so behind a handshake that succeeds here"""
+    """with TLS 1.3 the alert comes after a handshake that succeeds on our side"""
     make, message = UNTRUSTED[case]
 
     async def use() -> None:
@@ -211,8 +211,8 @@ class Ending(asyncio.Protocol):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_what_connection_lost_got(run: Callable[[Awaitable[Any]], Any], files: Files) -> None:
-    """`refusal_in` finds the alert, and nothing where there is none"""
+def test_the_alert_in_the_error_of_connection_lost(run: Callable[[Awaitable[Any]], Any], files: Files) -> None:
+    """`refusal_in` finds the alert, and nothing in other errors"""
 
     async def use() -> None:
         context = ssl.create_default_context(cafile=files.path("ca.pem"))
@@ -229,7 +229,7 @@ def test_what_connection_lost_got(run: Callable[[Awaitable[Any]], Any], files: F
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def test_a_relay_with_tls_and_no_backend(run: Callable[[Awaitable[Any]], Any], files: Files) -> None:
-    """it shakes hands, and closes: nothing that `open` may hand over"""
+    """it shakes hands and closes: `open` must not hand that over"""
 
     async def use() -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
