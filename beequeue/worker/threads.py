@@ -1,11 +1,11 @@
 """The threads of a worker whose handler is a plain function.
 
-A time-out ends a job, not its thread, so there are more threads than slots. Once all of these hang, each further one keeps its
-slot until it returns. A handler therefore always finds a free thread: it is called when its time-out begins, not later.
+A time-out ends a job, not its thread, so there are more threads than slots. When all the extra threads hang, each further
+thread that hangs keeps its slot until it returns. So a handler always finds a free thread; its time-out begins with its call.
 
-A system that gives no thread fails no job: the call waits for a thread that becomes free, or for one that can be started.
-The threads are daemons, because one that waits for a call must not keep the process alive. A process that ends waits for the
-handlers that run (`os._exit` does not), and starts none after that.
+When the system gives no thread, no job fails: the call waits until a thread is free or can be started. The threads are daemons,
+because a thread that waits for a call must not keep the process alive. A process that ends waits for the handlers that run
+(unless it ends by `os._exit`), and calls none after that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger("beequeue")
 MORE_THREADS = 100
 """Threads beyond the concurrency."""
 RETRY_S = 1.0
-"""How often the worker tries to start the threads that the system did not give."""
+"""How often the worker tries again to start a thread that the system refused."""
 
 
 class Call(Future[Any]):
-    """A handler's call; `late` is set when it waits for a thread, and completes when it has one."""
+    """A call of a handler. `late` is set when it waits for a thread, and completes when a thread takes it."""
 
     def __init__(self, handler: Handler, job: Job) -> None:
         super().__init__()
@@ -44,21 +44,21 @@ class Call(Future[Any]):
 
 
 class Pool:
-    """Threads that make calls. It starts one for each call that finds none free, and knows nothing of loops and jobs."""
+    """Threads that make calls; it starts one for each call that finds none free. It does not know loops or jobs."""
 
     def __init__(self) -> None:
         self.short = False
-        """Whether the system did not give the last thread that was asked for."""
+        """Whether the system refused the last thread."""
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._free = 0
-        """The threads without a call, less the calls without a thread."""
+        """The number of threads without a call, less the number of calls without a thread."""
         self._threads: list[threading.Thread] = []
         self._ended = False
         _pools.add(self)
 
     def submit(self, call: Call) -> None:
-        """Has a thread make the call, at once unless it is `late`."""
+        """Has a thread make the call: at once, or when one is free if `late` is set."""
         with self._lock:
             self._free -= 1
             if self._free < 0 and not self._start():
@@ -66,7 +66,7 @@ class Pool:
         self._calls.put(call)
 
     def start_missing(self) -> None:
-        """Starts threads for the calls that have none, if the system gives them now."""
+        """Tries to start threads for the calls that have none."""
         with self._lock:
             while self._free < 0 and self._start():
                 pass
@@ -86,7 +86,7 @@ class Pool:
         return True
 
     def end(self) -> None:
-        """Starts no more threads, and ends each when it has no call; those under way go on."""
+        """Starts no more threads, and ends each one that has no call; calls under way go on."""
         with self._lock:
             self._ended = True
             for _ in self._threads:
@@ -101,7 +101,7 @@ class Pool:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             self._make(call)
-            del call  # which has the job and its result
+            del call  # which refers to the job and its result
 
     def _make(self, call: Call) -> None:
         result = error = None
@@ -112,7 +112,7 @@ class Pool:
                 result = in_thread(call.handler, call.job)
             except BaseException as raised:
                 error = raised
-        with self._lock:  # before the loop hears of it, and calls the next handler
+        with self._lock:  # before the loop hears of the result, and submits the next call
             self._free += 1
         try:
             if error is not None:
@@ -120,7 +120,7 @@ class Pool:
             elif is_wanted:
                 call.set_result(result)
         finally:
-            error = None  # its traceback has this frame
+            error = None  # its traceback refers to this frame
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -136,11 +136,11 @@ def _at_exit() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # their threads are the parent's
+    os.register_at_fork(after_in_child=_pools.clear)  # their threads belong to the parent
 
 
 class Threads:
-    """Calls `handler` for `slots` jobs at once; `give_slot` is called when a thread that kept its slot has returned."""
+    """Calls `handler` for `slots` jobs at once. Calls `give_slot` when a thread that kept its slot has returned."""
 
     def __init__(self, queue: str, handler: Handler, slots: int, give_slot: Callable[[], None]) -> None:
         self._queue = queue
@@ -156,7 +156,7 @@ class Threads:
         self._is_short = False
 
     def call(self, job: Job) -> Call:
-        """Calls the handler. One that is `late` has not begun: see `wait_for_thread`."""
+        """Calls the handler in a thread. A call that is `late` has not begun: see `wait_for_thread`."""
         call = Call(self._handler, job)
         self._pool.submit(call)
         if self._is_short and not self._pool.short:
@@ -165,7 +165,7 @@ class Threads:
         return call
 
     async def wait_for_thread(self, call: Call) -> None:
-        """Returns when a thread has taken a call that is late."""
+        """Waits until a thread takes a call that is late."""
         assert call.late is not None
         if self._pool.short and not self._is_short:
             self._is_short = True
@@ -181,7 +181,7 @@ class Threads:
             raise
 
     def hangs(self, call: Future[Any]) -> bool:
-        """Counts a call that goes on after the end of its job; returns whether it keeps the slot."""
+        """Counts a call that goes on after the end of its job; returns whether it keeps its slot."""
         self._hanging += 1
         call.add_done_callback(self._has_returned)
         if self._hanging == self._count:
@@ -196,7 +196,7 @@ class Threads:
         return self._hanging > self._spare
 
     def _has_returned(self, call: Future[Any]) -> None:
-        """In the thread."""
+        """Tells the loop; called in the thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._count_down)
 
@@ -209,5 +209,5 @@ class Threads:
             self._give_slot()
 
     def end(self) -> None:
-        """Starts no more calls; those under way go on."""
+        """Starts no more calls; calls under way go on."""
         self._pool.end()

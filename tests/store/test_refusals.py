@@ -1,4 +1,4 @@
-"""What Redis refuses a script, for want of a right or of memory, loses no job and doubles none; the error names the right."""
+"""When Redis refuses a script a right or memory, no job is lost or doubled, and the error names the right."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ UNDOING = {
     ("finish", "ZREM"),
     ("take", "RPUSH"),
 }
-"""What a script calls only when another command was refused."""
+"""Commands that a script calls only when another one was refused."""
 UNSAID = {("finish", "SREM"), ("finish", "HEXISTS"), ("finish", "SISMEMBER")}
-"""What is reported elsewhere, or seldom called."""
+"""Commands whose refusal is reported elsewhere, or that are seldom called."""
 
 
 def entry(job_id: str) -> str:
@@ -41,7 +41,7 @@ def entry(job_id: str) -> str:
 
 
 class Stock:
-    """A queue in Redis with jobs in each state, and a user of it that may do all but one thing."""
+    """A queue in Redis with jobs in each state."""
 
     STATES = ("waiting", "active", "delayed", "succeeded", "failed")
 
@@ -68,7 +68,7 @@ class Stock:
         await self.redis.hset(self.key("stalls"), mapping={"succeeded-0": "1 0", "active-1": "9 0"})
 
     async def places(self) -> dict[str, list[str]]:
-        """Where each job is; a job without data is nowhere."""
+        """Returns the places of each job; a job without data has none."""
         found: dict[str, list[str]] = {job_id: [] for job_id in await self.redis.hkeys(self.key("jobs"))}
         for state in self.STATES:
             match state:
@@ -83,7 +83,7 @@ class Stock:
         return found
 
     async def balance(self) -> set[str]:
-        """All jobs, each of which has one place and its data."""
+        """Returns all jobs; each must have one place and its data."""
         places = await self.places()
         data = await self.redis.hkeys(self.key("jobs"))
         assert {job_id: where for job_id, where in places.items() if len(where) != 1} == {}
@@ -92,16 +92,16 @@ class Stock:
 
 
 def calls(name: str) -> list[Sequence[Any]]:
-    """The arguments of calls that together use each command of a script."""
+    """Returns the arguments of calls that together use each command of a script."""
     size = len(entry("active-0"))
-    runs = [
+    attempts = [
         ("active-0", "succeeded", "{}", "message", "", size),
         ("active-1", "failed", "{}", "message", "", size),
         ("active-2", "retry now", entry("active-2"), "message", "", size),
         ("active-3", "retry later", entry("active-3"), "message", 9, size),
         ("active-4", "delete", "", "message", "", size),
     ]
-    assert {len(run) for run in runs} == {ARGS_AN_ATTEMPT}
+    assert {len(attempt) for attempt in attempts} == {ARGS_AN_ATTEMPT}
     match name:
         case "add_job":
             return [("", entry("new")), ("own", entry("own"))]
@@ -115,8 +115,8 @@ def calls(name: str) -> list[Sequence[Any]]:
         case "clean":
             return [(99, 10, "succeeded-0", "succeeded-1")]
         case "finish":
-            again = [(*run[:-1], "0" * 40) for run in runs]
-            return [(0, *again[0]), (2, *sum(runs, ())), (2,)]
+            again = [(*attempt[:-1], "0" * 40) for attempt in attempts]
+            return [(0, *again[0]), (2, *sum(attempts, ())), (2,)]
         case "ended":
             return [("waiting-0", "", "failed-0", "")]
         case "get_job" | "look_up":
@@ -136,7 +136,7 @@ def calls(name: str) -> list[Sequence[Any]]:
 
 
 def lost(name: str) -> set[str]:
-    """The jobs that a script may delete."""
+    """Returns the jobs that a script may delete."""
     deleted = {"clean": ("succeeded-0", "succeeded-1"), "remove_job": ("waiting-0", "active-0"), "finish": ("active-4",)}
     return {*deleted.get(name, ())}
 
@@ -158,7 +158,7 @@ async def stock(server: Server) -> AsyncIterator[Stock]:
 
 
 async def drive(stock: Stock, client: Any, name: str) -> list[str]:
-    """Calls a script as a worker or a producer would; returns what was refused."""
+    """Calls a script as a worker or a producer would; returns the refusals."""
     refused = []
     maxmemory = (await stock.redis.config_get("maxmemory"))["maxmemory"]
     for arguments in calls(name):
@@ -205,7 +205,7 @@ async def test_at_maxmemory(stock: Stock, name: str) -> None:
 
 
 def test_each_command_is_driven() -> None:
-    """a script that is new, or calls what is new, has a case here"""
+    """a new script, or one that calls a new command, needs a case here"""
     assert Counter(map(bool, COMMANDS.values())) == {True: len(OWN)}
     assert {name for name, command in UNDOING | UNSAID if command not in COMMANDS[name]} == set()
 

@@ -1,4 +1,4 @@
-"""Redis is asked for little at a time, however many jobs a queue has: by the stall check, the delayed jobs and a finish."""
+"""Calls stay short, however many jobs a queue has: the stall check, raising delayed jobs, and a finish."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def entry(job_id: str) -> str:
 
 
 async def lose(redis: Any, queue: Queue, ids: list[str]) -> None:
-    """A worker took these, the first one first; a check has marked them since, and nobody has reported them."""
+    """Makes jobs that a worker took, the first one first; a check has marked them, and no heartbeat has reported them."""
     async with redis.pipeline() as pipe:
         pipe.delete(queue.to_key("stallBlock"))
         for job_id in ids:
@@ -55,7 +55,7 @@ def numbers(count: int) -> list[str]:
 
 
 async def look(redis: Any, queue: Queue) -> tuple[list[str], list[str], set[str]]:
-    """waiting and active, what is taken next last; and stalling."""
+    """Returns `waiting` and `active`, each with the id that is next to be taken last; and `stalling`."""
     waiting, active = [await redis.lrange(queue.to_key(key), 0, -1) for key in ("waiting", "active")]
     return waiting, active, await redis.smembers(queue.to_key("stalling"))
 
@@ -65,7 +65,7 @@ async def look(redis: Any, queue: Queue) -> tuple[list[str], list[str], set[str]
 
 @pytest.mark.parametrize("limit", [None, 5, 0])
 async def test_each_slice_is_small(make_queue: MakeQueue, redis: Any, limit: int | None) -> None:
-    """ST-02, ST-14: and together they do what one script would; what stalled first runs first"""
+    """ST-02, ST-14: together they do what one script would; the job that stalled first runs first"""
     queue = await make_queue().ready()
     ids = numbers(95)
     await lose(redis, queue, ids)
@@ -98,8 +98,8 @@ async def test_the_work_grows_with_the_number_of_jobs_and_not_faster(own_server:
         await queue.destroy()
 
 
-async def test_all_that_stalled_are_told(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ST-15: also 50,000"""
+async def test_all_stalled_jobs_are_reported(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ST-15: even 50,000"""
     monkeypatch.undo()
     queue = await make_queue().ready()
     ids = numbers(50_000)
@@ -113,7 +113,7 @@ async def test_all_that_stalled_are_told(make_queue: MakeQueue, redis: Any, monk
     await queue.destroy()
 
 
-async def test_what_is_reported_stays_in_its_order(make_queue: MakeQueue, redis: Any) -> None:
+async def test_reported_jobs_stay_in_their_order(make_queue: MakeQueue, redis: Any) -> None:
     queue = await make_queue().ready()
     ids = numbers(95)
     await lose(redis, queue, ids)
@@ -125,10 +125,10 @@ async def test_what_is_reported_stays_in_its_order(make_queue: MakeQueue, redis:
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_whatever_happens_between_two_slices(make_queue: MakeQueue, redis: Any, seed: int) -> None:
-    """takes, reports, ends and removals; a crash of the checker; another check, here or in Node, that found the block gone
+async def test_random_events_between_two_slices(make_queue: MakeQueue, redis: Any, seed: int) -> None:
+    """takes, reports, ends and removals; a crash of the checker; another check, here or in Node, that finds the block expired
 
-    Each job stays in one place. What was taken or reported in the last interval is not taken for stalled.
+    Each job stays in one place. A job that was taken or reported in the last interval does not count as stalled.
     """
     chance = random.Random(seed)
     queue = await make_queue().ready()
@@ -184,7 +184,7 @@ async def test_whatever_happens_between_two_slices(make_queue: MakeQueue, redis:
             if not interrupted and chance.random() < 0.05:
                 interrupted = True
                 if chance.random() < 0.5:
-                    break  # the checker is gone
+                    break  # the checker has crashed
                 await redis.srem(stalling, "", *live)
                 assert not live & {*await as_node_checks()}
     await redis.delete(block)
@@ -200,14 +200,14 @@ async def test_whatever_happens_between_two_slices(make_queue: MakeQueue, redis:
 
 
 async def test_two_checks_do_not_mix(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-12: a second one does nothing meanwhile; one that has lost the block stops, and marks nothing"""
+    """ST-12: a second one does nothing during the first; one that has lost the block stops, and marks nothing"""
     queue = await make_queue().ready()
     await lose(redis, queue, numbers(50))
     checking = slices(queue)
     await anext(checking)
     assert [told async for told in slices(queue)] == [([], [])]
     assert 5_000 < await redis.pttl(queue.to_key("stallBlock")) <= 60_000
-    await redis.set(queue.to_key("stallBlock"), "1")  # it had expired, and Node checks
+    await redis.set(queue.to_key("stallBlock"), "1")  # it has expired, and Node checks
     before = await look(redis, queue)
     assert [told async for told in checking] == [([], [])]
     assert await look(redis, queue) == before
@@ -228,10 +228,10 @@ async def test_copies_of_an_id_come_back_as_one(make_queue: MakeQueue, redis: An
 
 
 @pytest.mark.parametrize("refused", [False, True])
-async def test_those_that_stalled_too_often_fail_slice_by_slice(
+async def test_jobs_that_stalled_too_often_fail_slice_by_slice(
     make_queue: MakeQueue, redis: Any, url: str, refused: bool
 ) -> None:
-    """ST-14: a check holds no more than one slice of them; what Redis refuses is raised when all others have been moved"""
+    """ST-14: a check holds at most one slice of them; an error of Redis is raised when all others have been moved"""
     queue = await make_queue(max_stalls=1, is_worker=False).ready()
     ids = numbers(95)
     await lose(redis, queue, ids)
@@ -247,7 +247,7 @@ async def test_those_that_stalled_too_often_fail_slice_by_slice(
         assert {*often} <= {*active}
         assert (
             len(active) <= len(often) + 1
-        )  # the refused one is back at the right end, so the last one waits for the next check
+        )  # the refused job is back at the right end, so the last one waits for the next check
         await redis.delete(queue.to_key("failed"))
     else:
         order = Seen()
@@ -262,10 +262,10 @@ async def test_those_that_stalled_too_often_fail_slice_by_slice(
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_however_many_are_double_each_is_marked_and_stays_once(
+async def test_each_id_that_is_double_is_marked_and_stays_once(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """ST-14: doubles in a long active; what is taken out of the part that is marked already hides no other one"""
+    """ST-14: in a long `active`; a copy removed from the part that is marked already hides no other id"""
     monkeypatch.setattr(beequeue.store.store, "CHECKED_AT_ONCE", 50)
     chance = random.Random(seed)
     queue = await make_queue().ready()
@@ -282,8 +282,8 @@ async def test_however_many_are_double_each_is_marked_and_stays_once(
     await queue.destroy()
 
 
-async def test_a_slice_whose_answer_is_lost_is_not_done_twice(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """and the check goes on: only what that answer told is not told"""
+async def test_a_slice_whose_answer_is_lost_is_done_once(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """the check goes on; only the events of the lost answer are missing"""
     async with Relay(url) as relay:
         queue = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
         await lose(redis, queue, numbers(95))
@@ -296,7 +296,7 @@ async def test_a_slice_whose_answer_is_lost_is_not_done_twice(make_queue: MakeQu
         await queue.close()
 
 
-async def test_counts_of_what_has_ended_are_dropped_in_slices(make_queue: MakeQueue, redis: Any) -> None:
+async def test_counts_of_ended_jobs_are_dropped_in_slices(make_queue: MakeQueue, redis: Any) -> None:
     queue = await make_queue(max_stalls=3).ready()
     await redis.hset(queue.to_key("stalls"), mapping=dict.fromkeys(numbers(1_500), "1 0"))
     await redis.hset(queue.to_key("jobs"), "7", entry("7"))
@@ -310,7 +310,7 @@ async def test_counts_of_what_has_ended_are_dropped_in_slices(make_queue: MakeQu
 
 
 async def test_a_call_raises_a_bounded_number(make_queue: MakeQueue, redis: Any) -> None:
-    """DL-08: the earliest; the rest at once, in their order"""
+    """DL-08: the earliest jobs first; the next calls raise the others at once, in order"""
     queue = make_queue(get_events=False, activate_delayed_jobs=True, near_term_window=3_600_000, auto_connect=False)
     raised = Seen()
     queue.on("raised jobs", raised)
@@ -328,7 +328,7 @@ async def test_a_call_raises_a_bounded_number(make_queue: MakeQueue, redis: Any)
 
 
 async def test_a_finish_walks_as_far_as_its_job(own_server: Server, make_queue: MakeQueue) -> None:
-    """told by Redis's own account of what it was asked: the newest in active is the first it comes to"""
+    """as MONITOR shows: LREM looks for one copy, and meets the newest job in `active` first"""
     async with Redis.from_url(own_server.url, decode_responses=True) as redis:
         queue = await make_queue(redis=own_server.url).ready()
         await redis.rpush(queue.to_key("active"), *numbers(1_000))
@@ -353,7 +353,7 @@ async def _echo(job: Job) -> Any:
 
 @pytest.mark.parametrize("first", ["succeeds", "fails", "is deleted"])
 async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis: Any, first: str) -> None:
-    """QK-19: Node's retry makes a job that is running available again; who ends it later is late"""
+    """QK-19: Node's retry makes a running job available again; the attempt that ends later is late"""
     gates = [asyncio.Event(), asyncio.Event()]
     started, ended = Seen(), Seen()
 
@@ -382,7 +382,7 @@ async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis
     await ended.reaches(1)
     gates[1].set()
     await until(lambda: workers[1].late_finishes == 1)
-    await producer.get_job("1")  # its answer comes behind all that was published before
+    await producer.get_job("1")  # its answer comes after every message that was published before
     health = (await producer.check_health())[1:4]
     assert health == {"succeeds": (0, 1, 0), "fails": (0, 0, 1), "is deleted": (0, 0, 0)}[first]
     assert len(ended.calls) == 1
@@ -390,8 +390,10 @@ async def test_a_job_that_is_active_twice_ends_once(make_queue: MakeQueue, redis
 
 
 @pytest.mark.parametrize("place", ["waiting", "active", "delayed", None])
-async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, redis: Any, place: str | None) -> None:
-    """QK-19: no second copy anywhere. The only one in active is another attempt's, or a new job's: it stays."""
+async def test_an_attempt_whose_job_was_retried_meanwhile_settles_nothing(
+    make_queue: MakeQueue, redis: Any, place: str | None
+) -> None:
+    """QK-19: there is no second copy anywhere. The only one in `active` belongs to another attempt or a new job, and stays."""
     queue = await make_queue().ready()
     await redis.hset(queue.to_key("jobs"), "1", entry("1") + " ")
     await redis.lpush(queue.to_key("active"), "1", "other")
@@ -416,8 +418,8 @@ async def test_what_was_retried_meanwhile_is_not_settled(make_queue: MakeQueue, 
     await queue.destroy()
 
 
-async def test_an_old_run_leaves_a_new_job_with_its_own_id_alone(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-19: the old one was removed while it ran"""
+async def test_an_old_attempt_leaves_a_new_job_with_its_own_id_alone(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-19: the old job was removed while it ran"""
     queue = await make_queue().ready()
     gates = {"old": asyncio.Event(), "newer": asyncio.Event()}
     started = Seen()
@@ -445,7 +447,7 @@ async def test_an_old_run_leaves_a_new_job_with_its_own_id_alone(make_queue: Mak
 async def test_a_repeated_finish_leaves_the_next_attempt_alone(
     make_queue: MakeQueue, redis: Any, url: str, later: bool
 ) -> None:
-    """QK-22: its reply was lost, and another worker has the job by now: two runs for one failure, not three"""
+    """QK-22: its reply was lost, and another worker has the job by now: one failure makes two attempts, not three"""
     async with Relay(url) as relay:
         first = make_queue(redis=relay.url, get_events=False, reconnect=soon)
         second = make_queue(get_events=False, activate_delayed_jobs=True)

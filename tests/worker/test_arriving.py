@@ -1,4 +1,4 @@
-"""A job whose data is still on its way to its worker, over a slow link: it is reported, and nobody else runs it."""
+"""A job whose data arrives over a slow link: its worker reports it meanwhile, and no other worker runs it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.relay import Line, Relay
 INTERVAL_MS = 400
 LARGE = "x" * 100_000
 HEAD = 1_000
-"""So much of a reply that has large data comes through."""
+"""How much of a large reply comes through."""
 
 
 class Holding:
-    """Passes on the beginning of what has large data, and keeps all that follows on that connection until `gate` opens."""
+    """Passes on the beginning of a large reply, and keeps the rest on that connection until `gate` opens."""
 
     def __init__(self, relay: Relay) -> None:
         self.gate = asyncio.Event()
@@ -33,7 +33,7 @@ class Holding:
 
 
 async def survives(checker: Queue, redis: Any, job_id: str, checks: int = 3) -> None:
-    """Asks after all active jobs so many times, and waits until this one has been reported."""
+    """Puts all active jobs in `stalling` so many times, and waits each time until this one has been reported."""
     stalling = checker.to_key("stalling")
     for _ in range(checks):
         await redis.delete(checker.to_key("stallBlock"))
@@ -47,7 +47,7 @@ async def _is_reported(redis: Any, stalling: str, job_id: str) -> bool:
 
 
 async def test_a_job_that_arrives_slowly_is_reported(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """from the moment in which the worker knows its id: it runs once"""
+    """from the moment its worker knows its id; so it runs once"""
     checker = await make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0).ready()
     started = Seen()
 

@@ -1,4 +1,4 @@
-"""Many jobs that end at once: each runs once, and no command holds up another."""
+"""Many jobs end at once: each runs once, and no command holds up another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.relay import Relay
 
 
 class Crowd:
-    """A worker that holds `count` jobs until `gate` is set, and how often it has called its handler for each."""
+    """A worker that holds `count` jobs until `gate` is set; counts the calls of its handler for each."""
 
     def __init__(self, queue: Queue, count: int) -> None:
         self.gate = asyncio.Event()
@@ -26,7 +26,7 @@ class Crowd:
         self._queue, self._count = queue, count
 
     async def gather(self) -> None:
-        """Returns when all of them run."""
+        """Waits until all of them run."""
         assert await self._queue.save_all(self._queue.create_job(number) for number in range(self._count)) == {}
         self._queue.on("succeeded", lambda job, result: self.ended(job.data))
         self._queue.process(self._handle, self._count)
@@ -38,7 +38,7 @@ class Crowd:
 
 
 async def test_jobs_that_end_together_run_once_each(make_queue: MakeQueue, redis: Any) -> None:
-    """more than Redis settles within a stall interval: another process's checks find none of them stalled"""
+    """more jobs than Redis settles within a stall interval; another process's checks find none of them stalled"""
     queue = make_queue(get_events=False, stall_interval=1_000, stalled_check_interval=0)
     checker = make_queue(get_events=False, is_worker=False, stall_interval=1_000)
     stalled = Seen()
@@ -54,7 +54,7 @@ async def test_jobs_that_end_together_run_once_each(make_queue: MakeQueue, redis
 
 
 async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url: str) -> None:
-    """the rest waits for its answers, whatever connection they go on, and all are settled"""
+    """the others wait for answers, on either connection; in the end all are settled"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, stall_interval=60_000)
         crowd = Crowd(queue, count := 3 * MOST_UNANSWERED * SETTLED_AT_ONCE)
@@ -74,8 +74,8 @@ async def test_few_settlements_are_under_way_at_once(make_queue: MakeQueue, url:
         await queue.close()
 
 
-async def test_those_that_wait_for_their_settlement_are_reported(make_queue: MakeQueue, url: str) -> None:
-    """a thousand in a command, all of them each time"""
+async def test_attempts_that_wait_for_their_settlement_are_reported(make_queue: MakeQueue, url: str) -> None:
+    """a thousand in each command, and all of them each time"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, stall_interval=400, stalled_check_interval=0)
         crowd = Crowd(queue, count := 2_500)
@@ -95,8 +95,8 @@ async def test_those_that_wait_for_their_settlement_are_reported(make_queue: Mak
         await queue.close()
 
 
-async def test_a_close_tells_of_each_that_could_not_be_settled(make_queue: MakeQueue, url: str) -> None:
-    """those that waited too"""
+async def test_a_close_reports_each_job_that_could_not_be_settled(make_queue: MakeQueue, url: str) -> None:
+    """also those whose settlement was not sent"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, stall_interval=60_000)
         crowd = Crowd(queue, count := 2 * MOST_UNANSWERED * SETTLED_AT_ONCE)

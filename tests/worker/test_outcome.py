@@ -1,4 +1,4 @@
-"""Plain decisions of a worker: whether and when a failed job runs again, and what its settlement writes."""
+"""A worker's decisions as plain functions: whether and when a failed job runs again, and what its settlement writes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_success(job: Job) -> None:
 
 
 def test_success_without_a_result(job: Job) -> None:
-    """the wire: no data member"""
+    """the wire: the message has no member `data`"""
     assert succeed(job, None, QueueSettings()).message == b'{"id":"7","event":"succeeded"}'
 
 
@@ -120,7 +120,7 @@ def test_final_failure(job: Job) -> None:
 
 
 def test_retry(job: Job) -> None:
-    """EV-04, B-11, B-12: one retry fewer, the newest trace first, status retrying"""
+    """EV-04, B-11, B-12: one retry fewer, the newest trace first, status `retrying`"""
     job.retries(2).options["stacktraces"] = ["older", "oldest"]
     settlement = fail(job, raised(ValueError("fail!")), 50, 1000, QueueSettings(remove_on_failure=True))
     assert settlement.status == "retrying"
@@ -139,13 +139,13 @@ def test_an_error_without_text_is_named(job: Job) -> None:
 
 
 class Mute(Exception):
-    """Its text cannot be had."""
+    """Its `__str__` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
 
-def test_an_error_whose_text_cannot_be_had_is_named() -> None:
+def test_an_error_whose_text_raises_is_named() -> None:
     """QK-25"""
     assert message_of(Mute()) == "Mute"
 

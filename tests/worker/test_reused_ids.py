@@ -1,4 +1,4 @@
-"""Redis comes back empty and gives its ids anew: what ran before settles no job but its own."""
+"""Redis comes back empty and gives its ids again: an attempt from before settles no job but its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.relay import Relay
 
 
 class Stage:
-    """Handlers that wait until they are told to end, by the data of their job."""
+    """Handlers that wait until the test lets them end, by the data of their job."""
 
     def __init__(self) -> None:
         self.started = Seen()
@@ -32,7 +32,7 @@ class Stage:
 
 
 async def wipe(server: Server, *queues: Queue) -> None:
-    """Redis is restarted and has lost all; returns when every queue is back."""
+    """Restarts Redis, which loses everything; returns when every queue is back."""
     before = [queue.reconnects for queue in queues]
     server.stop()
     server.start()
@@ -40,8 +40,10 @@ async def wipe(server: Server, *queues: Queue) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own connection", "shared connection"])
-async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, make_queue: MakeQueue, shared: bool) -> None:
-    """its end is a late finish; the new job's worker is asked after as any other, and its result is its own"""
+async def test_an_old_attempt_leaves_a_new_job_with_its_id_alone(
+    own_server: Server, make_queue: MakeQueue, shared: bool
+) -> None:
+    """it ends as a late finish; the new job is reported by its own worker alone, and keeps its own result"""
     url, stage = own_server.url, Stage()
     client = await connect(url, reconnect=soon) if shared else None
     first = make_queue(redis=client or url, get_events=False, reconnect=soon, stall_interval=40, stalled_check_interval=0)
@@ -60,7 +62,7 @@ async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, m
         await redis.sadd(producer.to_key("stalling"), str(job.id))
         assert first._consumer is not None
         heartbeat = first._consumer._heartbeat
-        for _ in range(2):  # the second one comes when the first has been answered
+        for _ in range(2):  # the second report comes when the first has been answered
             sign = heartbeat._sign_at
             await until(lambda sign=sign: heartbeat._sign_at > sign)  # type: ignore[misc]
         stage.gates["old"].set()
@@ -82,7 +84,7 @@ async def test_an_old_run_leaves_a_new_job_of_its_id_alone(own_server: Server, m
 async def test_a_settlement_that_waits_for_redis_is_withheld(
     own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """the handler ended while Redis was away; when it is back, another worker runs the new job already. Redis owes no answer"""
+    """the handler ended while Redis was away; when it is back, another worker runs the new job. Redis owes no answer"""
     monkeypatch.setattr(beequeue.worker.exchange, "MOST_UNANSWERED", 1)
     stage = Stage()
     async with Relay(own_server.url) as relay:
@@ -120,8 +122,8 @@ async def test_a_settlement_that_waits_for_redis_is_withheld(
         await worker.close()
 
 
-async def test_one_of_those_that_are_settled_together_is_withheld(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """the others are settled, though they had one command with it"""
+async def test_one_of_several_attempts_that_end_together_is_withheld(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """the others are settled, though they shared its command"""
     stage = Stage()
     async with Relay(url) as relay:
         worker = await make_queue(redis=relay.url, get_events=False, reconnect=soon).ready()
@@ -156,10 +158,10 @@ async def test_one_of_those_that_are_settled_together_is_withheld(make_queue: Ma
         await worker.close()
 
 
-async def test_what_is_made_anew_after_its_reply_was_lost_leaves_the_next_attempt_alone(
+async def test_a_command_built_again_after_a_lost_reply_leaves_the_next_attempt_alone(
     make_queue: MakeQueue, url: str, redis: Any
 ) -> None:
-    """two failures had one command; one job has given its id to another since, and another worker runs the other one again"""
+    """two failures shared a command; since then one id was reused, and another worker runs the other job again"""
     both, again = asyncio.Event(), asyncio.Event()
     started, retrying = Seen(), Seen()
 
@@ -203,7 +205,7 @@ async def test_what_is_made_anew_after_its_reply_was_lost_leaves_the_next_attemp
         await worker.close()
 
 
-async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server, make_queue: MakeQueue) -> None:
+async def test_a_worker_that_closes_hands_back_only_its_own_jobs(own_server: Server, make_queue: MakeQueue) -> None:
     stage = Stage()
     first = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
     second = make_queue(redis=own_server.url, get_events=False)
@@ -225,7 +227,7 @@ async def test_a_worker_that_closes_hands_back_its_own_alone(own_server: Server,
 
 
 async def test_close_ends_with_the_handler_of_a_job_that_is_gone(own_server: Server, make_queue: MakeQueue) -> None:
-    """and does not wait its time-out through for an answer that nobody gives"""
+    """it does not wait until its time-out for an answer that never comes"""
     stage = Stage()
     worker = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
     await worker.create_job("old").save()
@@ -242,8 +244,8 @@ async def test_close_ends_with_the_handler_of_a_job_that_is_gone(own_server: Ser
     make_queue.claim(ConnectionLost)
 
 
-async def test_what_is_still_there_is_settled(own_server: Server, make_queue: MakeQueue) -> None:
-    """a connection that is lost without its Redis, or one that refuses to tell, changes nothing"""
+async def test_a_job_that_is_still_there_is_settled(own_server: Server, make_queue: MakeQueue) -> None:
+    """a lost connection to a Redis that lives, or a refusal to tell, changes nothing"""
     stage = Stage()
     worker = await make_queue(redis=own_server.url, get_events=False, reconnect=soon).ready()
     producer = await make_queue(redis=own_server.url, is_worker=False).ready()
@@ -270,7 +272,7 @@ async def test_what_is_still_there_is_settled(own_server: Server, make_queue: Ma
     make_queue.claim(ConnectionLost)
 
 
-async def test_the_slot_of_an_old_run_is_given_back(own_server: Server, make_queue: MakeQueue) -> None:
+async def test_the_slot_of_an_old_attempt_is_given_back(own_server: Server, make_queue: MakeQueue) -> None:
     """a worker with one slot goes on"""
     stage = Stage()
     queue = make_queue(redis=own_server.url, get_events=False, reconnect=soon)
@@ -287,7 +289,7 @@ async def test_the_slot_of_an_old_run_is_given_back(own_server: Server, make_que
     make_queue.claim(ConnectionLost)
 
 
-def test_a_job_is_known_by_when_it_was_created() -> None:
+def test_the_time_of_creation_identifies_a_job() -> None:
     taken = b'{"data":1,"options":{"timestamp":7,"stacktraces":[]},"status":"created","progress":0}'
     attempt = Attempt("1", taken)
     assert attempt.is_stored_as(taken)

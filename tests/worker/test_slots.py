@@ -1,4 +1,4 @@
-"""A worker's slots: each is given back however its job ends, and what takes jobs knows when to stop."""
+"""A worker's slots: the end of each job gives its slot back, and the worker stops taking when it must."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.relay import Line, Relay
 
 
 async def hold(queue: Queue, data: Any = "held") -> tuple[Job, asyncio.Event]:
-    """A job that runs, in the only slot, until the event is set; later ones end at once."""
+    """Returns a job that runs in the only slot until the event is set; later jobs end at once."""
     gate, started = asyncio.Event(), Seen()
 
     async def handler(job: Job) -> Any:
@@ -35,7 +35,7 @@ async def hold(queue: Queue, data: Any = "held") -> tuple[Job, asyncio.Event]:
 
 
 def takes(spoken: Spoken) -> list[bytes]:
-    """How many jobs each of the settlements asks for."""
+    """Returns how many jobs each of the settlements asks for."""
     script = SCRIPTS["finish"].sha.encode()
     return [command[3 + int(command[2])] for _, command in spoken.commands if command[:2] == [b"EVALSHA", script]]
 
@@ -54,7 +54,7 @@ async def test_a_settlement_that_is_refused_as_a_whole_frees_its_slot(own_server
     assert len(make_queue.claim(OutcomeNotRecorded)) == 1
 
 
-async def test_a_fault_of_ours_frees_its_slot(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_in_the_package_frees_its_slot(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = make_queue(stall_interval=60_000)
     _, gate = await hold(queue)
     assert queue._consumer is not None
@@ -70,8 +70,8 @@ async def test_a_fault_of_ours_frees_its_slot(make_queue: MakeQueue, monkeypatch
     assert len(make_queue.claim(RuntimeError)) == 1
 
 
-async def test_a_job_that_is_handed_back_is_asked_after_no_more(make_queue: MakeQueue, redis: Any) -> None:
-    """its id leaves `stalling` with `active`"""
+async def test_a_job_that_is_handed_back_leaves_stalling(make_queue: MakeQueue, redis: Any) -> None:
+    """in the step in which it leaves `active`"""
     queue = make_queue(stall_interval=60_000)
     job, _ = await hold(queue)
     await redis.sadd(queue.to_key("stalling"), job.id)
@@ -84,8 +84,8 @@ async def test_a_job_that_is_handed_back_is_asked_after_no_more(make_queue: Make
     await other.close()
 
 
-async def test_the_wait_after_a_refused_take_begins_anew(make_queue: MakeQueue, redis: Any) -> None:
-    """when a take has been answered in between"""
+async def test_the_wait_after_a_refused_take_starts_again_from_its_shortest(make_queue: MakeQueue, redis: Any) -> None:
+    """when a take was answered in between"""
     queue = make_queue(initial_redis_failure_retry_delay=10)
     times: list[float] = []
     queue.on("error", lambda error: times.append(asyncio.get_running_loop().time()))
@@ -123,7 +123,7 @@ async def test_a_closing_worker_takes_nothing_with_its_last_settlement(make_queu
 
 
 async def test_a_repeated_settlement_takes_nothing(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """what the lost reply had taken comes back by the stall check; more of them would only be stranded too"""
+    """the stall check brings back the jobs of the lost reply; more jobs would only be stranded too"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, get_events=False, reconnect=soon, stall_interval=60_000)
         job, gate = await hold(queue)
@@ -140,7 +140,7 @@ async def test_a_repeated_settlement_takes_nothing(make_queue: MakeQueue, redis:
 
 
 class FirstRead:
-    """Holds back the reply to the first script on a relay that takes jobs beside the blocking take."""
+    """Holds back a relay's reply to the first script that takes jobs without a blocking take."""
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
@@ -163,7 +163,7 @@ class FirstRead:
 
 
 async def test_a_repeated_read_takes_nothing(own_server: Server, make_queue: MakeQueue) -> None:
-    """what the lost reply had taken comes back by the stall check"""
+    """the stall check brings back the jobs of the lost reply"""
     redis: Any
     async with Relay(own_server.url) as relay, Redis.from_url(own_server.url) as redis:
         queue = make_queue(
@@ -186,7 +186,7 @@ async def test_a_repeated_read_takes_nothing(own_server: Server, make_queue: Mak
 
 
 async def test_a_read_on_a_closed_connection_ends_the_taking(own_server: Server, make_queue: MakeQueue) -> None:
-    """the owner of the shared connection has closed it: more jobs would be stranded"""
+    """the owner of the shared connection has closed it: more takes would strand more jobs"""
     redis: Any
     async with Redis.from_url(own_server.url) as redis:
         shared = await beequeue.connect(own_server.url)
@@ -234,7 +234,7 @@ async def test_a_read_under_way_when_its_connection_is_closed_ends_the_taking(
 
 
 async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make_queue: MakeQueue) -> None:
-    """nothing is taken any more when it would be over"""
+    """it takes nothing when the wait would be over"""
     redis: Any
     async with Relay(own_server.url) as relay, Redis.from_url(own_server.url) as redis:
         queue = make_queue(redis=relay.url, get_events=False, initial_redis_failure_retry_delay=100)
@@ -251,7 +251,7 @@ async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make
         await redis.config_set("maxmemory", 1)
         assert queue._consumer is not None
         exchange = queue._consumer._exchange
-        for client in await redis.client_list():  # its open take; the next one is refused
+        for client in await redis.client_list():  # ends its open take; the next one is refused
             if client["cmd"] == "brpoplpush":
                 await redis.client_unblock(int(client["id"]))
         await until(lambda: exchange._refusal_timer)
@@ -267,10 +267,10 @@ async def test_a_close_ends_the_wait_after_a_full_redis(own_server: Server, make
         make_queue.claim(CommandError)
 
 
-async def test_a_run_that_was_never_called_does_not_count_as_running(
+async def test_an_attempt_that_never_began_does_not_count_as_running(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """a close came before its turn: it goes back"""
+    """a close came before its turn: its job goes back"""
     monkeypatch.setattr(Consumer, "_start", lambda self, attempt, job: None)
     queue = make_queue(get_events=False)
     await queue.create_job("x").save()
@@ -284,8 +284,8 @@ async def test_a_run_that_was_never_called_does_not_count_as_running(
     assert await redis.lrange(queue.to_key("waiting"), 0, -1) == ["1"]
 
 
-async def test_the_script_behind_a_take_reads_no_more_than_it_needs(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """a job that fills its limit of bytes is the last one that it reads"""
+async def test_the_read_that_follows_a_take_is_bounded(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """it reads no job after one that fills its limit of bytes"""
     heard = 0
 
     async def count(line: Line, data: bytes) -> bytes:
@@ -310,7 +310,7 @@ async def test_the_script_behind_a_take_reads_no_more_than_it_needs(make_queue: 
 
 
 async def test_jobs_that_come_together_are_reported_before_the_first_one_begins(make_queue: MakeQueue) -> None:
-    """its handler may block the loop"""
+    """whose handler may block the loop"""
     queue, begun = make_queue(), Seen()
 
     async def handler(job: Job) -> None:
@@ -322,8 +322,8 @@ async def test_jobs_that_come_together_are_reported_before_the_first_one_begins(
     assert (await begun.reaches(5))[0] == (["1", "2", "3", "4", "5"],)
 
 
-async def test_a_job_that_a_settlement_brings_is_reported_before_its_listeners_hear(make_queue: MakeQueue) -> None:
-    """one of them may block the loop"""
+async def test_a_job_that_a_settlement_brings_is_reported_before_listeners_are_called(make_queue: MakeQueue) -> None:
+    """a listener may block the loop"""
     queue, told = make_queue(), Seen()
 
     def listen(job: Job, result: Any) -> None:

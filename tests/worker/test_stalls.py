@@ -1,4 +1,4 @@
-"""A limit of stalls: a job that loses its worker too often fails, with a reason, and its count is nobody else's."""
+"""The limit of stalls: a job that loses its worker too often fails, with a reason; each job has a count of its own."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import assert_says
 
 DEEP = "[" * 1_000 + "]" * 1_000
-"""In some Pythons it can be read, but not be written."""
+"""Nested so deeply that some Pythons can read it, but not write it."""
 
 
 async def lose(redis: Any, queue: Queue) -> int:
-    """A worker takes the next job and is never heard of again; what the check that finds it returns."""
+    """Takes the next job like a worker that then goes silent; returns the result of the check that finds it."""
     await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
     return await find(redis, queue)
 
 
 async def find(redis: Any, queue: Queue) -> int:
-    """Two effective checks."""
+    """Makes two effective checks."""
     for _ in range(2):
         await redis.delete(queue.to_key("stallBlock"))
         found = await queue.check_stalled_jobs()
@@ -35,7 +35,7 @@ async def find(redis: Any, queue: Queue) -> int:
 
 
 async def checked(queue: Queue) -> tuple[list[str], list[Taken]]:
-    """The ids that a check has moved, and what has stalled too often, which nobody settles."""
+    """Returns the ids that a check moves, and the jobs that have stalled too often, without settling them."""
     moved, often = [], []
     async for some_moved, some_often in queue._store.check_stalled(5_000, 0):
         moved += some_moved
@@ -49,7 +49,7 @@ async def counts(redis: Any, queue: Queue) -> dict[str, int]:
 
 @pytest.mark.parametrize(("limit", "times"), [(0, "0 times"), (1, "1 time"), (3, "3 times")])
 async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: Any, limit: int, times: str) -> None:
-    """QK-35: it is stored, published and told like any other failure, whatever retries it has"""
+    """QK-35: like any other failure it is stored, published and told to listeners, however many retries it has"""
     queue = make_queue(max_stalls=limit)
     stalled, everywhere, here = Seen(), Seen(), Seen()
     queue.on("stalled", stalled)
@@ -73,7 +73,7 @@ async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: A
     assert entry["options"]["stacktraces"] == [f"beequeue.errors.JobStalled: {message}\n"]
     assert await queue.check_health() == (0, 0, 0, 1, 0, 1)
     await job.retry()
-    assert await lose(redis, queue) == bool(limit)  # it begins anew
+    assert await lose(redis, queue) == bool(limit)  # its count starts again
     assert await counts(redis, queue) == {"1": 1}
 
 
@@ -81,7 +81,7 @@ async def test_a_job_that_stalls_too_often_fails(make_queue: MakeQueue, redis: A
 async def test_an_ended_job_that_is_still_in_stalling_has_not_stalled(
     make_queue: MakeQueue, redis: Any, limit: int | None
 ) -> None:
-    """ST-05: what is not in active has no worker to lose"""
+    """ST-05: a job that is not in `active` has no worker to lose"""
     queue = make_queue(is_worker=False, max_stalls=limit)
     stalled = Seen()
     queue.on("stalled", stalled)
@@ -96,7 +96,7 @@ async def test_an_ended_job_that_is_still_in_stalling_has_not_stalled(
 
 
 async def test_a_failure_by_stalls_may_leave_nothing(make_queue: MakeQueue, redis: Any) -> None:
-    """with remove_on_failure; without send_events nobody is told"""
+    """with remove_on_failure; without send_events it is not published"""
     queue = make_queue(max_stalls=0, remove_on_failure=True, send_events=False)
     everywhere = Seen()
     queue.on("job failed", everywhere)
@@ -116,8 +116,8 @@ async def test_without_a_limit_nothing_is_counted(make_queue: MakeQueue, redis: 
     assert not await redis.exists(queue.to_key("stalls"))
 
 
-async def test_others_go_on(make_queue: MakeQueue, redis: Any) -> None:
-    """of two jobs that stall together one has done so before; more than a command takes"""
+async def test_other_jobs_go_on(make_queue: MakeQueue, redis: Any) -> None:
+    """of two jobs that stall together one has stalled before; with more jobs than a command takes"""
     queue = make_queue(max_stalls=1)
     await queue.create_job("bad").save()
     assert await lose(redis, queue) == 1
@@ -129,7 +129,7 @@ async def test_others_go_on(make_queue: MakeQueue, redis: Any) -> None:
 
 
 async def settled(make_queue: MakeQueue) -> None:
-    """It ended, and somebody wants it to run again."""
+    """The job ended, and is retried by hand."""
     worker = make_queue(stall_interval=60_000)
     job = await worker.get_job("job")
     assert job is not None
@@ -142,7 +142,7 @@ async def settled(make_queue: MakeQueue) -> None:
 
 
 async def retried(make_queue: MakeQueue) -> None:
-    """An attempt failed, and another is to come."""
+    """An attempt failed, and another will come."""
     worker = make_queue(stall_interval=60_000)
 
     async def fails_once(job: Job) -> None:
@@ -161,7 +161,7 @@ async def retried(make_queue: MakeQueue) -> None:
 
 
 async def removed(make_queue: MakeQueue) -> None:
-    """Another job has its id now."""
+    """Its id is reused."""
     queue, made_at = make_queue(is_worker=False), now_ms()
     await queue.remove_job("job")
     while now_ms() == made_at:
@@ -170,8 +170,8 @@ async def removed(make_queue: MakeQueue) -> None:
 
 
 @pytest.mark.parametrize("change", [settled, retried, removed])
-async def test_a_count_is_one_jobs_and_one_attempts(make_queue: MakeQueue, redis: Any, change: Any) -> None:
-    """before the next check has looked at the counts"""
+async def test_a_count_belongs_to_one_job_and_one_attempt(make_queue: MakeQueue, redis: Any, change: Any) -> None:
+    """even before the next check looks at the counts"""
     checker = make_queue(max_stalls=1, stall_interval=60_000, get_events=False)
     await checker.create_job("x").retries(1).set_id("job").save()
     assert await lose(redis, checker) == 1
@@ -182,8 +182,8 @@ async def test_a_count_is_one_jobs_and_one_attempts(make_queue: MakeQueue, redis
     assert await counts(redis, checker) == {"job": 1}
 
 
-async def test_counts_of_what_has_ended_are_dropped(make_queue: MakeQueue, redis: Any) -> None:
-    """by the next check; and all of them expire"""
+async def test_counts_of_ended_jobs_are_dropped(make_queue: MakeQueue, redis: Any) -> None:
+    """by the next check; and all counts expire"""
     queue = make_queue(max_stalls=5, stalled_check_interval=0)
     jobs = [queue.create_job("x").set_id(job_id) for job_id in ("done", "removed", "waits")]
     for job in jobs:
@@ -205,8 +205,8 @@ async def test_counts_of_what_has_ended_are_dropped(make_queue: MakeQueue, redis
     assert not await redis.exists(queue.to_key("stalls"))
 
 
-async def test_a_checker_that_ended_too_soon_is_made_good(make_queue: MakeQueue, redis: Any) -> None:
-    """what has stalled too often stays in active until it is settled: the next check finds it again"""
+async def test_a_checker_that_ended_too_soon_loses_nothing(make_queue: MakeQueue, redis: Any) -> None:
+    """a job that has stalled too often stays in `active` until it is settled: the next check finds it again"""
     queue, other = make_queue(max_stalls=0), make_queue(max_stalls=0)
     job = await queue.create_job("x").save()
     await redis.lmove(queue.to_key("waiting"), queue.to_key("active"), "RIGHT", "LEFT")
@@ -221,8 +221,8 @@ async def test_a_checker_that_ended_too_soon_is_made_good(make_queue: MakeQueue,
         await job.result()
 
 
-async def test_who_ended_it_in_time_wins(make_queue: MakeQueue, redis: Any) -> None:
-    """its worker was not gone but slow: nothing is told that did not happen"""
+async def test_a_worker_that_settles_in_time_wins(make_queue: MakeQueue, redis: Any) -> None:
+    """it was slow, not gone; no event tells of a failure that did not happen"""
     queue = make_queue(max_stalls=0)
     failed = Seen()
     queue.on("failed", failed)
@@ -248,7 +248,7 @@ async def test_who_ended_it_in_time_wins(make_queue: MakeQueue, redis: Any) -> N
 
 
 async def test_a_new_job_with_the_id_of_one_that_stalled_too_often_goes_on(make_queue: MakeQueue, redis: Any) -> None:
-    """found, removed, saved anew with data of the same length and taken, before the old one is settled"""
+    """its data has the same length; it is saved and taken after the old job was found, and before that is settled"""
     queue = await make_queue(max_stalls=0).ready()
     failed = Seen()
     queue.on("failed", failed)
@@ -303,7 +303,7 @@ async def test_a_full_redis_gets_its_stalled_jobs_back(own_server: Server, make_
 
 
 async def test_a_full_redis_raises_its_delayed_jobs(own_server: Server, make_queue: MakeQueue) -> None:
-    """at maxmemory; more than one page of them"""
+    """at maxmemory: more than one page of them"""
     async with Redis.from_url(own_server.url, decode_responses=True) as redis:
         queue = await make_queue(redis=own_server.url).ready()
         jobs = [queue.create_job("x").delay_until(now_ms() + 60_000) for _ in range(1_001)]
@@ -316,7 +316,7 @@ async def test_a_full_redis_raises_its_delayed_jobs(own_server: Server, make_que
 
 
 async def full(redis: Any, queue: Queue) -> None:
-    """Redis is at maxmemory from now on."""
+    """Puts Redis at maxmemory from now on."""
     await redis.config_set("maxmemory", 1)
     with pytest.raises(CommandError, match="^OOM "):
         await queue.create_job({}).save()

@@ -1,4 +1,4 @@
-"""A loop's own task factory makes a worker's tasks too, and may be an eager one."""
+"""A loop's own task factory makes a worker's tasks too; it may be eager."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kept(names: list[str]) -> Callable[..., asyncio.Task[Any]]:
 
 
 async def work_through(queue: Queue, concurrency: int) -> None:
-    """Jobs of each kind: that suspend at once, later, or never; each runs, in order of their ids."""
+    """Jobs that suspend at once, later, or never; each runs, in the order of their ids."""
     count = 5 * concurrency + 3
     begun: list[Any] = []
 

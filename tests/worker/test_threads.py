@@ -1,4 +1,4 @@
-"""Plain handlers, which run in threads: one that hangs past its time-out fails its own job and no other."""
+"""Plain handlers run in threads: one that hangs past its time-out fails its own job and no other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Hanging:
-    """A handler each call of which returns when it is let go, and by the end of the test."""
+    """A handler whose calls return when the test lets them, at the latest at its end."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -60,7 +60,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_worker_without_free_threads_takes_no_job(
     make_queue: MakeQueue, redis: Any, hanging: Hanging, caplog: pytest.LogCaptureFixture, concurrency: int
 ) -> None:
-    """T-05: no job fails that was not called; the log says it once; the worker goes on when a thread returns"""
+    """T-05: no job fails whose handler was not called; the log says it once; a thread that returns lets the worker go on"""
     queue = make_queue(get_events=False)
     all_threads, count = SPARE + concurrency, SPARE + concurrency + 4
     failed, succeeded = Seen(), Seen()
@@ -79,7 +79,7 @@ async def test_a_worker_without_free_threads_takes_no_job(
         "the worker takes no job until one returns"
     ]
     hanging.gates[0].set()
-    await failed.reaches(all_threads + 1)  # the next one, which hangs in the thread that has returned
+    await failed.reaches(all_threads + 1)  # the next job, which hangs in the thread that has returned
     assert failed.calls[-1] == (all_threads, JobTimeout)
     assert len(warnings(caplog)) == 3
     assert warnings(caplog)[1] == f"queue {queue.name}: a thread of its handler has returned: the worker takes jobs again"
@@ -90,7 +90,7 @@ async def test_a_worker_without_free_threads_takes_no_job(
 
 
 async def test_slots_are_whole_again_when_all_threads_have_returned(make_queue: MakeQueue, hanging: Hanging) -> None:
-    """neither more nor fewer than there were"""
+    """neither more nor fewer than before"""
     queue = make_queue(get_events=False)
     failed, succeeded = Seen(), Seen()
     queue.on("failed:fatal", lambda job, error: failed(job.data))
@@ -110,7 +110,7 @@ async def test_slots_are_whole_again_when_all_threads_have_returned(make_queue: 
 
 
 async def test_a_hanging_thread_whose_job_is_gone_keeps_its_slot_too(make_queue: MakeQueue, hanging: Hanging) -> None:
-    """its settlement says so, and frees nothing"""
+    """its settlement finds no job, and frees nothing"""
     queue = make_queue(get_events=False)
     failed = Seen()
     queue.on("failed:fatal", lambda job, error: failed(job.data))
@@ -130,10 +130,10 @@ async def test_a_hanging_thread_whose_job_is_gone_keeps_its_slot_too(make_queue:
 
 
 @pytest.mark.parametrize("kind", [StopIteration, GeneratorExit])
-async def test_what_a_future_does_not_carry_fails_the_job(
+async def test_an_exception_that_a_future_cannot_carry_fails_the_job(
     make_queue: MakeQueue, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
-    """P-04: as a RuntimeError, which names it; asyncio has nothing to complain of"""
+    """P-04: as a RuntimeError that names it; asyncio logs nothing"""
     queue = make_queue()
 
     def work(job: Job) -> str:
@@ -161,7 +161,7 @@ def handlers() -> list[threading.Thread]:
 async def test_a_system_that_gives_no_thread_fails_no_job(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
 ) -> None:
-    """T-05: a job waits for a thread, and its time-out begins with the call; the log says it once"""
+    """T-05: a job waits for a thread; its time-out begins with the call; the log says it once"""
     monkeypatch.setattr(threads, "RETRY_S", 0.05, raising=False)
     queue = await make_queue(get_events=False).ready()
     await until(lambda: not handlers())
@@ -185,11 +185,11 @@ async def test_a_system_that_gives_no_thread_fails_no_job(
         queue.on(event, lambda job, outcome: ended(job.data, outcome))
     await queue.save_all(queue.create_job(number).timeout(0 if number < 2 else 300) for number in range(4))
     queue.process(work, 4)
-    await refused.reaches(40)  # that takes longer than the time-out
+    await refused.reaches(40)  # which takes longer than the time-out
     assert queue.running == 4
     assert sorted(calls) == list(range(most))
     assert ended.calls == []
-    gives_more = most == 0  # else the two threads do it all
+    gives_more = most == 0  # or else the two threads run everything
     gate.set()
     await ended.reaches(4)
     gives_more = True
@@ -204,10 +204,10 @@ async def test_a_system_that_gives_no_thread_fails_no_job(
     assert len(warnings(caplog)) == (2 if most == 0 else 1)
 
 
-async def test_a_close_hands_back_what_waits_for_a_thread(
+async def test_a_close_hands_back_a_job_that_waits_for_a_thread(
     make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, redis: Any
 ) -> None:
-    """QK-30: its handler was not called, and is not called later"""
+    """QK-30: its handler was not called, and never is"""
     start, refused = threading.Thread.start, Seen()
 
     def start_others(thread: threading.Thread) -> None:
@@ -263,7 +263,7 @@ threading.Thread(target=run, daemon={daemon}).start()
 
 
 def program(name: str, url: str, last: str, *, daemon: bool) -> list[str]:
-    """What a program says whose worker runs beside its main thread, which ends first."""
+    """Returns the output of a program whose worker runs beside its main thread, which ends first."""
     source = PROGRAM.format(last=last, daemon=daemon)
     done = subprocess.run([sys.executable, "-c", source, name, url], capture_output=True, text=True, timeout=30, check=True)
     assert done.stderr == ""
@@ -271,7 +271,7 @@ def program(name: str, url: str, last: str, *, daemon: bool) -> list[str]:
 
 
 async def test_a_worker_outlives_the_main_thread(make_queue: MakeQueue, url: str) -> None:
-    """its loop runs in another thread: each job that it takes is run"""
+    """its loop runs in another thread; every job that it takes runs"""
     queue = make_queue(is_worker=False)
     await queue.save_all(queue.create_job(data) for data in (1, 2, "last"))
     said = await asyncio.to_thread(program, queue.name, url, "time.sleep(0)", daemon=False)

@@ -1,4 +1,4 @@
-"""The eager timer, with a clock of its own (ET-01 to ET-18)."""
+"""The eager timer, on a clock that the test moves (ET-01 to ET-18)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ START = 10
 
 
 class Clock:
-    """Time that a test moves; `call_later` as an event loop has it."""
+    """A clock that a test moves, with the `call_later` of an event loop."""
 
     def __init__(self) -> None:
         self.now = float(START)
@@ -61,7 +61,7 @@ def timer(clock: Clock, triggered: list[float]) -> EagerTimer:
 
 
 def test_triggers_once_at_the_time(timer: EagerTimer, clock: Clock, triggered: list[float]) -> None:
-    """ET-01, ET-03: then again after the maximum delay"""
+    """ET-01, ET-03: and again after the maximum delay"""
     timer.schedule(START + 200)
     clock.advance_to(START + 199)
     assert triggered == []

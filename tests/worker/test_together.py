@@ -1,4 +1,4 @@
-"""Runs that begin and end together: each handler has a task of its own, one script settles all that end in one step."""
+"""Attempts that begin and end together: each has its own task, and one script settles those that end in one step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_no_job_sees_what_another_left_in_the_context(make_queue: MakeQueu
 
 
 class Incomparable:
-    """Like an array: whether two of them are equal has no answer."""
+    """Like an array: comparing two of them raises."""
 
     __hash__ = object.__hash__
 
@@ -51,9 +51,7 @@ class Incomparable:
         raise ValueError("ambiguous")
 
 
-async def test_what_a_job_leaves_in_the_context_need_not_be_comparable(
-    make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_values_in_the_context_need_not_be_comparable(make_queue: MakeQueue, caplog: pytest.LogCaptureFixture) -> None:
     variable: ContextVar[Any] = ContextVar("variable")
     first = Incomparable()
     variable.set(first)
@@ -72,7 +70,7 @@ async def test_what_a_job_leaves_in_the_context_need_not_be_comparable(
 
 
 async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
-    """one that asks for its own cancellation, and ends before it comes, has ended well"""
+    """a job that asks for its own cancellation, and ends before it comes, has succeeded"""
     queue = make_queue()
     jobs = await save(queue, 10)
 
@@ -91,7 +89,7 @@ async def test_no_job_is_cancelled_for_another(make_queue: MakeQueue) -> None:
 
 
 async def test_each_handler_has_a_task_of_its_own(make_queue: MakeQueue) -> None:
-    """what is kept by task (a session, a way to cancel it later) is the one job's, whether its handler suspends or not"""
+    """so anything kept by task (a session, a way to cancel it later) belongs to one job, whether its handler suspends or not"""
     queue = make_queue()
     jobs = await save(queue, 60)
     tasks: list[asyncio.Task[Any] | None] = []
@@ -107,7 +105,7 @@ async def test_each_handler_has_a_task_of_its_own(make_queue: MakeQueue) -> None
 
 
 async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue) -> None:
-    """one that suspends holds nobody up, wherever it stands"""
+    """a handler that suspends holds up no other, in any place"""
     queue = make_queue()
     gates = {number: asyncio.Event() for number in (0, 4, 5, 9)}
     begun, ended = [], Seen()
@@ -130,8 +128,8 @@ async def test_handlers_run_in_order_and_beside_each_other(make_queue: MakeQueue
     assert [number for (number,) in ended.calls[6:]] == [9, 5, 4, 0]
 
 
-async def test_runs_that_end_together_are_settled_by_one_script(make_queue: MakeQueue, url: str, redis: Any) -> None:
-    """each by its own outcome: succeeded, failed, tried again; and the next jobs come with the same reply"""
+async def test_attempts_that_end_together_are_settled_by_one_script(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """each has its own outcome (succeeded, failed, tried again), and the same reply brings the next jobs"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False, remove_on_success=False)
         ended = Seen()
@@ -152,7 +150,7 @@ async def test_runs_that_end_together_are_settled_by_one_script(make_queue: Make
         gate.set()
         await ended.reaches(13)
         first, *others = settled_by_each(spoken)
-        # of the six that waited four, a lot; their finish has brought the others, one of them twice
+        # first four of the six that waited, a lot; their settlement has brought the others, one of them twice
         assert (first, sum(others)) == (4, 9)
         expected = {(number, "succeeded") for number in range(12)} - {(1, "succeeded"), (2, "succeeded")}
         assert {*ended.calls} == expected | {(1, "failed:fatal"), (2, "retrying"), (2, "failed:fatal")}
@@ -162,8 +160,8 @@ async def test_runs_that_end_together_are_settled_by_one_script(make_queue: Make
         await worker.close()
 
 
-async def test_many_that_end_in_one_step_are_settled_in_lots(make_queue: MakeQueue, url: str) -> None:
-    """Redis has half of them while the others run"""
+async def test_many_attempts_that_end_in_one_step_are_settled_in_lots(make_queue: MakeQueue, url: str) -> None:
+    """Redis settles half of them while the others run"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False)
         ended = Seen()
@@ -181,13 +179,13 @@ async def test_many_that_end_in_one_step_are_settled_in_lots(make_queue: MakeQue
 
 
 def settled_by_each(spoken: Spoken) -> list[int]:
-    """How many runs each call of the script has settled."""
+    """Returns how many attempts each call of the script has settled."""
     finishes = [command for _, command in spoken.commands if command[1:2] == [SCRIPTS["finish"].sha.encode()]]
     return [(len(finish) - 13) // 6 for finish in finishes]
 
 
-async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-18: a job that was removed meanwhile is reported, and the others are settled"""
+async def test_of_attempts_that_end_together_one_comes_too_late(make_queue: MakeQueue, redis: Any) -> None:
+    """QK-18: its job was removed meanwhile, which is reported; the others are settled"""
     queue = make_queue()
     jobs = await save(queue, 5)
     started, gate = Seen(), asyncio.Event()
@@ -212,10 +210,10 @@ async def test_of_runs_that_end_together_one_comes_too_late(make_queue: MakeQueu
 @pytest.mark.parametrize(
     ("key", "refused"), [("failed", "job failed"), ("delayed", "later"), ("waiting", "at once"), ("stalling", None)]
 )
-async def test_what_redis_refuses_for_one_run_is_its_error_alone(
+async def test_an_error_of_redis_for_one_attempt_is_its_own_alone(
     make_queue: MakeQueue, redis: Any, key: str, refused: str | None
 ) -> None:
-    """the others are settled, told, and tried again; its job stays in active, where the stall check finds it"""
+    """the others are settled, published and tried again; its job stays in `active`, where the stall check finds it"""
     queue = make_queue(remove_on_success=True)
     told, started, gate = Seen(), Seen(), asyncio.Event()
     queue.on("job succeeded", lambda job_id, result: told(result))
@@ -244,11 +242,11 @@ async def test_what_redis_refuses_for_one_run_is_its_error_alone(
     assert len(await redis.lrange(queue.to_key("active"), 0, -1)) == (refused is not None)
     unrecorded = make_queue.claim(OutcomeNotRecorded)
     assert [str(error.__cause__).split()[0] for error in unrecorded] == (["WRONGTYPE"] if refused else [])
-    make_queue.claim(CommandError)  # of the take and the clocks, which find the same
+    make_queue.claim(CommandError)  # from the take and the clocks, which meet the same error
 
 
 async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """so that Redis has turns for others between"""
+    """so that Redis serves others in between"""
     monkeypatch.setattr(exchange_module, "SETTLED_AT_ONCE", 3)
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False)
@@ -271,7 +269,7 @@ async def test_a_script_settles_a_bounded_number(make_queue: MakeQueue, url: str
 
 @pytest.mark.parametrize("suspends", [False, True])
 async def test_jobs_leave_nothing_to_the_garbage_collector(make_queue: MakeQueue, suspends: bool) -> None:
-    """neither on the worker, nor on the producer, nor in the client's chains: a circle of objects would keep it busy"""
+    """on the worker, on the producer, or in the client's chains: circles of objects would keep it busy"""
     worker, producer = make_queue(get_events=False), make_queue(is_worker=False)
 
     async def handler(job: Job) -> Any:

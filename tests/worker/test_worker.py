@@ -1,4 +1,4 @@
-"""Workers: which jobs they take, what a handler gets and may change, how a job ends, and what goes wrong at its end."""
+"""Workers: the jobs they take, what a handler gets and may change, how a job ends, and how its end may fail."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ either_kind = pytest.mark.parametrize("kind", ["async def", "def"])
 # --- taking ------------------------------------------------------------------------------------------------------------
 
 
-async def test_one_job_at_a_time_unless_told_otherwise(make_queue: MakeQueue, redis: Any) -> None:
+async def test_one_job_at_a_time_by_default(make_queue: MakeQueue, redis: Any) -> None:
     """P-09, P-20"""
     queue = make_queue()
     gate, running, done = asyncio.Event(), Seen(), Seen()
@@ -87,7 +87,7 @@ async def test_jobs_of_one_length_end_in_order(make_queue: MakeQueue) -> None:
 
 
 async def test_jobs_saved_at_random_times_never_exceed_the_concurrency(make_queue: MakeQueue) -> None:
-    """P-09, P-12: and all run"""
+    """P-09, P-12: all of them run"""
     queue = make_queue()
     chance = random.Random(12)
     inside, most, done = 0, 0, Seen()
@@ -112,7 +112,7 @@ async def test_jobs_saved_at_random_times_never_exceed_the_concurrency(make_queu
 
 
 async def test_a_worker_that_starts_does_not_get_a_job_that_runs_elsewhere(make_queue: MakeQueue, redis: Any) -> None:
-    """P-15, ST-13: nor does its first stall check"""
+    """P-15, ST-13: nor does its first stall check move it"""
     busy, fresh = make_queue(), make_queue()
     gate, by_busy, by_fresh = asyncio.Event(), Seen(), Seen()
 
@@ -135,8 +135,8 @@ async def test_a_worker_that_starts_does_not_get_a_job_that_runs_elsewhere(make_
     assert (by_busy.calls, by_fresh.calls) == ([("1",)], [("2",)])
 
 
-async def test_the_way_of_the_ids(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """P-16: tail of waiting to head of active, in one command; a finish takes the next; an idle worker asks once and waits"""
+async def test_how_ids_move(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """P-16: from the tail of `waiting` to the head of `active` in one command; a finish takes the next; an idle worker waits"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False, stalled_check_interval=10)
         gates, started, done = [asyncio.Event() for _ in range(3)], Seen(), Seen()
@@ -169,7 +169,7 @@ async def test_the_way_of_the_ids(make_queue: MakeQueue, redis: Any, url: str) -
 
 
 async def test_one_take_is_open_however_many_slots_are_free(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """P-18: its job brings others along, as many as there are slots"""
+    """P-18: with its job come as many others as there are free slots"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False, stalled_check_interval=10)
         gate, started, done = asyncio.Event(), Seen(), Seen()
@@ -198,7 +198,7 @@ async def test_one_take_is_open_however_many_slots_are_free(make_queue: MakeQueu
 
 
 async def test_processing_begins_with_a_stall_check(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """P-17, ST-15: what it finds is told before the first take"""
+    """P-17, ST-15: `stalled` fires for the jobs that it finds, before the first take"""
     async with Relay(url) as relay:
         worker = await make_queue(redis=relay.url, stalled_check_interval=0).ready()
         log = Seen()
@@ -238,7 +238,7 @@ async def test_process_before_the_queue_is_ready(make_queue: MakeQueue) -> None:
 
 
 async def test_process_before_connect(make_queue: MakeQueue) -> None:
-    """QK-03: with auto_connect=False it is refused like other calls, and may be called again"""
+    """QK-03: with auto_connect=False it raises like other calls, and may be called again"""
     queue = make_queue(auto_connect=False)
     with pytest.raises(NotConnected, match="connect"):
         queue.process(echo)
@@ -247,8 +247,8 @@ async def test_process_before_connect(make_queue: MakeQueue) -> None:
     assert await (await queue.create_job("x").save()).result(timeout=2_000) == "x"
 
 
-async def test_no_end_of_a_handler_stops_the_worker(make_queue: MakeQueue) -> None:
-    """P-25, P-27, ER-04: failures and time-outs are no `error`, and the next job is taken"""
+async def test_a_worker_goes_on_however_a_handler_ends(make_queue: MakeQueue) -> None:
+    """P-25, P-27, ER-04: a failure or a time-out is no `error`, and the worker takes the next job"""
     queue = make_queue()
 
     async def handler(job: Job) -> Any:
@@ -266,7 +266,7 @@ async def test_no_end_of_a_handler_stops_the_worker(make_queue: MakeQueue) -> No
         await queue.create_job(data).timeout(10 if data == "hang" else 0).save()
     queue.process(handler)
     await ended.reaches(7)
-    for number, data in enumerate(order, 8):  # one by one: nothing waits when it ends
+    for number, data in enumerate(order, 8):  # one by one: no job waits when it ends
         await queue.create_job(data).timeout(10 if data == "hang" else 0).save()
         await ended.reaches(number)
     assert ended.calls == [(str(number), data) for number, data in enumerate(order * 2, 1)]
@@ -296,7 +296,7 @@ async def test_a_heartbeat_is_one_command_for_all_jobs(make_queue: MakeQueue, ur
         for _, beat in beats:
             command, key, *ids = beat[2::2]
             assert (command, key, sorted(ids)) == (b"SREM", worker.to_key("stalling").encode(), [b"1", b"2", b"3"])
-        assert beats[-1][0] - beats[0][0] >= 0.05  # two half intervals, less what the first one was late
+        assert beats[-1][0] - beats[0][0] >= 0.05  # two half intervals, less the delay of the first one
         await worker.close()
 
 
@@ -304,8 +304,8 @@ async def test_a_heartbeat_is_one_command_for_all_jobs(make_queue: MakeQueue, ur
 
 
 @either_kind
-async def test_a_handler_gets_the_job_and_its_result_is_told(make_queue: MakeQueue, kind: str) -> None:
-    """P-01, P-02, P-04, G-04: an id of one's own; `async def` or plain; found under that id afterwards"""
+async def test_a_handler_gets_the_job_and_its_result_is_published(make_queue: MakeQueue, kind: str) -> None:
+    """P-01, P-02, P-04, G-04: a job with an id of its own, found under it afterwards; `async def` or plain"""
     queue = make_queue()
     here, told, got = threading.get_ident(), Seen(), []
 
@@ -329,7 +329,7 @@ async def test_a_handler_gets_the_job_and_its_result_is_told(make_queue: MakeQue
 
 @either_kind
 async def test_an_exception_fails_the_job(make_queue: MakeQueue, redis: Any, kind: str) -> None:
-    """P-03, P-04, P-05: it is told itself, and its trace is stored"""
+    """P-03, P-04, P-05: listeners get the exception itself, and its trace is stored"""
     queue = make_queue()
     error, told = ValueError("fail!"), Seen()
 
@@ -351,7 +351,7 @@ async def test_an_exception_fails_the_job(make_queue: MakeQueue, redis: Any, kin
     assert await job.is_in_set("failed")
 
 
-async def test_a_plain_function_that_returns_nothing_has_ended(make_queue: MakeQueue) -> None:
+async def test_a_plain_function_that_returns_nothing_succeeds(make_queue: MakeQueue) -> None:
     """QK-28"""
     queue = make_queue()
     jobs = [await queue.create_job({}).save() for _ in range(2)]
@@ -361,8 +361,8 @@ async def test_a_plain_function_that_returns_nothing_has_ended(make_queue: MakeQ
     assert queue.running == 0
 
 
-async def test_what_kinds_of_handlers_there_are(make_queue: MakeQueue) -> None:
-    """P-04: an object that can be called, async or not, is a handler too"""
+async def test_kinds_of_handlers(make_queue: MakeQueue) -> None:
+    """P-04: a callable object, async or not, is a handler too"""
     here = threading.get_ident()
 
     class Plain:
@@ -381,8 +381,8 @@ async def test_what_kinds_of_handlers_there_are(make_queue: MakeQueue) -> None:
         await queue.close()
 
 
-async def test_a_handlers_job_is_read_afresh(make_queue: MakeQueue, redis: Any) -> None:
-    """P-21: it is not the producer's object, though the queue is the same, and is bound to no events"""
+async def test_a_handler_gets_a_job_of_its_own(make_queue: MakeQueue, redis: Any) -> None:
+    """P-21: not the producer's object, though the queue is the same, and bound to no events"""
     queue, only_works = make_queue(), make_queue()
     got: list[Job] = []
 
@@ -406,7 +406,7 @@ async def test_a_handlers_job_is_read_afresh(make_queue: MakeQueue, redis: Any) 
     assert await bound.reaches(1) == [({},)]
 
 
-async def test_a_result_is_told_and_not_stored(make_queue: MakeQueue, redis: Any) -> None:
+async def test_a_result_is_published_and_not_stored(make_queue: MakeQueue, redis: Any) -> None:
     """P-22, QK-20: JSON must carry it"""
     queue = make_queue()
 
@@ -425,8 +425,8 @@ async def test_a_result_is_told_and_not_stored(make_queue: MakeQueue, redis: Any
 
 @either_kind
 @pytest.mark.parametrize("end", ["succeeded", "failed", "retrying"])
-async def test_what_a_handler_changes_is_stored(make_queue: MakeQueue, redis: Any, kind: str, end: str) -> None:
-    """P-23, J-18, PR-04: data, options and progress, however it ends"""
+async def test_a_handlers_changes_are_stored(make_queue: MakeQueue, redis: Any, kind: str, end: str) -> None:
+    """P-23, J-18, PR-04: to data, options and progress, however it ends"""
     worker = make_queue()
     ended = Seen()
 
@@ -460,7 +460,7 @@ async def test_what_a_handler_changes_is_stored(make_queue: MakeQueue, redis: An
 @either_kind
 @pytest.mark.parametrize("backoff", [None, {"strategy": "immediate"}])
 async def test_retries_run_at_once(make_queue: MakeQueue, redis: Any, kind: str, backoff: dict[str, str] | None) -> None:
-    """B-01, B-05, B-07, EV-03, EV-04, QK-47: what each attempt finds, and what is told before the next; no delay is stored"""
+    """B-01, B-05, B-07, EV-03, EV-04, QK-47: the job of each attempt, and the events before the next; no delay is stored"""
     queue = make_queue()
     log: list[Any] = []
     ended = Seen()
@@ -502,8 +502,8 @@ async def test_retries_run_at_once(make_queue: MakeQueue, redis: Any, kind: str,
 
 
 @either_kind
-async def test_a_handler_may_renounce_its_retries(make_queue: MakeQueue, kind: str) -> None:
-    """B-02, EV-02: and is not run again"""
+async def test_a_handler_may_give_up_its_retries(make_queue: MakeQueue, kind: str) -> None:
+    """B-02, EV-02: then the job does not run again"""
     queue = make_queue()
     runs, fatal = Seen(), Seen()
 
@@ -529,7 +529,7 @@ async def test_a_handler_may_renounce_its_retries(make_queue: MakeQueue, kind: s
     [("fixed", [60, 60], [60, 60, 60]), ("exponential", [30, 60], [30, 60, 120]), ("own", [40, 40], [900_000] * 3)],
 )
 async def test_strategies(make_queue: MakeQueue, strategy: str, delays: list[int], found: list[int]) -> None:
-    """B-03, B-04, B-06: how long each waits, and the backoff that each attempt finds"""
+    """B-03, B-04, B-06: how long each waits, and the backoff that each attempt gets"""
     queue = make_queue(activate_delayed_jobs=True, delayed_debounce=1)
     queue.backoff_strategies["own"] = lambda job: 40
     attempts: list[tuple[int, Any]] = []
@@ -549,7 +549,7 @@ async def test_strategies(make_queue: MakeQueue, strategy: str, delays: list[int
 
 
 async def test_a_strategy_must_be_known_where_the_job_runs(make_queue: MakeQueue) -> None:
-    """B-08, QK-56: else the failure is final, though retries are left"""
+    """B-08, QK-56: otherwise the failure is final, though retries are left"""
     producer, worker = make_queue(is_worker=False), make_queue()
     producer.backoff_strategies["own"] = lambda job: 0
     runs = Seen()
@@ -565,7 +565,7 @@ async def test_a_strategy_must_be_known_where_the_job_runs(make_queue: MakeQueue
     assert len(runs.calls) == 1
 
 
-async def test_a_retry_in_delayed_needs_somebody_to_raise_it(make_queue: MakeQueue, redis: Any) -> None:
+async def test_a_retry_in_delayed_needs_a_queue_that_raises_it(make_queue: MakeQueue, redis: Any) -> None:
     """B-08, B-09, DL-05, DL-07"""
     worker = make_queue()
     runs = Seen()
@@ -589,7 +589,7 @@ async def test_a_retry_in_delayed_needs_somebody_to_raise_it(make_queue: MakeQue
 
 
 async def test_a_strategy_sees_the_job_as_its_attempt_left_it(make_queue: MakeQueue) -> None:
-    """B-10, B-11: before retries goes down and before the trace is added; traces are added in front"""
+    """B-10, B-11: before retries goes down, and before the trace is added, which goes to the front"""
     queue = make_queue()
     seen: list[tuple[str, int, list[str]]] = []
 
@@ -643,8 +643,8 @@ async def test_a_time_out_is_a_failure(make_queue: MakeQueue, redis: Any, kind: 
     release.set()
 
 
-async def test_without_a_time_out_a_handler_may_run_for_ever(make_queue: MakeQueue) -> None:
-    """T-04, QK-34: the default, and 0; one above 2^31 ms does not fire at once"""
+async def test_without_a_time_out_a_handler_may_run_on(make_queue: MakeQueue) -> None:
+    """T-04, QK-34: by default, and with 0; one above 2^31 ms does not fire at once"""
     queue = make_queue()
     gate = asyncio.Event()
 
@@ -665,7 +665,7 @@ async def test_without_a_time_out_a_handler_may_run_for_ever(make_queue: MakeQue
 
 
 async def test_each_attempt_has_the_whole_time_out(make_queue: MakeQueue) -> None:
-    """T-05: waiting does not count"""
+    """T-05: the wait before it does not count"""
     queue = make_queue()
     lengths: list[float] = []
 
@@ -687,7 +687,7 @@ async def test_each_attempt_has_the_whole_time_out(make_queue: MakeQueue) -> Non
 
 
 async def test_a_timed_out_handler_is_stopped_before_the_next_attempt(make_queue: MakeQueue) -> None:
-    """T-06, QK-26: concurrency stays a limit, though the handler takes its time to end"""
+    """T-06, QK-26: concurrency stays the limit, though the handler is slow to end"""
     queue = make_queue()
     inside, most, cancelled = 0, 0, 0
 
@@ -713,7 +713,7 @@ async def test_a_timed_out_handler_is_stopped_before_the_next_attempt(make_queue
 
 
 @pytest.mark.parametrize("late", ["returns", "raises"])
-async def test_what_a_thread_comes_to_after_its_time_out_is_dropped(make_queue: MakeQueue, redis: Any, late: str) -> None:
+async def test_the_outcome_of_a_thread_after_its_time_out_is_dropped(make_queue: MakeQueue, redis: Any, late: str) -> None:
     """T-06"""
     queue = make_queue()
     release, ended, told = threading.Event(), threading.Event(), Seen()
@@ -773,8 +773,8 @@ def _spoil(how: str, job: Job) -> None:
 
 @either_kind
 @pytest.mark.parametrize("how", ["data", "circular data", "options", "progress"])
-async def test_a_job_that_its_handler_spoiled_fails(make_queue: MakeQueue, redis: Any, kind: str, how: str) -> None:
-    """QK-20: for good, as it was stored, however its handler ends"""
+async def test_a_job_that_its_handler_spoils_fails(make_queue: MakeQueue, redis: Any, kind: str, how: str) -> None:
+    """QK-20: for good, with the data it was stored with, however its handler ends"""
     queue = make_queue()
     runs = Seen()
 
@@ -808,8 +808,8 @@ async def test_a_job_that_its_handler_spoiled_fails(make_queue: MakeQueue, redis
 
 @pytest.mark.parametrize("how", ["no options", "no traces"])
 @pytest.mark.parametrize("retries", [0, 1])
-async def test_a_handler_that_takes_the_options_away_fails_its_job(make_queue: MakeQueue, how: str, retries: int) -> None:
-    """QK-20: what a failure is written to may be missing"""
+async def test_a_handler_that_removes_the_options_fails_its_job(make_queue: MakeQueue, how: str, retries: int) -> None:
+    """QK-20: a failure must be written although `options` is gone"""
     queue = make_queue()
     runs = Seen()
 
@@ -827,8 +827,8 @@ async def test_a_handler_that_takes_the_options_away_fails_its_job(make_queue: M
     assert not await job.is_in_set("active")
 
 
-async def test_a_plain_handler_that_returns_a_coroutine_is_told(make_queue: MakeQueue) -> None:
-    """QK-28: and the coroutine is closed, so that nothing warns"""
+async def test_a_plain_handler_that_returns_a_coroutine_fails_its_job(make_queue: MakeQueue) -> None:
+    """QK-28: the coroutine is closed, so Python warns of nothing"""
     queue = make_queue()
     job = await queue.create_job({}).save()
     queue.process(lambda job: echo(job))
@@ -839,7 +839,7 @@ async def test_a_plain_handler_that_returns_a_coroutine_is_told(make_queue: Make
 @either_kind
 @pytest.mark.parametrize("how", ["no id", "another id"])
 async def test_a_handler_that_changes_the_id_changes_nothing(make_queue: MakeQueue, kind: str, how: str) -> None:
-    """QK-20: the job ends under the id that it has, and its own event comes"""
+    """QK-20: the job ends under its stored id, and gets its own event"""
     queue = make_queue()
 
     def work(job: Job) -> str:
@@ -853,7 +853,7 @@ async def test_a_handler_that_changes_the_id_changes_nothing(make_queue: MakeQue
 
 
 async def test_a_wrong_result_follows_the_rules_of_retries(make_queue: MakeQueue) -> None:
-    """QK-20: each attempt fails as if it had raised"""
+    """QK-20: each attempt fails as if the handler had raised"""
     queue = make_queue()
     runs = Seen()
 
@@ -869,8 +869,8 @@ async def test_a_wrong_result_follows_the_rules_of_retries(make_queue: MakeQueue
 
 
 @pytest.mark.parametrize("raises", ["by division", "by what it returns"])
-async def test_a_strategy_that_goes_wrong_fails_the_job(make_queue: MakeQueue, raises: str) -> None:
-    """QK-20: it is reported, and the handler's failure is final"""
+async def test_a_strategy_that_raises_fails_the_job(make_queue: MakeQueue, raises: str) -> None:
+    """QK-20: its error is reported, and the handler's failure is final"""
     queue = make_queue()
     runs = Seen()
 
@@ -892,8 +892,8 @@ async def test_a_strategy_that_goes_wrong_fails_the_job(make_queue: MakeQueue, r
 
 
 @pytest.mark.parametrize("raised", [SystemExit("no"), asyncio.CancelledError("no")])
-async def test_a_strategy_that_would_leave_fails_the_job(make_queue: MakeQueue, raised: BaseException) -> None:
-    """QK-20: as a handler does that raises it; the slot is free again"""
+async def test_a_strategy_that_raises_an_exit_fails_the_job(make_queue: MakeQueue, raised: BaseException) -> None:
+    """QK-20: like a handler that raises it; the slot is free again"""
     queue = make_queue()
 
     def strategy(job: Job) -> int:
@@ -947,7 +947,7 @@ class Empty(Exception):
 async def test_odd_exceptions_fail_the_job_like_others(
     make_queue: MakeQueue, redis: Any, kind: str, error: Exception, message: str
 ) -> None:
-    """QK-20, QK-24, QK-25: those that are false, that have no text, that Python's futures do not like"""
+    """QK-20, QK-24, QK-25: exceptions that are false, have no text, or cannot be set on a future"""
     queue = make_queue()
     told = Seen()
 
@@ -973,8 +973,8 @@ async def test_odd_exceptions_fail_the_job_like_others(
     assert await redis.smembers(queue.to_key("failed")) == {"1"}
 
 
-async def test_a_worker_that_tells_nobody_needs_no_json_result(make_queue: MakeQueue) -> None:
-    """P-22: without events a result goes nowhere, so it may be anything"""
+async def test_a_worker_without_events_needs_no_json_result(make_queue: MakeQueue) -> None:
+    """P-22: no message carries the result, so it may be any value"""
     worker = make_queue(send_events=False)
     done = Seen()
     worker.on("succeeded", done)
@@ -994,7 +994,7 @@ async def test_a_worker_that_tells_nobody_needs_no_json_result(make_queue: MakeQ
 
 
 async def test_ids_without_data_leave_active(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-15, QK-16: whoever comes upon them, the blocking take, what it brings along, or a finish; no slot is lost"""
+    """QK-15, QK-16: met by a blocking take, by the read that follows it, or by a finish; no slot is lost"""
     queue = make_queue()
     both = threading.Barrier(2, timeout=5)
     told = Seen()
@@ -1016,7 +1016,7 @@ async def test_ids_without_data_leave_active(make_queue: MakeQueue, redis: Any) 
 
 
 async def test_remove_takes_the_id_out_of_every_place(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-17: also out of waiting and active when it is in succeeded or failed"""
+    """QK-17: also out of `waiting` and `active` when it is in `succeeded` or `failed`"""
     queue = await make_queue(is_worker=False).ready()
     for ended in ("succeeded", "failed"):
         for job_id in ("queued", "other"):
@@ -1034,7 +1034,7 @@ async def test_remove_takes_the_id_out_of_every_place(make_queue: MakeQueue, red
 
 @pytest.mark.parametrize("entry", ["", "null", '"text"', "[1]", '{"data":{},"options":7}', '{"data":1,"options":{}'])
 async def test_a_malformed_entry_is_set_aside(make_queue: MakeQueue, redis: Any, entry: str) -> None:
-    """QK-23: reported, and in failed as it was, whether a take or a finish comes upon it; no handler sees it"""
+    """QK-23: reported, and moved to `failed` unchanged, whether a take or a finish meets it; no handler gets it"""
     queue = make_queue()
     started = Seen()
 
@@ -1060,7 +1060,7 @@ async def test_a_malformed_entry_is_set_aside(make_queue: MakeQueue, redis: Any,
 
 @pytest.mark.parametrize("first", ["succeeds", "fails", "fails and is retried"])
 async def test_a_job_that_runs_twice_is_settled_once(make_queue: MakeQueue, redis: Any, first: str) -> None:
-    """QK-18, QK-19: in one place only, no second copy in waiting, and the later end is reported"""
+    """QK-18, QK-19: it is in one place, without a second copy in `waiting`; the later end is reported"""
     one, other = make_queue(), make_queue()
     gates = {one: asyncio.Event(), other: asyncio.Event()}
     started, told = Seen(), Seen()
@@ -1108,7 +1108,7 @@ async def test_a_job_that_runs_twice_is_settled_once(make_queue: MakeQueue, redi
 
 @pytest.mark.parametrize("applied", [True, False], ids=["reply lost", "command lost"])
 async def test_a_finish_is_repeated_after_a_reconnect(make_queue: MakeQueue, redis: Any, url: str, applied: bool) -> None:
-    """QK-22: the job is settled once, and `succeeded` fires, marked uncertain if an answer to the first may have been lost"""
+    """QK-22: the job is settled once, and `succeeded` fires, marked uncertain if the first answer may have been lost"""
     async with Relay(url) as relay:
         worker = make_queue(redis=relay.url, get_events=False, reconnect=_soon)
         runs, told = Seen(), Seen()
@@ -1142,7 +1142,7 @@ async def test_a_finish_is_repeated_after_a_reconnect(make_queue: MakeQueue, red
 
 
 async def test_a_listener_that_is_cancelled_takes_no_slot(make_queue: MakeQueue) -> None:
-    """one that looks at a future which was cancelled; the jobs that ended beside it, and the connection, know nothing of it"""
+    """it reads a future that was cancelled; the jobs that end beside it, and the connection, are not affected"""
     queue = make_queue()
     gone = asyncio.get_running_loop().create_future()
     gone.cancel()
@@ -1157,7 +1157,7 @@ async def test_a_listener_that_is_cancelled_takes_no_slot(make_queue: MakeQueue)
 
 
 async def test_an_outcome_that_cannot_be_recorded_is_reported(make_queue: MakeQueue, redis: Any) -> None:
-    """QK-15, QK-21, ER-03: nobody is told that the job ended; running goes back to 0, and no slot is lost"""
+    """QK-15, QK-21, ER-03: no event says that the job ended; `running` goes back to 0, and no slot is lost"""
     queue = make_queue()
     both = asyncio.Barrier(2)
     told = Seen()
@@ -1205,8 +1205,8 @@ async def test_a_refused_health_check_raises(make_queue: MakeQueue, redis: Any) 
 @pytest.mark.parametrize(
     ("good", "bad"), [("good", ValueError("bad")), ("good", Untrue("bad"))], ids=["an error", "an error that is false"]
 )
-async def test_threads_that_outlive_a_close_are_heard(make_queue: MakeQueue, redis: Any, good: str, bad: Exception) -> None:
-    """CL-13, CL-11: each with an error of its own, and Redis is not modified"""
+async def test_threads_that_outlive_a_close_are_reported(make_queue: MakeQueue, redis: Any, good: str, bad: Exception) -> None:
+    """CL-13, CL-11: each by an error of its own; Redis is not changed"""
     queue, onlooker = make_queue(), await make_queue(is_worker=False, get_events=False).ready()
     release = {job_id: threading.Event() for job_id in "12"}
     started, told = Seen(), Seen()
@@ -1261,7 +1261,7 @@ async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQu
 async def test_a_refused_take_is_one_refusal_for_all_slots(
     make_queue: MakeQueue, redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QK-13: however many there are; the delay doubles, to 15 s at most"""
+    """QK-13: however many slots there are; the delay doubles, to 15 s at most"""
     assert exchange_module.LONGEST_REFUSAL_DELAY_MS == 15_000
     monkeypatch.setattr(exchange_module, "LONGEST_REFUSAL_DELAY_MS", 40)
     queue = make_queue(initial_redis_failure_retry_delay=10)
@@ -1278,8 +1278,8 @@ async def test_a_refused_take_is_one_refusal_for_all_slots(
     make_queue.claim(CommandError)
 
 
-async def test_refusals_behind_a_job_begin_with_the_first_delay(own_server: Server, make_queue: MakeQueue) -> None:
-    """RC-03: however many there were before it"""
+async def test_refusals_after_a_job_begin_with_the_first_delay(own_server: Server, make_queue: MakeQueue) -> None:
+    """RC-03: however many refusals there were before it"""
     queue, done = make_queue(redis=own_server.url, initial_redis_failure_retry_delay=10), Seen()
     queue.on("succeeded", done)
     queue.process(echo)
@@ -1295,8 +1295,8 @@ async def test_refusals_behind_a_job_begin_with_the_first_delay(own_server: Serv
             make_queue.claim(CommandError)
 
 
-async def test_a_lost_take_connection_is_no_refusal(make_queue: MakeQueue, redis: Any, url: str) -> None:
-    """QK-13, RC-01: jobs are taken as soon as it is back"""
+async def test_a_lost_take_connection_is_not_a_refusal(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """QK-13, RC-01: the worker takes jobs as soon as it is back"""
     async with Relay(url) as relay:
         queue = make_queue(redis=relay.url, reconnect=_soon, initial_redis_failure_retry_delay=60_000)
         queue.process(echo, 10)
@@ -1320,7 +1320,7 @@ def _are_at_least(errors: list[Exception], count: int) -> bool:
 
 
 def _of_kind(kind: str, work: Callable[[Job], Any]) -> Handler:
-    """`work` as a handler: itself, which runs in a thread, or an `async def`."""
+    """Returns `work` as a handler: itself, which runs in a thread, or an `async def`."""
     if kind == "def":
         return work
 
@@ -1335,7 +1335,7 @@ def _sha(script: str) -> bytes:
 
 
 def _reads(relay: Relay) -> Counter[str]:
-    """How often the script `take` was called, by the role of the connection."""
+    """Returns how often the script `take` was called, by the role of the connection."""
     return +sum((Counter({line.role: line.said.count(_sha("take"))}) for line in relay.lines), Counter[str]())
 
 
@@ -1360,7 +1360,7 @@ async def _holds_nothing(redis: Any, queue: Queue) -> bool:
 
 
 async def _everything(redis: Any, queue: Queue) -> dict[str, Any]:
-    """What the queue's keys hold, but for the one that expires."""
+    """Returns the contents of the queue's keys, except the one that expires."""
     return {
         **{key: await redis.lrange(queue.to_key(key), 0, -1) for key in ("waiting", "active")},
         **{key: await redis.smembers(queue.to_key(key)) for key in ("succeeded", "failed", "stalling")},
@@ -1372,7 +1372,7 @@ async def _everything(redis: Any, queue: Queue) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 5000], ids=["small", "large"])
 async def test_a_take_finds_its_own_job_among_the_newest(make_queue: MakeQueue, own_server: Server, size: int) -> None:
-    """Many jobs move to `active` in one turn of Redis's loop: whoever took one has its data, at once or on asking again."""
+    """many jobs move to `active` in one turn of Redis's loop; each worker gets its own data, at once or by asking again"""
     seen, done = Seen(), Seen()
     jobs = {str(number): str(number) * size for number in range(100, 150)}
 
@@ -1401,7 +1401,7 @@ async def _blocked(redis: Any, count: int) -> bool:
 async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
     make_queue: MakeQueue, own_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stood in front of the take in one write, and is repeated on the connection that does not block."""
+    """it came before the take in one write; it is repeated on the connection that does not block"""
     monkeypatch.setattr("beequeue.store.store.TAKE_WAIT_S", 3_600)
     worker = await make_queue(redis=own_server.url, get_events=False).ready()
     producer = await make_queue(redis=own_server.url, is_worker=False).ready()
@@ -1415,8 +1415,8 @@ async def test_a_settlement_is_not_held_up_by_a_take_when_its_script_is_gone(
         await queue.close()
 
 
-async def test_a_worker_that_may_take_with_no_settlement_goes_on(own_server: Server, make_queue: MakeQueue) -> None:
-    """what Redis refuses is reported, and no job: each comes with a take of its own"""
+async def test_a_worker_whose_settlements_may_not_take_goes_on(own_server: Server, make_queue: MakeQueue) -> None:
+    """each refusal is reported, and loses no job: each job comes with a take of its own"""
     administrator: Any = Redis.from_url(own_server.url)
     async with administrator:
         await administrator.execute_command("ACL SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all", "-rpop")
