@@ -8,10 +8,10 @@ MOST_DIGITS = 15
 """As many as Node reads exactly."""
 
 
-def whole_number(value: str) -> int:
-    """An int of at least 1."""
-    if not (value.isascii() and value.isdigit() and value.strip("0")):
-        raise ValueError(f"must be a whole number of at least 1, not {value!r}")
+def whole_number(value: str, *, at_least: int = 1) -> int:
+    """An int."""
+    if not (value.isascii() and value.isdigit() and int(value[:MOST_DIGITS]) >= at_least):
+        raise ValueError(f"must be a whole number of at least {at_least}, not {value!r}")
     if len(value) > MOST_DIGITS:
         raise ValueError(f"must have at most {MOST_DIGITS} digits, not {value!r}")
     return int(value)

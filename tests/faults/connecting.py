@@ -1,4 +1,4 @@
-"""The faults between a queue and its server: on the way, at the door, and a server that takes its time. See `scenarios`."""
+"""Faults between a queue and its server: on the network, while connecting, and a slow server. See `scenarios`."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from tests.faults.worker import TICK_S
 from tests.observe import answers, freeze, soon, thaw
 
 DEADLINE_S = beequeue.wire.link.REPLY_TICKS * TICK_S
-"""How long a connection may be silent before it is looked at, in the field's hurry: a fifth of the usual."""
+"""How long a connection may be silent before it is checked; in the field a fifth of the usual time."""
 LONG_S = 2.5 * DEADLINE_S
 FORGET_S = 3 * beequeue.wire.link.QUIET_TICKS * TICK_S
 SLOW_RATE = 1_000_000
 BIG = 3_000_000
-"""Bytes of a job that takes a slow link longer than `DEADLINE_S`, as 15 MB take it longer than the usual 10 s."""
+"""Bytes of a job that a slow link needs longer than `DEADLINE_S` for, as it needs longer than the usual 10 s for 15 MB."""
 PAGE, PAGE_BYTES = 30, 100_000
-"""How many jobs of how many bytes do so in one reply."""
+"""The number and size of jobs whose data, in one reply, does so too."""
 FILLERS = 20_000
 LOAD_DELAY_US = 1_000
 RIGHTS = ("hmget", "hget", "rpop", "lrange", "brpoplpush")
-"""Commands of a worker, all but the last in scripts."""
+"""Commands of a worker; all but the last are called in scripts."""
 GATED = 20_000
 
 
-# --- at the door ---------------------------------------------------------------------------------------------------------
+# --- connecting ----------------------------------------------------------------------------------------------------------
 
 
 async def proxy_resets(field: Field) -> None:
-    """A proxy whose Redis is away accepts and resets, and later lets the greeting through before it does."""
+    """A proxy whose Redis is away accepts and resets connections; later it passes the greeting first."""
     relays = field.to_producer, field.to_workers
     for moment in ("accepted", "greeted"):
         await field.until(field.all_are_connected)
@@ -57,7 +57,7 @@ async def proxy_resets(field: Field) -> None:
 
 
 async def provider_fails(field: Field) -> None:
-    """The credential provider raises, in each way, while all have to reconnect and a new worker connects for the first time."""
+    """The credential provider raises, in each way, while all reconnect and a new worker connects for the first time."""
     for failure in FAILURES:
         await field.until(field.all_are_connected)
         before = field.moods.failures()
@@ -80,7 +80,7 @@ async def provider_fails(field: Field) -> None:
 
 
 async def right_missing(field: Field) -> None:
-    """One right is missing, and is given again: no job goes with it."""
+    """One right is taken away and given back: no job is lost."""
     for right in RIGHTS:
         await field.redis.acl_log_reset()
         await field.redis.execute_command("ACL", "SETUSER", "default", f"-{right}")
@@ -98,7 +98,7 @@ async def right_missing(field: Field) -> None:
 
 
 async def replica_promoted(field: Field) -> None:
-    """A planned failover whose name leads to the old one for a while: it says READONLY, for which no call fails."""
+    """A planned failover, with a name that still leads to the old primary for a while: it says READONLY, and no call fails."""
     old, replica = await _fail_over(field)
     failed = _readonly(field)
     asked = await _accepted(old)
@@ -111,7 +111,7 @@ async def replica_promoted(field: Field) -> None:
 
 
 async def demoted_alive(field: Field) -> None:
-    """A planned failover whose name leads to the new one at once; the old one cuts nobody off, and all leave it."""
+    """A planned failover, with a name that leads to the new primary at once: the old one cuts nobody off, and all leave it."""
     failed = _readonly(field)
     old, replica = await _fail_over(field)
     _lead_to(field, replica)
@@ -126,7 +126,7 @@ async def demoted_alive(field: Field) -> None:
 
 
 async def _fail_over(field: Field) -> tuple[Any, Server]:
-    """Makes a replica the primary; returns an onlooker of the old one, and the new one, which the field looks at."""
+    """Makes a replica the primary, which `field.redis` then reaches; returns an onlooker of the old primary, and the new."""
     old, replica = field.redis, field.another_server()
     await field.look_on(replica.url)
     ports = free_ports(2)
@@ -155,16 +155,16 @@ def _lead_to(field: Field, server: Server) -> None:
 
 
 def _readonly(field: Field) -> tuple[int, int]:
-    """How often a save has failed by READONLY, and how often a worker has reported it."""
+    """How often a save has failed with READONLY, and how often a worker has reported it."""
     return field.save_errors["CommandError READONLY"], field.crew.look().errors["CommandError READONLY"]
 
 
 async def loading(field: Field) -> None:
-    """Redis is killed and takes long to load its data: it answers LOADING, for which all wait and no call fails."""
+    """Redis is killed and takes long to load its data: it answers LOADING; all wait and no call fails."""
     redis = field.redis
     fillers = [f"{field.name}-filler-{number}" for number in range(FILLERS)]
     await redis.mset(dict.fromkeys(fillers, ""))
-    await redis.bgrewriteaof()  # what it then loads is one file, in which it looks after its clients now and then
+    await redis.bgrewriteaof()  # Then it loads one file, and serves clients now and then meanwhile.
 
     async def is_rewritten() -> bool:
         told = await redis.info("persistence")
@@ -188,17 +188,17 @@ async def loading(field: Field) -> None:
     assert (field.save_errors["CommandError LOADING"], field.crew.look().errors["CommandError LOADING"]) == failed
 
 
-# --- a server that takes its time --------------------------------------------------------------------------------------------
+# --- a slow server ----------------------------------------------------------------------------------------------------------
 
 
 async def paused_for_long(field: Field) -> None:
-    """CLIENT PAUSE for longer than the deadline of a reply, of all and of writes: no save fails, no connection is given up."""
+    """CLIENT PAUSE for longer than a reply may take, of all commands, then of writes: no save fails, no connection is lost."""
     for all_commands in (True, False):
         await _saves_wait(field, partial(field.redis.client_pause, int(1000 * LONG_S), all_commands))
 
 
 async def server_stopped(field: Field) -> None:
-    """SIGSTOP of Redis for longer than that, then SIGCONT: likewise."""
+    """SIGSTOP of Redis for longer than a reply may take, then SIGCONT: no save fails, no connection is lost."""
 
     async def stop() -> None:
         freeze(field.server)
@@ -208,7 +208,7 @@ async def server_stopped(field: Field) -> None:
 
 
 async def _saves_wait(field: Field, hold: Callable[[], Awaitable[Any]]) -> None:
-    """Lets many saves be made while nothing is answered; all work, on the connections that there were."""
+    """Makes many saves while Redis does not answer; all succeed, on the same connections."""
     await field.until(field.all_are_connected)
     jobs = [field.new_job(ms=0) for _ in range(3_000)]
     lost, failed, loop = field.lost, field.save_errors.total(), asyncio.get_running_loop()
@@ -220,11 +220,11 @@ async def _saves_wait(field: Field, hold: Callable[[], Awaitable[Any]]) -> None:
     assert (field.lost, field.save_errors.total()) == (lost, failed)
 
 
-# --- on the way --------------------------------------------------------------------------------------------------------------
+# --- the network -------------------------------------------------------------------------------------------------------------
 
 
 async def slow_link(field: Field) -> None:
-    """1 MB/s each way: what takes longer than the deadline of a reply is saved, fetched and run, and small jobs beside it."""
+    """1 MB/s each way: data that takes longer than a reply may take is saved, fetched and run, and so are small jobs."""
     await field.until(field.all_are_connected)
     lost, loop, producer = field.lost, asyncio.get_running_loop(), field.producer
     for relay in (field.to_producer, field.to_workers):
@@ -249,7 +249,7 @@ async def slow_link(field: Field) -> None:
 
 
 async def forgotten_flow(field: Field) -> None:
-    """Something on the way forgets what is idle, and tells nobody: what is used after an hour works at once."""
+    """Something on the network silently forgets idle connections. PINGs keep ours alive: an idle queue works at once."""
     await field.until(field.all_are_connected)
     lost, loop, relay = field.lost, asyncio.get_running_loop(), field.to_producer
     async with _another_queue(field, get_events=False) as quiet:
@@ -274,7 +274,7 @@ async def forgotten_flow(field: Field) -> None:
 
 @asynccontextmanager
 async def _another_queue(field: Field, **settings: Any) -> AsyncIterator[Queue]:
-    """A producer of another queue, which nobody works for; it is destroyed at the end."""
+    """A producer of another queue, which has no worker; the queue is destroyed at the end."""
     redis = with_provider(field.to_producer.url, field.moods.path)
     async with Queue(f"{field.name}-quiet", redis, is_worker=False, reconnect=soon, **settings) as queue:
         queue.on("error", field.hear)
@@ -282,11 +282,11 @@ async def _another_queue(field: Field, **settings: Any) -> AsyncIterator[Queue]:
         await queue.destroy()
 
 
-# --- much at once ------------------------------------------------------------------------------------------------------------
+# --- many at once ------------------------------------------------------------------------------------------------------------
 
 
 async def ended_at_once(field: Field) -> None:
-    """20,000 jobs end in one worker at one moment: each is settled and runs once."""
+    """20,000 jobs end in one worker at the same moment: each is settled and runs once."""
     small = field.crew.alive.copy()
     big = await field.crew.hire(2 * GATED)
     await field.crew.ready()
@@ -306,7 +306,7 @@ async def ended_at_once(field: Field) -> None:
 
 
 async def refusals(redis: Any, code: str) -> int:
-    """How often Redis has said so."""
+    """How often Redis has answered with this error."""
     count: int = (await redis.info("errorstats")).get(f"errorstat_{code}", {"count": 0})["count"]
     return count
 
@@ -322,7 +322,7 @@ async def _more_than(bound: int, count: Awaitable[int]) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody uses now."""
+    """Free ports of the loopback interface."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,4 +1,4 @@
-"""Worker processes, and what they have written down."""
+"""Worker processes, and their notes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.worker import CONCURRENCY
 
 
 class Worker:
-    """One process; its file is read line by line, as far as it goes."""
+    """One process, and the file of its notes."""
 
     def __init__(self, process: asyncio.subprocess.Process, path: Path, notes: Notes) -> None:
         self._process = process
@@ -26,10 +26,10 @@ class Worker:
         self._killed = False
         self._running: Counter[tuple[str, int]] = Counter()
         self.words: Counter[str] = Counter()
-        """How many lines begin with each word."""
+        """How many notes begin with each word."""
 
     def look(self) -> None:
-        """Reads what is new in the file."""
+        """Reads the notes that are new."""
         with self._path.open("rb") as file:
             file.seek(self._read)
             new = file.read()
@@ -46,7 +46,7 @@ class Worker:
                     del self._running[job]
 
     def running(self) -> list[tuple[str, int]]:
-        """Id and number of the jobs that it has begun and not ended."""
+        """The id and number of each job that the worker has begun and not ended, by its notes."""
         self.look()
         return list(self._running)
 
@@ -57,7 +57,7 @@ class Worker:
         self.notes.killed += 1
 
     async def stop(self) -> None:
-        """SIGSTOP; returns when it has stopped (Linux)."""
+        """SIGSTOP; returns when the process has stopped (Linux)."""
         self._process.send_signal(signal.SIGSTOP)
         self._stopped = True
         status = Path(f"/proc/{self._process.pid}/stat")
@@ -69,7 +69,7 @@ class Worker:
         self._stopped = False
 
     def open_gate(self) -> None:
-        """Its gated jobs end, those to come too."""
+        """Lets its gated jobs end, now and later."""
         self._process.send_signal(signal.SIGHUP)
 
     @property
@@ -77,7 +77,7 @@ class Worker:
         return self._process.pid
 
     async def jump(self, *, ahead: bool) -> None:
-        """Its clock is set by an hour; returns when it is."""
+        """Sets its clock an hour ahead or back; returns when that is done."""
         self.look()
         jumped = self.words["jumped"]
         self._process.send_signal(signal.SIGUSR1 if ahead else signal.SIGUSR2)
@@ -90,11 +90,11 @@ class Worker:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it has ended by itself."""
+        """Whether the process has ended."""
         return self._process.returncode is not None
 
     async def end(self) -> int:
-        """SIGTERM, and what it exits with."""
+        """SIGTERM; returns the exit code."""
         if self._process.returncode is None:
             if self._stopped:
                 self.go_on()
@@ -102,15 +102,17 @@ class Worker:
         return await self._process.wait()
 
     async def bury(self) -> None:
-        """Ends it, if nothing else has."""
-        if self._process.returncode is None and not self._killed:  # a second signal could find it gone, and take its exit code
+        """Kills the process, unless it has ended, and waits for it."""
+        if (
+            self._process.returncode is None and not self._killed
+        ):  # A second signal could find it gone, and take its exit code from asyncio.
             self._process.kill()
         await self._process.wait()
         self.look()
 
 
 class Crew:
-    """The workers of a queue, the killed ones too. `directory` gets their files."""
+    """The workers of a queue, including the killed ones. Their files go to `directory`."""
 
     def __init__(self, url: str, name: str, directory: Path, stall_interval: int, mood: Path) -> None:
         self.notes = Notes()
@@ -140,12 +142,12 @@ class Crew:
         return worker
 
     async def retire(self, worker: Worker) -> None:
-        """Lets one end in peace, which it must do."""
+        """Closes a worker, which must exit with 0."""
         self.alive.remove(worker)
         assert await worker.end() == 0
 
     async def replace_the_dead(self) -> int:
-        """Hires another worker for each that a job has killed; how many those were."""
+        """Starts another worker for each one that a job has killed; returns how many those were."""
         dead = [worker for worker in self.alive if worker.is_dead]
         for worker in dead:
             self.alive.remove(worker)
@@ -159,7 +161,7 @@ class Crew:
         return sum(any(held == number for _, held in worker.running()) for worker in self._all)
 
     async def ready(self) -> None:
-        """Returns when all take jobs."""
+        """Returns when all workers take jobs."""
 
         def all_are() -> bool:
             self.look()
@@ -168,23 +170,23 @@ class Crew:
         await until(all_are, 30)
 
     def look(self) -> Notes:
-        """What all have written down by now."""
+        """The notes of all workers up to now."""
         for worker in self._all:
             worker.look()
         return self.notes
 
     def turn_page(self) -> None:
-        """Forgets what was written down so far, and who has gone."""
+        """Forgets all notes so far, and the workers that have ended."""
         self.notes = Notes()
         self._all = self.alive.copy()
         for worker in self._all:
             worker.notes = self.notes
 
     async def dismiss(self) -> list[int]:
-        """Lets all end in peace; their exit codes."""
+        """Closes all workers; returns their exit codes."""
         return list(await asyncio.gather(*(worker.end() for worker in self.alive)))
 
     async def bury(self) -> None:
-        """Leaves no process."""
+        """Kills every process that is left."""
         for worker in self._all:
             await worker.bury()

@@ -1,7 +1,7 @@
-"""Where faults happen: a Redis, two workers as processes, a producer, and the load between them.
+"""The set-up that faults happen to: a Redis, two worker processes, a producer, and load.
 
-Everything but the onlooker goes through a relay: `to_producer` and `to_workers`. A fault waits on progress (`more`), never on
-the clock. `settle` ends the load and makes the ledger add up.
+Producer and workers each reach Redis through a relay, `to_producer` and `to_workers`; only the onlooker does not. A fault waits
+for progress (`more`), never for the clock. `settle` ends the load and checks that the ledger adds up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.relay import Distort, Line, Relay
 
 STALL_INTERVAL_MS = 400
 PATIENCE_S = 60
-"""How long anything may take that has to happen."""
+"""How long anything that must happen may take."""
 PASSWORD = "old"
 OPTIONS = (
     "--bind",
@@ -51,8 +51,8 @@ OPTIONS = (
     "--repl-diskless-sync-delay",
     "0",
 )
-AT_ONCE = 12
-"""How many jobs the load keeps under way."""
+LOAD = 12
+"""How many jobs the load keeps in progress."""
 PLACES = ("waiting", "active", "delayed", "stalling", *ENDS)
 
 TWICE = """
@@ -73,7 +73,7 @@ return twice
 
 
 class Field:
-    """`seed` decides all that is left to chance."""
+    """`seed` decides everything random."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
@@ -82,7 +82,7 @@ class Field:
         self.unexpected: list[Exception] = []
         self.refusals: list[ConnectionRefused] = []
         self.save_errors: Counter[str] = Counter()
-        """Of the load: by class and, for what Redis said, its first word."""
+        """Errors of the load's saves, by class; for a `CommandError` also by its code."""
         self._stack = AsyncExitStack()
         self._load: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
@@ -105,7 +105,7 @@ class Field:
 
     def _begin(self) -> None:
         self._running = True
-        self._load = [asyncio.create_task(self._keep_going()) for _ in range(AT_ONCE)]
+        self._load = [asyncio.create_task(self._keep_going()) for _ in range(LOAD)]
 
     async def _set_up(self) -> None:
         enter = self._stack.enter_async_context
@@ -136,11 +136,11 @@ class Field:
 
     @staticmethod
     def onlooker(url: str) -> Any:
-        """A plain client that goes past the relays."""
+        """A plain client that bypasses the relays."""
         return Redis.from_url(with_password(url), decode_responses=True, client_name=ONLOOKER)
 
     async def look_on(self, url: str) -> None:
-        """From now on looks at another Redis."""
+        """From now on `redis` is a client of another Redis."""
         self.redis = await self._stack.enter_async_context(self.onlooker(url))
 
     # --- load ------------------------------------------------------------------------------------------------------------
@@ -155,10 +155,10 @@ class Field:
         gated: bool = False,
         size: int = 0,
     ) -> tuple[int, Job, asyncio.Future[None]]:
-        """A job that is entered in the ledger when it ends; its number, and what completes then.
+        """Makes a job whose end goes to the ledger; returns its number, the job, and a future that completes when it ends.
 
-        For `ms` its handler sleeps, or `blocks` the event loop; one that `kills` its worker then does so. One that is `gated`
-        ends when its worker is told to open the gate. `size` bytes come with it.
+        For `ms` its handler sleeps, or `blocks` the event loop. With `kills` it then kills its worker; with `gated` it then
+        waits until its worker opens the gate. `size` adds that many bytes of data.
         """
         number = self.ledger.issue()
         if kills:
@@ -182,14 +182,14 @@ class Field:
         return number, job, ended
 
     async def save_all(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
-        """Saves what `new_job` has made, in bulk; every save must work."""
+        """Saves jobs from `new_job` in bulk; every save must succeed."""
         assert await self.producer.save_all(job for _, job, _ in jobs) == {}
         for number, job, _ in jobs:
             assert job.id is not None
             self.ledger.saved[number] = job.id
 
     async def save_each(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
-        """Saves what `new_job` has made, each by itself and all at once; every save must work."""
+        """Saves jobs from `new_job` one by one, all at once; every save must succeed."""
         results = await asyncio.gather(*(job.save() for _, job, _ in jobs), return_exceptions=True)
         errors = []
         for (number, job, _), saved in zip(jobs, results, strict=True):
@@ -202,7 +202,7 @@ class Field:
         assert not errors, errors
 
     async def make_due(self, jobs: Sequence[tuple[int, Job, asyncio.Future[None]]]) -> None:
-        """Lets delayed jobs be due now."""
+        """Makes delayed jobs due now."""
         key, now = self.producer.to_key, now_ms()
         await self.redis.zadd(key("delayed"), {job.id: now for _, job, _ in jobs}, xx=True)
         await self.redis.publish(key("earlierDelayed"), now)
@@ -222,7 +222,7 @@ class Field:
                 await ended
 
     async def more(self, count: int = 40) -> None:
-        """Returns when so many more jobs have ended."""
+        """Returns when `count` more jobs have ended."""
         wanted = len(self.ledger.told) + count
         async with asyncio.timeout(PATIENCE_S):
             while len(self.ledger.told) < wanted:
@@ -234,7 +234,7 @@ class Field:
         await until(condition, PATIENCE_S)
 
     def _number_in(self, message: str) -> int:
-        """The number in the message of a job that failed."""
+        """The number of the job that failed with this message."""
         if "stalled more than" not in message:
             return int(message.removeprefix("bad "))
         job_id = message.split()[1]
@@ -245,17 +245,17 @@ class Field:
 
     @property
     def lost(self) -> tuple[int, int]:
-        """How many connections the producer has got back, and how many the workers have reported as lost."""
+        """How often the producer has reconnected, and how many lost connections the workers have reported."""
         return self.producer.reconnects, self.crew.look().errors["ConnectionLost"]
 
     def claim(self, kind: type[Exception]) -> list[Exception]:
-        """What the producer has reported of a kind, which is thereby expected."""
+        """Returns the reported errors of a kind, which are expected from now on."""
         claimed = [error for error in self.unexpected if isinstance(error, kind)]
         self.unexpected = [error for error in self.unexpected if not isinstance(error, kind)]
         return claimed
 
     def hear(self, error: Exception) -> None:
-        """What a producer has reported."""
+        """Sorts an error that a producer has reported."""
         if isinstance(error, ConnectionRefused):
             self.refusals.append(error)
         elif not isinstance(error, ConnectionLost):
@@ -264,13 +264,13 @@ class Field:
     # --- Redis -----------------------------------------------------------------------------------------------------------
 
     async def clients(self, redis: Any = None) -> list[dict[str, str]]:
-        """The connections of producer and workers, of which `redis` knows. One that says hello may be an onlooker's."""
+        """The connections of producer and workers in CLIENT LIST. One that is still saying HELLO may be an onlooker's."""
         found = await (redis or self.redis).client_list()
         ours = [client for client in found if client["name"] == "" and client["flags"] not in ("S", "M")]
         return [client for client in ours if client["cmd"] not in ("hello", "NULL")]
 
     async def all_are_connected(self) -> bool:
-        """Whether the producer's two connections are up, and each worker's three."""
+        """Whether the producer has two connections and each worker three."""
         return len(await self.clients()) == 2 + 3 * len(self.crew.alive)
 
     async def kill(self, clients: Iterable[dict[str, str]], redis: Any = None) -> None:
@@ -279,7 +279,7 @@ class Field:
             await (redis or self.redis).client_kill_filter(_id=client["id"])
 
     async def restart(self, *, wipe: bool) -> None:
-        """Kills the server and starts it again, with what it has written down or without; returns when it answers."""
+        """Kills the server and starts it again, with its append-only file or empty; returns when the producer is back."""
         reconnects = self.producer.reconnects
         self.server.stop()
         if wipe:
@@ -294,17 +294,17 @@ class Field:
         return [line for relay in (self.to_producer, self.to_workers) for line in relay.lines if line.is_open]
 
     def distort(self, distort: Distort | None) -> None:
-        """Lets both relays do this to what Redis says."""
+        """Makes both relays apply this to everything that Redis sends."""
         self.to_producer.distort = self.to_workers.distort = distort
 
     async def assert_no_two_states(self) -> None:
-        """At this one moment."""
+        """No id is in two states, at one moment."""
         key = self.producer.to_key
         places = ("waiting", "active", "delayed", "succeeded", "failed")
         assert await self.redis.eval(TWICE, len(places), *map(key, places)) == []
 
     async def stored(self) -> Stored:
-        """What Redis holds."""
+        """The contents of Redis."""
         key, redis = self.producer.to_key, self.redis
         jobs = {}
         for job_id, entry in (await redis.hgetall(key("jobs"))).items():
@@ -327,7 +327,7 @@ class Field:
     # --- the end ---------------------------------------------------------------------------------------------------------
 
     async def settle(self) -> None:
-        """Ends the load, asserts that the ledger adds up, lets all end, and asserts that nothing is left."""
+        """Ends the load, checks the ledger, closes everything, and checks that nothing is left."""
         print(await self.balance())
         assert set(await self.crew.dismiss()) == {0}
         await self.producer.close()
@@ -336,13 +336,13 @@ class Field:
         assert "Traceback" not in complaints, complaints[complaints.index("Traceback") - 200 :]
 
     async def balance(self) -> str:
-        """Ends the load, waits until all is at rest, and asserts that the ledger adds up; its counts in one line."""
+        """Ends the load, waits until all jobs have ended, and checks the ledger; returns its counts in one line."""
         self._running = False
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await asyncio.gather(*self._load)
         except TimeoutError:
-            pass  # the ledger names them
+            pass  # The ledger names the jobs.
         await self._rest()
         notes, stored = self.crew.look(), await self.stored()
         reconnects = self.producer.reconnects
@@ -353,7 +353,7 @@ class Field:
         return summary(self.ledger, notes)
 
     async def turn_page(self) -> None:
-        """Behind `balance`: forgets all that has ended, here and in Redis, and begins the load again."""
+        """After `balance`: forgets all ended jobs, here and in Redis, and starts the load again."""
         await self.redis.delete(*(self.producer.to_key(kind) for kind in ("jobs", *ENDS)))
         self.ledger = Ledger(issued=self.ledger.issued)
         self.crew.turn_page()
@@ -365,7 +365,7 @@ class Field:
         try:
             await until(self._at_rest, PATIENCE_S)
         except TimeoutError:
-            pass  # the ledger names what is left
+            pass  # The ledger names the jobs that are left.
 
 
 def with_password(url: str) -> str:

@@ -1,7 +1,7 @@
-"""The harness's own client and workers, as processes, where faults happen; and the faults that reach them.
+"""The harness's own client and workers, as processes under faults; and the faults that reach them.
 
-`Harness` starts them, remembers what they have said, and tells when all chains have moved on. A fault acts on a `Ground` and
-returns when it is over; that client and workers have come back from it is for `Harness.recovered` to say.
+`Harness` starts the processes, keeps their output, and waits until all chains have moved on. A fault acts on a `Ground` and
+returns when it is over; `Harness.recovered` waits until client and workers are back.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tests.relay import Relay
 CHAINS = 7
 NAME = "issue-189"
 CLIENT_NAME = "harness"
-"""What CLIENT LIST calls their connections."""
+"""The name of their connections in CLIENT LIST."""
 BACK_S = 45
-"""How long the way back may take: 10 s to find a silent connection, two stall checks of 5 s, and 15 s of back-off."""
+"""How long a recovery may take: 10 s to find a silent connection, two stall checks of 5 s, and 15 s of back-off."""
 LOOK = """
 local ids = redis.call('LRANGE', KEYS[1], 0, -1)
 for _, id in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do ids[#ids + 1] = id end
 return ids
 """
-"""Redis shows both lists at one moment."""
+"""Reads both lists at one moment."""
 
 
 class Harness:
-    """client.py and `workers` processes of worker.py on the Redis at `url`; `redis` looks at the same one past all relays."""
+    """client.py and `workers` processes of worker.py on the Redis at `url`; `redis` reaches the same Redis past all relays."""
 
     def __init__(self, url: str, redis: Any, *, workers: int = 3, **variables: str) -> None:
         url += ("&" if "?" in url else "?") + f"client_name={CLIENT_NAME}"
@@ -48,7 +48,7 @@ class Harness:
         self.workers: list[Member] = []
         self.stats: list[dict[str, Any]] = []
         self.said: dict[str, list[str]] = {}
-        """What each has said on stderr; a worker also on stdout, where it has nothing to say."""
+        """The stderr of each process, by line; for a worker also its stdout, which should be empty."""
         self._size = workers
         self._hired = 0
         self._variables = {**os.environ, "REDIS_URL": url, "QUEUE_NAME": NAME, "ORDERED_EVENTS": "true"}
@@ -90,12 +90,12 @@ class Harness:
         self.workers.remove(worker)
 
     async def jobs(self) -> list[str]:
-        """The ids of all that is waiting or active, at one moment."""
+        """The ids in `waiting` and `active`, at one moment."""
         ids: list[str] = await self.redis.eval(LOOK, 2, self._key("waiting"), self._key("active"))
         return ids
 
     async def recovered(self) -> None:
-        """Returns when all chains have jobs in Redis at one moment, each saved since this call, and the client says so too."""
+        """Returns when each chain has a job in Redis that was saved since this call, and the client reports all alive."""
         last = int(await self.redis.get(self._key("id")) or 0)
         lines = len(self.stats)
 
@@ -111,12 +111,12 @@ class Harness:
             raise
 
     async def account(self, last: int) -> str:
-        """What each process has said last, and where the jobs are: for an error."""
+        """The last lines of each process, and the jobs in Redis: for an error message."""
         said = [f"{name}: {line}" for name, lines in self.said.items() for line in lines[-5:]]
         return "\n".join([f"waiting or active: {await self.jobs()}, wanted: beyond {last}", f"client: {self.stats[-1]}", *said])
 
     async def seven_are_left(self) -> None:
-        """Stops the workers. What the client keeps alive stands in Redis then: seven jobs, no more and no fewer."""
+        """Stops the workers. Then exactly the seven jobs that the client keeps alive are in Redis."""
         await self.stop_workers()
 
         async def all_wait() -> bool:
@@ -128,19 +128,19 @@ class Harness:
         assert (self.stats[-1]["numAlive"], self.stats[-1]["numTracked"], len(await self.jobs())) == (CHAINS,) * 3
 
     async def stop_workers(self) -> None:
-        """SIGTERM; each must end well, having left its jobs to the others."""
+        """SIGTERM; each worker must hand back its jobs and exit with 0."""
         await self._all_started()
         assert {await worker.end() for worker in self.workers} <= {0}
 
     async def end(self) -> None:
-        """SIGTERM to all: each ends well, and none has said more than a line for what happened."""
+        """SIGTERM to all: each process exits with 0 and has printed no traceback."""
         assert await self.client.end() == 0
         await self.stop_workers()
         for name, lines in self.said.items():
             assert "Traceback" not in "".join(lines), "\n".join((name, *lines))
 
     async def _all_started(self) -> None:
-        """A worker that was hired just now does not yet know what to do on SIGTERM."""
+        """Waits for workers that were just started, which do not handle SIGTERM yet."""
         await until(lambda: all(self.count("connected;")[worker.name] for worker in self.workers), BACK_S)
 
     def count(self, pattern: str) -> dict[str, int]:
@@ -153,7 +153,7 @@ class Harness:
 
 @dataclass
 class Ground:
-    """What a fault can reach. `relay` stands between the harness and the server."""
+    """The targets of a fault. `relay` is between the harness and the server."""
 
     server: Server
     relay: Relay
@@ -162,7 +162,7 @@ class Ground:
     chance: random.Random
 
     async def restart(self, *, wipe: bool) -> None:
-        """Kills the server and starts it again, with what it has written down or without."""
+        """Kills the server and starts it again, with its append-only file or empty."""
         self.server.stop()
         if wipe:
             shutil.rmtree(self.server.directory / "appendonlydir")
@@ -171,32 +171,32 @@ class Ground:
 
 
 async def kill_workers(ground: Ground) -> None:
-    """kill -9: a stall check brings its jobs back. Another worker comes in its place."""
+    """kill -9 of a worker: a stall check brings its jobs back. Another worker replaces it."""
     await ground.harness.kill_worker(ground.chance.choice(ground.harness.workers))
     await ground.harness.hire()
 
 
 async def kill_each_connection(ground: Ground) -> None:
-    """CLIENT KILL of every connection, one right behind the other."""
+    """CLIENT KILL of every connection, one right after the other."""
     for client in await ground.redis.client_list():
         if client["name"] == CLIENT_NAME:
             await ground.redis.client_kill_filter(_id=client["id"])
 
 
 async def relay_goes_silent(ground: Ground) -> None:
-    """All connections are half-open: neither side is told. Those that are used, or wait, are given up after some 10 s."""
+    """All connections are half-open, and neither side is told. Connections in use are given up after about 10 s."""
     harness = ground.harness
     lost = harness.count(" event connection .* lost: ")
     for line in (lines := [line for line in ground.relay.lines if line.is_open]):
         line.dead = True
     names = [member.name for member in (harness.client, *harness.workers)]
     await until(lambda: all(harness.count(" event connection .* lost: ")[name] > lost[name] for name in names), BACK_S)
-    for line in lines:  # for the sake of the server, and of those that nobody uses
+    for line in lines:  # The server, and connections that are not in use, never notice.
         line.cut()
 
 
 async def restart_with_aof(ground: Ground) -> None:
-    """Redis is killed and comes back with all that it had confirmed."""
+    """Redis is killed and comes back with everything that it had confirmed."""
     await ground.restart(wipe=False)
 
 
@@ -232,6 +232,6 @@ def _named(*functions: Fault) -> dict[str, Fault]:
 
 
 OF_THE_HARNESS = _named(kill_workers, kill_each_connection, relay_goes_silent)
-"""By name: what reaches the harness alone."""
+"""Faults of the harness alone, by name."""
 OF_REDIS = _named(restart_with_aof, restart_without_aof, flush_scripts, pause_clients, memory_runs_out)
-"""By name: what reaches all that use this Redis."""
+"""Faults of everything that uses this Redis, by name."""

@@ -1,6 +1,6 @@
-"""Where producer and workers of the field get their password from, and how it fails when a test says so.
+"""The credential provider of the field's producer and workers, which fails when a test says so.
 
-A file holds the password, and the name of the exception to raise, if any. Each time that it is raised goes to a second file.
+One file holds the password and, if the provider must fail, the name of the exception. Another file records each failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAILURES: tuple[type[BaseException], ...] = (RuntimeError, TypeError, TimeoutErr
 
 
 class Provider(CredentialProvider):
-    """Tells the password, or fails."""
+    """Returns the password, or fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class Provider(CredentialProvider):
 
 
 class Moods:
-    """What the providers do."""
+    """Controls the providers."""
 
     def __init__(self, path: Path, password: str) -> None:
         self.path = path
@@ -44,11 +44,11 @@ class Moods:
         self.heal()
 
     def fail(self, kind: type[BaseException]) -> None:
-        """From now on they raise this."""
+        """From now on the providers raise this exception."""
         self._write(kind.__name__)
 
     def heal(self) -> None:
-        """From now on they work."""
+        """From now on the providers work."""
         self._write("")
 
     def _write(self, failure: str) -> None:
@@ -57,11 +57,11 @@ class Moods:
         new.replace(self.path)
 
     def failures(self) -> Counter[int]:
-        """How often they have failed, by process."""
+        """How often the providers have failed, by process id."""
         failed = Path(f"{self.path}.failed")
         return Counter(map(int, failed.read_text().split())) if failed.exists() else Counter()
 
 
 def with_provider(url: str, path: Path) -> dict[str, Any]:
-    """redis-py's connection arguments."""
+    """redis-py's connection arguments for a URL, with the provider."""
     return {**redis.asyncio.connection.parse_url(url), "credential_provider": Provider(path)}

@@ -1,6 +1,6 @@
-"""The faults: each a function that lets it happen once, under load, and returns when its effect has shown.
+"""The faults: each function causes one fault under load and returns when its effect has shown.
 
-Each asserts that it has happened at all; that nothing was lost is the ledger's business.
+Each asserts that the fault has happened. The ledger checks that no job was lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.faults.connecting import (
     server_stopped,
     slow_link,
 )
-from tests.faults.field import AT_ONCE, PASSWORD, STALL_INTERVAL_MS, Field
+from tests.faults.field import LOAD, PASSWORD, STALL_INTERVAL_MS, Field
 from tests.faults.ledger import retries_of
 from tests.faults.worker import HOUR_S, MAX_STALLS
 from tests.relay import Line
@@ -32,9 +32,9 @@ Fault = Callable[[Field], Awaitable[None]]
 
 
 async def kill_workers(field: Field) -> None:
-    """kill -9 in the middle of jobs: they are run again by others. Another worker comes in its place."""
+    """kill -9 of a worker in the middle of jobs: others run them again. Another worker replaces it."""
     left: set[int] = set()
-    while not left:  # it may have ended its jobs just before
+    while not left:  # It may have ended its jobs just before.
         victim = field.chance.choice(field.crew.alive)
         await field.until(victim.running)
         victim.kill()
@@ -76,7 +76,7 @@ async def stop_a_worker(field: Field) -> None:
 
 
 async def killer_job(field: Field) -> None:
-    """A job kills each worker that runs it: when it has stalled too often it fails, with a reason. The others go on."""
+    """A job kills each worker that runs it. After too many stalls it fails with that reason; the other jobs go on."""
     number, job, ended = field.new_job(ms=100, kills=True)
     await field.save_all([(number, job, ended)])
     deaths = 0
@@ -94,7 +94,7 @@ async def killer_job(field: Field) -> None:
 
 
 async def handler_blocks(field: Field) -> None:
-    """A handler blocks its event loop for several stall intervals: its job stays where it is, and the log names it."""
+    """A handler blocks its event loop for several stall intervals: its job stays active, and the log names it."""
     number, job, ended = field.new_job(ms=4 * STALL_INTERVAL_MS, blocks=True)
     attempts = 1 + retries_of(number)
     await field.save_all([(number, job, ended)])
@@ -107,12 +107,12 @@ async def handler_blocks(field: Field) -> None:
 
 
 async def clock_jumps(field: Field) -> None:
-    """Workers' clocks jump by an hour, one ahead, one back, both back, while a job runs and delayed ones wait.
+    """Workers' clocks jump by an hour, one ahead, one back, both back, while jobs run and delayed jobs wait.
 
-    Whose clock counts: a job is due at a time of the producer's clock, and is raised when a worker's own says so (Unix epoch,
-    both). So a worker that is ahead raises early, and one that is behind late, but only if all are. Heartbeats and repeated
-    checks follow the monotonic clock of each process, and the one check an interval the clock of Redis, which expires a key:
-    no job is taken for lost.
+    The producer's clock sets the due time of a job; a worker raises the job when its own clock says so. So a worker whose clock
+    is ahead raises jobs early, and jobs are late only if all workers' clocks are behind. Heartbeats and repeated stall checks
+    use each process's monotonic clock. The clock of Redis, which expires a key, limits stall checks to one an interval. So no
+    job is considered lost.
     """
     stalled = field.crew.look().stalled.copy()
     first, second = field.chance.sample(field.crew.alive, 2)
@@ -142,21 +142,21 @@ async def clock_jumps(field: Field) -> None:
 
 
 async def restart_with_aof(field: Field) -> None:
-    """Redis is killed and comes back with all that it had confirmed."""
+    """Redis is killed and comes back with everything that it had confirmed."""
     await field.restart(wipe=False)
 
 
 async def restart_without_aof(field: Field) -> None:
-    """Redis is killed and comes back empty: ids start anew, and each tracked job ends as unknown."""
+    """Redis is killed and comes back empty: ids start again at 1, and each tracked job ends as unknown."""
     unknown = field.ledger.unknown
-    await field.save_all([field.new_job(due=now_ms() + 3_600_000)])  # others may all have ended when Redis is killed
+    await field.save_all([field.new_job(due=now_ms() + 3_600_000)])  # All others may have ended when Redis is killed.
     await field.restart(wipe=True)
     await field.until(lambda: not field.ledger.unsettled & field.ledger.forgotten)
     assert field.ledger.unknown > unknown
 
 
 async def flush_scripts(field: Field) -> None:
-    """SCRIPT FLUSH, again and again, under load."""
+    """SCRIPT FLUSH, repeatedly, under load."""
     refused = await refusals(field.redis, "NOSCRIPT")
     for _ in range(8):
         await field.redis.script_flush()
@@ -178,7 +178,7 @@ async def flush_scripts_in_save_all(field: Field) -> None:
 
 
 async def cut_behind_finishes(field: Field) -> None:
-    """The connection is cut between a finish and its reply: the finish is repeated, and counts once."""
+    """The connection is cut between a settlement and its reply: the settlement is repeated, and counts once."""
     cuts = 0
 
     async def distort(line: Line, data: bytes) -> bytes:
@@ -199,7 +199,7 @@ async def cut_behind_finishes(field: Field) -> None:
 
 
 async def kill_each_connection(field: Field) -> None:
-    """CLIENT KILL of every connection in turn: the producer's two, and each worker's three."""
+    """CLIENT KILL of every connection in turn: the producer's two and each worker's three."""
     await field.until(field.all_are_connected)
     clients = await field.clients()
     lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
@@ -212,7 +212,7 @@ async def kill_each_connection(field: Field) -> None:
 
 
 async def pause_clients(field: Field) -> None:
-    """CLIENT PAUSE for longer than the stall interval, then for writes alone: no connection is given up for it."""
+    """CLIENT PAUSE for longer than the stall interval, then for writes only: no connection is given up."""
     await field.until(field.all_are_connected)
     reconnects = field.producer.reconnects
     await field.redis.client_pause(2 * STALL_INTERVAL_MS)
@@ -223,17 +223,16 @@ async def pause_clients(field: Field) -> None:
 
 
 async def relay_cuts(field: Field) -> None:
-    """Connections are cut at any moment."""
+    """Connections are cut at random moments."""
     lost = field.crew.look().errors["ConnectionLost"] + field.producer.reconnects
-    while (
-        field.crew.look().errors["ConnectionLost"] + field.producer.reconnects < lost + 6
-    ):  # one may hit an attempt to connect
+    # A cut that hits an attempt to connect does not count.
+    while field.crew.look().errors["ConnectionLost"] + field.producer.reconnects < lost + 6:
         field.chance.choice(field.lines()).cut()
         await field.more(6)
 
 
 async def relay_delays(field: Field) -> None:
-    """All that Redis says comes late, on one connection later than on another."""
+    """Everything that Redis sends arrives late, by a different time on each connection."""
 
     async def distort(line: Line, data: bytes) -> bytes:
         await asyncio.sleep(field.chance.uniform(0, 0.03))
@@ -245,7 +244,7 @@ async def relay_delays(field: Field) -> None:
 
 
 async def relay_halves(field: Field) -> None:
-    """What Redis says comes in two pieces, and at times the connection is cut between them, in the middle of a reply."""
+    """Everything that Redis sends arrives in two pieces; sometimes the connection is cut between them, within a reply."""
     cuts = 0
 
     async def distort(line: Line, data: bytes) -> bytes:
@@ -256,7 +255,7 @@ async def relay_halves(field: Field) -> None:
             cuts += 1
             line.cut()
             return b""
-        await asyncio.sleep(0.001)  # the other side reads what there is
+        await asyncio.sleep(0.001)  # The other side reads the first piece.
         return data[middle:]
 
     field.distort(distort)
@@ -266,23 +265,23 @@ async def relay_halves(field: Field) -> None:
 
 
 async def relay_goes_silent(field: Field) -> None:
-    """Every connection is half-open: nothing comes through, and neither side is told. Redis still serves the takes of it."""
+    """Every connection is half-open: nothing passes, and neither side is told. Redis still answers takes on it."""
     await field.until(field.all_are_connected)
     lost, reconnects = field.crew.look().errors["ConnectionLost"], field.producer.reconnects
     for line in (lines := field.lines()):
         line.dead = True
     await field.until(lambda: field.crew.look().errors["ConnectionLost"] >= lost + 2 * len(field.crew.alive))
     await field.until(lambda: field.producer.reconnects > reconnects)
-    await field.producer.check_health()  # on the connection that nothing else has found to be dead
+    await field.producer.check_health()  # on the connection that nothing else uses
     for line in lines:
         line.cut()
 
 
 async def memory_runs_out(field: Field) -> None:
-    """maxmemory: saves are refused, the queue drains itself, and it goes on when there is memory."""
+    """maxmemory: saves are refused, the queue drains, and saves work again when there is memory."""
     refused = field.save_errors["CommandError OOM"]
     await field.redis.config_set("maxmemory", 1)
-    await field.until(lambda: field.save_errors["CommandError OOM"] > refused + AT_ONCE)
+    await field.until(lambda: field.save_errors["CommandError OOM"] > refused + LOAD)
     key = field.producer.to_key
 
     async def is_drained() -> bool:
@@ -293,10 +292,10 @@ async def memory_runs_out(field: Field) -> None:
 
 
 async def password_changes(field: Field) -> None:
-    """The password is changed and all connections are killed: they are refused until it is changed back."""
+    """The password changes and all connections are killed: new ones are refused until it is changed back."""
     await field.redis.config_set("requirepass", "another")
     refused, refusals = field.crew.look().errors["ConnectionRefused"], len(field.refusals)
-    await field.more()  # who is in stays in
+    await field.more()  # Open connections survive.
     await field.kill(await field.clients())
     await field.until(lambda: field.crew.look().errors["ConnectionRefused"] > refused)
     await field.until(lambda: len(field.refusals) > refusals)
@@ -305,7 +304,7 @@ async def password_changes(field: Field) -> None:
 
 
 async def ten_thousand_due(field: Field) -> None:
-    """10,000 delayed jobs are due at once."""
+    """10,000 delayed jobs are due at the same time."""
     jobs = [field.new_job(due=now_ms() + 3_600_000, ms=0) for _ in range(10_000)]
     await field.save_all(jobs)
     assert await field.redis.zcard(field.producer.to_key("delayed")) >= len(jobs)
@@ -314,7 +313,7 @@ async def ten_thousand_due(field: Field) -> None:
 
 
 _FINISHED = {"command": (b"*3\r\n:1\r\n", b"*1\r\n:1\r\n"), "take": (b"*1\r\n:1\r\n",), "event": ()}
-"""How the reply to a finish begins that has settled its job, where no other reply does."""
+"""By role: the first bytes of a reply to a settlement that succeeded. No other reply begins so."""
 
 
 FAULTS: dict[str, Fault] = {
@@ -352,4 +351,4 @@ FAULTS: dict[str, Fault] = {
         ended_at_once,
     )
 }
-"""By name; alone in this order."""
+"""By name, in the order in which they run alone."""

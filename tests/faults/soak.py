@@ -1,7 +1,7 @@
-"""The soak: `python -m tests.faults.soak`, for MINUTES (30), with a fault every EVERY (20) seconds that SEED (189) chooses.
+"""The soak: `python -m tests.faults.soak`. It runs for MINUTES (30), and SEED (189) picks a fault every EVERY (20) seconds.
 
-The field with its ledger and the harness's own client and six workers share a Redis, on a queue each. After each fault the
-chains must be back and the ledger must add up; then its page is turned, so that the books do not grow. Memory is looked at
+Two queues share a Redis: one has the field and its ledger, the other the harness's own client and six workers. After each fault
+the chains must be back and the ledger must add up; then a new page begins, so that the ledger does not grow. Memory is measured
 along the way. Exit code: 0 when all was right, 1 when not, 2 for a wrong argument.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import beequeue.wire.link
+from beequeue.parse import whole_number
 from config import fail
 from tests.faults import worker
 from tests.faults.field import Field, with_password
@@ -44,16 +45,16 @@ SOAKED = (
     "slow-link",
     "forgotten-flow",
 )
-"""The faults that leave this Redis where it is, the rights of the harness, and most of the workers."""
+"""The faults that keep this Redis in its place, spare the harness's rights, and leave most workers alive."""
 GROWTH_MB = 3
-"""What a process may grow by after the first third of its life; what two sockets lose would be over 50 MB in 30 minutes."""
+"""How much a process may grow after the first third of its life. Two sockets leak over 50 MB of bindings in 30 minutes."""
 ROWS = 10
-"""How many lines the table of memory has at most."""
+"""The most lines of the memory table."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the environment asks for."""
+    """The settings from the environment."""
 
     minutes: float
     every: float
@@ -64,21 +65,25 @@ class Plan:
     def read(cls, environment: Mapping[str, str]) -> Plan:
         """Raises `ValueError` with the line to show."""
         found = {}
-        for name, default in (("MINUTES", "30"), ("EVERY", "20"), ("SEED", "189")):
-            given, whole = environment.get(name) or default, name == "SEED"
-            if not given.replace(".", "", not whole).isdecimal():
-                raise ValueError(f"{name} must be a {'whole ' * whole}number, not {given!r}")
+        for name, default in (("MINUTES", "30"), ("EVERY", "20")):
+            given = environment.get(name) or default
+            if not given.replace(".", "", 1).isdecimal():
+                raise ValueError(f"{name} must be a number, not {given!r}")
             found[name] = float(given)
+        try:
+            seed = whole_number(environment.get("SEED") or "189", at_least=0)
+        except ValueError as error:
+            raise ValueError(f"SEED {error}") from None
         faults = tuple(environment.get("FAULTS", "").split()) or SOAKED
         for fault in faults:
             if fault not in SOAKED:
                 raise ValueError(f"FAULTS must name some of {', '.join(SOAKED)}; not {fault!r}")
-        return cls(found["MINUTES"], found["EVERY"], int(found["SEED"]), faults)
+        return cls(found["MINUTES"], found["EVERY"], seed, faults)
 
 
 @dataclass
 class Figures:
-    """What is told at the end."""
+    """The figures of the report."""
 
     faults: Counter[str] = field(default_factory=Counter)
     ledger: Counter[str] = field(default_factory=Counter)
@@ -86,13 +91,13 @@ class Figures:
     """Minute and MB, by process."""
 
     def look(self, minute: float, harness: Harness, redis_mb: float) -> None:
-        """Notes the memory of all that live."""
+        """Records the memory of every live process."""
         for member in (harness.client, *harness.workers):
             self.memory[member.name].append((minute, resident_mb(member.pid)))
         self.memory["redis"].append((minute, redis_mb))
 
     def balanced(self, fault: str, ground: Field) -> None:
-        """Adds a page of the ledger, which was right."""
+        """Adds a page of the ledger that added up."""
         books, notes = ground.ledger, ground.crew.notes
         self.faults[fault] += 1
         self.ledger.update(
@@ -110,7 +115,7 @@ class Figures:
         )
 
     def growth(self) -> dict[str, float]:
-        """What each of our processes that lived long enough has grown by after the first third of its life, in MB."""
+        """How much each of our processes has grown after the first third of its life, in MB, if it lived long enough."""
         ours = {name: samples for name, samples in self.memory.items() if name != "redis" and len(samples) > 2}
         return {name: samples[-1][1] - samples[len(samples) // 3][1] for name, samples in ours.items()}
 
@@ -133,7 +138,7 @@ def resident_mb(pid: int) -> float:
 
 
 async def strike(fault: str, load: Field, ground: Ground) -> float:
-    """Lets a fault happen to both, and returns when both have come back; the seconds from its end to seven live chains."""
+    """Makes a fault happen to both queues and waits for both; returns the seconds from its end until seven chains live."""
     of_the_harness = [OF_THE_HARNESS[fault](ground)] if fault in OF_THE_HARNESS else []
     await asyncio.gather(FAULTS[fault](load), *of_the_harness)
     over = time.monotonic()
@@ -143,7 +148,7 @@ async def strike(fault: str, load: Field, ground: Ground) -> float:
 
 
 async def soak(plan: Plan, figures: Figures) -> None:
-    """Runs it; raises what was wrong."""
+    """Runs the soak; raises if anything was wrong."""
     chance, started = random.Random(plan.seed), time.monotonic()
     load = Field("soak", plan.seed)
     async with load, Relay(load.server.url, remember=2**16, tcp=True) as relay:
@@ -172,7 +177,7 @@ async def soak(plan: Plan, figures: Figures) -> None:
 
 
 def say(started: float, line: str) -> None:
-    """A line, with minutes and seconds since the start."""
+    """Prints a line with the minutes and seconds since the start."""
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
     print(f"{minutes:2}:{seconds:02}  {line}", flush=True)
 
@@ -187,7 +192,7 @@ def totals(last: Mapping[str, Any]) -> str:
 
 
 def show(figures: Figures) -> None:
-    """The end of the report."""
+    """Prints the end of the report."""
     grown = ", ".join(f"{name} {mb:+.1f}" for name, mb in figures.growth().items())
     print(f"ledger: {', '.join(f'{count:,} {what}' for what, count in figures.ledger.items())}")
     print(f"faults: {sum(figures.faults.values())}: {', '.join(f'{name} {n}' for name, n in figures.faults.items())}")
@@ -199,12 +204,12 @@ def main() -> int:
         plan = Plan.read(os.environ)
     except ValueError as error:
         fail(str(error), code=2)
-    beequeue.wire.link.TICK_S = worker.TICK_S  # the field's producer, like its workers, finds a silent connection soon
-    logging.getLogger("beequeue").setLevel(logging.ERROR)  # each attempt to connect
+    beequeue.wire.link.TICK_S = worker.TICK_S  # The field's producer, like its workers, finds a silent connection soon.
+    logging.getLogger("beequeue").setLevel(logging.ERROR)  # Drops the line for each attempt to connect.
     figures, wrong = Figures(), []
     try:
         asyncio.run(soak(plan, figures))
-    except Exception:  # whatever it was, what had been right until then is still told
+    except Exception:  # The report still shows everything that was right until then.
         traceback.print_exc()
         wrong.append("it did not come to its end")
     if figures.faults:

@@ -1,6 +1,6 @@
-"""Each fault alone, and several in a row under one load, on a real Redis: nothing is lost, and the ledger adds up.
+"""Each fault alone, and several in a row under one load, on a real Redis: no job is lost, and the ledger adds up.
 
-`make faults SEED=n` repeats what a seed has done; FAULTS names some of them, ROUNDS says how many mixed runs there are.
+`make faults SEED=n` repeats the run of a seed. FAULTS selects faults by name, ROUNDS sets the number of mixed runs.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import random
 import pytest
 
 import beequeue.wire.link
+from beequeue.parse import whole_number
 from tests.faults import worker
 from tests.faults.field import Field
 from tests.faults.scenarios import FAULTS
 
 
 def number(variable: str, default: int, *, at_least: int) -> int:
-    """An int from the environment; a wrong one ends the run with one line."""
-    given = os.environ.get(variable) or str(default)
-    if not given.isdecimal() or int(given) < at_least:
-        pytest.exit(f"{variable} must be a whole number of at least {at_least}, not {given!r}", returncode=2)
-    return int(given)
+    """An int from the environment; a wrong value ends the run with one line."""
+    try:
+        return whole_number(os.environ.get(variable) or str(default), at_least=at_least)
+    except ValueError as error:
+        pytest.exit(f"{variable} {error}", returncode=2)
 
 
 def chosen() -> list[str]:
-    """The faults that FAULTS names, or all."""
+    """The faults that FAULTS names, by default all."""
     given = os.environ.get("FAULTS", "").split()
     for fault in given:
         if fault not in FAULTS:
@@ -36,20 +37,20 @@ def chosen() -> list[str]:
 SEED = number("SEED", 189, at_least=0)
 ROUNDS = number("ROUNDS", 1, at_least=1)
 TIMES = number("TIMES", 1, at_least=1)
-"""How often each fault happens in a row when it is alone."""
+"""How many times in a row each fault happens when it is alone."""
 CHOSEN = chosen()
 MIXED = 4
-"""How many faults there are in a mixed run."""
+"""The number of faults in a mixed run."""
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The producer too finds a silent connection soon."""
+    """The producer, like the workers, finds a silent connection soon."""
     monkeypatch.setattr(beequeue.wire.link, "TICK_S", worker.TICK_S)
 
 
 async def suffer(name: str, seed: int, faults: list[str], times: int = 1) -> None:
-    """Lets faults happen under load, and settles; a failure says how to repeat it."""
+    """Makes faults happen under load, then checks the ledger. The output says how to repeat the run."""
     print(f"to repeat: make faults SEED={seed} ROUNDS=1 TIMES={TIMES} FAULTS='{' '.join(CHOSEN)}'; this is {', '.join(faults)}")
     async with Field(name, seed) as field:
         await field.more()

@@ -1,4 +1,4 @@
-"""The ledger itself: books that add up do, and each way in which they can fail to is named."""
+"""The ledger itself: books that add up are accepted, and each discrepancy is named."""
 
 from __future__ import annotations
 
@@ -89,35 +89,41 @@ def refuse(books: Books) -> None:
             ["stalling still holds ['2']", "job 1 is in ['stalling', 'succeeded'] as succeeded"],
         ),
         (lambda books: books.stored.places["failed"].append("2"), ["job 1 is in ['succeeded', 'failed'] as succeeded"]),
-        (forget_entry, ["job 1 was saved and is gone", "id 2 in succeeded has no entry"]),
-        (lose_job, ["job 1 was saved and is gone"]),
-        (lambda books: books.ledger.told.pop(1), ["job 1, id 2, was told []"]),
-        (lambda books: books.ledger.tell(1, "succeeded", {"number": 1}), ["job 1, id 2, was told ['succeeded', 'succeeded']"]),
+        (forget_entry, ["job 1 was saved but is gone", "id 2 in succeeded has no entry"]),
+        (lose_job, ["job 1 was saved but is gone"]),
+        (lambda books: books.ledger.told.pop(1), ["job 1, id 2: its reported ends are []"]),
+        (
+            lambda books: books.ledger.tell(1, "succeeded", {"number": 1}),
+            ["job 1, id 2: its reported ends are ['succeeded', 'succeeded']"],
+        ),
         (
             lambda books: books.ledger.tell(1, "succeeded", {"number": 0}),
-            ["job 1 was told succeeded {'number': 0}", "job 1, id 2, was told ['succeeded', 'succeeded']"],
+            [
+                "job 1: its reported end is succeeded {'number': 0}",
+                "job 1, id 2: its reported ends are ['succeeded', 'succeeded']",
+            ],
         ),
         (
             not_run,
             [
-                "job 1, told ['succeeded'], was saved and never run to its end",
-                "the end of job 1 was published, and it was not run",
+                "job 1 was saved but no attempt at it ended; its reported ends are ['succeeded']",
+                "the end of job 1 was published, but no attempt at it ended",
             ],
         ),
-        (unknown, ["job 1 ended as unknown, though no connection was lost"]),
-        (revive, ["job 1 was removed and is back"]),
-        (refuse, ["job 1 is stored, and its save failed", "job 1 was run, and its save failed"]),
+        (unknown, ["job 1 ended as unknown, although no connection was lost"]),
+        (revive, ["job 1 was removed but is back"]),
+        (refuse, ["job 1 is stored, although its save failed", "job 1 was run, although its save failed"]),
         (lambda books: books.ledger.published.update([1]), ["job 1 was settled 2 times"]),
-        (lambda books: books.run("2", 1), ["job 1 ran 1 times more than it had to, and no stall check brought it back"]),
+        (lambda books: books.run("2", 1), ["job 1 ran 1 times too often, and no stall check brought it back"]),
     ],
 )
-def test_books_that_do_not(spoil: Callable[[Books], object], says: list[str]) -> None:
+def test_books_that_do_not_add_up(spoil: Callable[[Books], object], says: list[str]) -> None:
     books = Books()
     spoil(books)
     assert books.found() == says
 
 
-def test_a_stall_check_explains_a_second_run() -> None:
+def test_a_stall_check_explains_a_second_attempt() -> None:
     books = Books()
     books.run("2", 1)
     books.notes.read("stalled 2")
@@ -126,7 +132,7 @@ def test_a_stall_check_explains_a_second_run() -> None:
     assert len(books.found()) == 1
 
 
-def test_a_retry_that_comes_late_from_a_stalled_run_explains_one_more() -> None:
+def test_a_late_retry_of_a_stalled_attempt_explains_one_more() -> None:
     books = Books()
     books.ledger.saved[7] = "8"
     books.ledger.tell(7, "succeeded", {"number": 7})
@@ -138,18 +144,18 @@ def test_a_retry_that_comes_late_from_a_stalled_run_explains_one_more() -> None:
         books.run("8", 7)
     assert books.found() == []
     books.run("8", 7)
-    assert books.found() == ["job 7 ran 3 times more than it had to, and no stall check brought it back"]
+    assert books.found() == ["job 7 ran 3 times too often, and no stall check brought it back"]
 
 
 @pytest.mark.parametrize("line", ["error ConnectionLost", "error OutcomeNotRecorded"])
-def test_a_lost_reply_explains_a_second_run(line: str) -> None:
+def test_a_lost_reply_explains_a_second_attempt(line: str) -> None:
     books = Books()
     books.run("2", 1)
     books.notes.read(line)
     assert books.found() == []
 
 
-def test_a_save_that_may_have_happened_may_be_stored_or_not() -> None:
+def test_a_save_that_may_have_been_applied_may_be_stored_or_not() -> None:
     books = Books()
     del books.ledger.saved[1]
     del books.ledger.told[1]
@@ -159,11 +165,11 @@ def test_a_save_that_may_have_happened_may_be_stored_or_not() -> None:
     assert books.found() == []
 
 
-def test_what_redis_forgot_may_be_gone() -> None:
+def test_jobs_may_be_gone_after_redis_has_lost_its_data() -> None:
     books = Books()
     del books.ledger.told[1]
     books.ledger.redis_is_wiped()
-    assert books.found() == ["job 1, id 2, was told []"]
+    assert books.found() == ["job 1, id 2: its reported ends are []"]
     books.ledger.tell(1, "unknown", OutcomeUnknown("gone"))
     lose_job(books)
     books.notes.finished.pop(1)
@@ -172,7 +178,7 @@ def test_what_redis_forgot_may_be_gone() -> None:
 
 
 def with_a_killer() -> Books:
-    """Number 4 has killed two workers and failed for it."""
+    """Job 4 has killed two workers, and failed for it."""
     books = Books()
     books.ledger.issued = 5
     books.ledger.killers.add(4)
@@ -187,11 +193,11 @@ def with_a_killer() -> Books:
     return books
 
 
-def test_a_killer_fails_without_having_ended() -> None:
+def test_a_killer_fails_although_no_attempt_ended() -> None:
     assert with_a_killer().found() == []
     books = with_a_killer()
     books.ledger.killers.clear()
     assert len(books.found()) == 3
     books = with_a_killer()
     books.ledger.tell(4, "failed", JobFailed("bad 4"))
-    assert books.ledger.wrong == ["job 4 was told failed JobFailed('bad 4')"]
+    assert books.ledger.wrong == ["job 4: its reported end is failed JobFailed('bad 4')"]

@@ -1,6 +1,6 @@
-"""A fleet behind a proxy that answers for a Redis that is away: producers here, and twelve workers of the command line.
+"""A fleet behind a proxy that accepts connections while its Redis is away: producers here, and twelve command-line workers.
 
-Neither asks for a password: their connections have nothing to say before a command, so that the proxy may cut them at any step.
+There is no password, so connections send nothing before the first command, and the proxy may cut them at any step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ backend back
 
 
 class Away:
-    """How a Redis goes and comes back, and how many connections were cut since it went."""
+    """Makes a Redis go away and come back, and counts the connections that were cut meanwhile."""
 
     def __init__(self, go: Callable[[], None], come_back: Callable[[], None], cut: Callable[[], Awaitable[int]]) -> None:
         self.go = go
@@ -68,12 +68,12 @@ class Away:
 
 
 Front = tuple[str, Away]
-"""Where to connect, and what is behind it."""
+"""The URL of a proxy, and the Redis behind it."""
 
 
 @asynccontextmanager
 async def relay(directory: Path) -> AsyncIterator[Front]:
-    """A proxy that accepts and resets."""
+    """A proxy that accepts and resets connections."""
     with running_server(find_server(os.environ)) as server:
         async with Relay(server.url, tcp=True, remember=2**16) as through:
 
@@ -93,7 +93,7 @@ async def relay(directory: Path) -> AsyncIterator[Front]:
 
 @asynccontextmanager
 async def haproxy(directory: Path) -> AsyncIterator[Front]:
-    """HAProxy, which ends TLS."""
+    """HAProxy, which terminates TLS."""
     binary = shutil.which("haproxy")
     if binary is None:
         skip("no haproxy")
@@ -119,7 +119,7 @@ async def haproxy(directory: Path) -> AsyncIterator[Front]:
 
 
 async def connection_errors(stats: Path) -> int:
-    """How often HAProxy has found nobody behind it."""
+    """How often HAProxy could not connect to its backend."""
     reader, writer = await asyncio.open_unix_connection(str(stats))
     writer.write(b"show stat\n")
     header, *rows = [line.split(",") for line in (await reader.read(2**20)).decode().splitlines() if line]
@@ -134,7 +134,7 @@ def listens(port: int) -> bool:
 
 @asynccontextmanager
 async def workers(url: str, name: str, directory: Path) -> AsyncIterator[None]:
-    """`python -m beequeue worker`, one job at once; each must end well."""
+    """`python -m beequeue worker` with concurrency 1; each worker must exit with 0."""
     (directory / "app.py").write_text(APP)
     command = (sys.executable, "-m", "beequeue", "worker", "app:work", "--queue", name, "--redis", url)
     with (directory / "said").open("wb") as said:
@@ -159,7 +159,7 @@ FRONTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Front]]] = {"rese
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("front", FRONTS)
 async def test_all_work_again(front: str, name: str, tmp_path: Path) -> None:
-    """Redis is away when all connect for the first time, and once more when all are at work."""
+    """Redis is away when all connect for the first time, and again while all are working."""
     errors: list[BeeQueueError] = []
     async with AsyncExitStack() as stack:
         url, redis = await stack.enter_async_context(FRONTS[front](tmp_path))
@@ -190,7 +190,7 @@ async def test_all_work_again(front: str, name: str, tmp_path: Path) -> None:
 
 
 async def enough(redis: Away, seen: int) -> bool:
-    """Whether as many connections were cut since as there are, twice."""
+    """Whether twice as many connections were cut since then as there are."""
     return await redis.cut() >= seen + 2 * (3 * WORKERS + 2 * PRODUCERS)
 
 
@@ -199,6 +199,6 @@ def all_have_begun(jobs: list[Job], directory: Path) -> bool:
 
 
 def starts(directory: Path) -> Counter[str]:
-    """How often each job was begun."""
+    """How often each job was started."""
     file = directory / "started"
     return Counter(file.read_text().split()) if file.exists() else Counter()

@@ -1,4 +1,4 @@
-"""A short soak, and what it makes of wrong arguments. `make soak` has the long one."""
+"""A short soak, and its messages about wrong arguments. `make soak` runs the long one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_short_soak() -> None:
     [
         ("MINUTES", "long", "MINUTES must be a number, not 'long'"),
         ("EVERY", "-1", "EVERY must be a number, not '-1'"),
-        ("SEED", "1.5", "SEED must be a whole number, not '1.5'"),
+        ("SEED", "1.5", "SEED must be a whole number of at least 0, not '1.5'"),
         ("FAULTS", "flood", f"FAULTS must name some of {', '.join(SOAKED)}; not 'flood'"),
     ],
 )
@@ -57,11 +57,11 @@ def test_a_wrong_argument_is_named(variable: str, value: str, line: str) -> None
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line + "\n")
 
 
-def test_it_knows_its_faults() -> None:
+def test_every_fault_of_the_soak_exists() -> None:
     assert set(SOAKED) <= set(FAULTS)
 
 
-def test_growth_counts_from_the_first_third_of_a_life() -> None:
+def test_growth_is_measured_from_the_first_third_of_a_life() -> None:
     figures = Figures()
     for minute in range(9):
         figures.memory["client"].append((minute, 30 + 5 * minute))

@@ -1,11 +1,11 @@
-"""A worker that writes down what it does: `python -m tests.faults.worker URL NAME FILE STALL_INTERVAL_MS MOOD CONCURRENCY`.
+"""A worker that records its actions: `python -m tests.faults.worker URL NAME FILE STALL_INTERVAL_MS MOOD CONCURRENCY`.
 
-It runs on the loop that TEST_LOOP names, and gets its password from a provider that the file MOOD rules. SIGUSR1 sets the
-process's clock an hour ahead, SIGUSR2 an hour back: `time.time`, which is what due times are held against. SIGHUP opens the
-gate that gated jobs wait for.
+It runs on the loop that TEST_LOOP names. The file MOOD controls the provider of its password. SIGUSR1 sets the process's clock
+(`time.time`, which due times are compared with) an hour ahead, SIGUSR2 an hour back. SIGHUP opens the gate that gated jobs wait
+for. SIGTERM closes the queue.
 
-Each line goes to FILE in one write with O_APPEND, so a kill loses none. A job starts behind its line, and ends behind it too.
-SIGTERM closes the queue. Half-open sockets are found in a fifth of the usual time.
+Each line goes to FILE in one write with O_APPEND, so a kill loses none. The line about the start or the end of a job is written
+before the job starts or ends. Half-open sockets are found in a fifth of the usual time.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TICK_S = 0.2
 TAKE_WAIT_S = 1
 MAX_STALLS = 3
 LOOK_EVERY_MS = 1_000
-"""How long a worker whose clock was wrong may sleep through a time that is due."""
+"""How long a worker whose clock was wrong may oversleep a due time."""
 HOUR_S = 3_600
 
 
 def hurry() -> None:
-    """Finds a silent connection within 2 s instead of 10 s (a take: that it is idle, after 1 s instead of 5 s)."""
+    """Finds a silent connection within 2 s instead of 10 s, and renews an idle take after 1 s instead of 5 s."""
     beequeue.wire.link.TICK_S = TICK_S
     beequeue.store.store.TAKE_WAIT_S = TAKE_WAIT_S
 
@@ -57,13 +57,13 @@ class Clock:
         time.time = lambda: self._true() + self._ahead_s
 
     def jump(self, seconds: int) -> int:
-        """Sets it; returns by how much it is wrong now."""
+        """Sets the clock; returns how many seconds it is ahead now."""
         self._ahead_s += seconds
         return self._ahead_s
 
 
 class Warnings(logging.Handler):
-    """Hears what the library logs."""
+    """Records the library's warnings about handlers that block the event loop."""
 
     def __init__(self, note: Callable[..., None]) -> None:
         super().__init__(logging.WARNING)
@@ -85,7 +85,7 @@ async def main(url: str, name: str, path: str, stall_interval: int, mood: Path, 
         number = job.data["number"]
         note("start", job.id, number)
         if job.data.get("blocks"):
-            time.sleep(job.data["ms"] / 1000)  # noqa: ASYNC251  # that is what it is for
+            time.sleep(job.data["ms"] / 1000)  # noqa: ASYNC251  # It is meant to block.
         else:
             await asyncio.sleep(job.data["ms"] / 1000)
         if job.data["gated"]:
