@@ -1,11 +1,12 @@
-"""Which faults the tests do not notice: `make mutants`, MODULES="events settings" for some of them.
+"""Finds the faults that the tests do not notice: `make mutants`, or MODULES="events settings" for some modules.
 
-Each mutant is one module without I/O with one fault put in: cosmic-ray's operators, and a statement left out. It runs in a
-copy of the project, against the tests that see the module. One that no test fails on is printed, unless
-`mutants.txt` says why nobody could notice it. Ends with 1 when a module has fewer than 95 % noticed.
+A mutant is one module with one fault: cosmic-ray's operators make them, and one more that leaves a statement out. It runs in a
+copy of the project, against the tests of the module. A mutant that passes all of them is printed, unless `mutants.txt` explains
+why no test can notice it. The exit code is 1 when fewer than 95 % of a module's mutants are noticed.
 
-`.mutants` remembers each verdict for as long as the library and its tests stay the same, so an interrupted run continues.
-SAMPLE=80 tries so many mutants of each module, the same ones each time. PROCESSES says how many run at once: one a core.
+`.mutants` remembers each verdict as long as the library and its tests stay the same, so an interrupted run continues.
+SAMPLE=80 tries that many mutants of each module, the same ones each time. PROCESSES sets how many run at once; the default is
+one for each core.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MODULES = {
     " wire/test_sizes::test_a_job_whose_result_is_too_large_is_looked_up",
     "fsck.findings": "fsck/test_fsck",
 }
-"""The modules, and the test files, or tests, that see each: the soonest to notice first."""
+"""The modules, and the test files or tests of each: first those that notice most faults soonest."""
 OPERATORS = [
     "core/AddNot",
     "core/ExceptionReplacer",
@@ -85,9 +86,9 @@ OPERATORS = [
 ]
 NEEDED = 0.95
 LONGEST_S, LONGEST = 30, 5
-"""The tests of one mutant may take 30 s and five times as long as without a fault; after that it is noticed."""
+"""The tests of one mutant may take 30 s and five times as long as without a fault; past that the mutant counts as noticed."""
 MEMORY_BYTES = 2**31
-"""How much memory they may take."""
+"""How much memory the tests of one mutant may use."""
 TRIES = 3
 SEED = 189
 JOURNAL = ROOT / ".mutants"
@@ -96,7 +97,7 @@ OPTIONS = ["-qx", "--assert", "plain", "--timeout", "8", "-p", "no:cacheprovider
 
 
 class Mutant(NamedTuple):
-    """A module's text with one fault, and the line before and after."""
+    """A module's text with one fault; the number of the faulty line, and the line before and after."""
 
     text: str
     line: int
@@ -104,7 +105,7 @@ class Mutant(NamedTuple):
 
 
 def mutants(text: str) -> Iterator[Mutant]:
-    """All of a module, those that do not differ from it left out."""
+    """Yields all mutants of a module that differ from it."""
     for name in OPERATORS:
         operator = get_operator(name)()
         places = sum(len(list(operator.mutation_positions(node))) for node in ast_nodes(get_ast(text)))
@@ -115,10 +116,10 @@ def mutants(text: str) -> Iterator[Mutant]:
                 continue
             if mutated is None or mutated == text:
                 continue
-            # cosmic-ray replaces each name of `asyncio.CancelledError` and leaves no dot
+            # cosmic-ray replaces both names of `asyncio.CancelledError` and drops the dot
             mutated = re.sub(r"\w*(CosmicRayTestingException)\w*", r"\1", mutated)
             mutant = Mutant(mutated, *difference(text, mutated))
-            if " /, " not in mutant.change:  # the bare * of a signature, taken for a product
+            if " /, " not in mutant.change:  # cosmic-ray takes the bare * of a signature for a product
                 yield mutant
     yield from without_a_statement(text)
 
@@ -131,7 +132,7 @@ def difference(text: str, mutated: str) -> tuple[int, str]:
 
 
 def without_a_statement(text: str) -> Iterator[Mutant]:
-    """Each statement that does something becomes `pass`."""
+    """Yields a mutant for each statement with an effect, which becomes `pass`."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
         is_call = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
@@ -145,7 +146,7 @@ def without_a_statement(text: str) -> Iterator[Mutant]:
 
 
 class Copy:
-    """The project, to put a fault in."""
+    """A copy of the project to put faults into, and a process that runs tests there."""
 
     def __init__(self, directory: Path, url: str) -> None:
         self._directory = directory
@@ -158,11 +159,11 @@ class Copy:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # an interrupt is no failed test
+            start_new_session=True,  # Ctrl-C must not look like a failed test
         )
 
     def passes(self, module: str, text: str, longest_s: float) -> bool:
-        """Whether the module's tests pass with this text, and in time."""
+        """Whether the module's tests pass in time with this text."""
         file = self._directory / source_of(module)
         whole = file.read_text()
         file.write_text(text)
@@ -180,28 +181,28 @@ class Copy:
         return code == "0\n"
 
     def close(self) -> None:
-        """Ends its process."""
+        """Ends the process."""
         self._process.communicate()
 
 
 def tests_of(module: str) -> list[str]:
-    """What pytest is to run for a module."""
+    """Pytest's arguments for a module."""
     return [re.sub(r"^([\w/]+)", r"tests/\1.py", name) for name in MODULES[module].split()]
 
 
 def source_of(module: str) -> Path:
-    """A module's file, below the project's top folder."""
+    """A module's file, relative to the project."""
     return Path("beequeue", *module.split(".")).with_suffix(".py")
 
 
 def serve() -> None:
-    """In a copy: runs the tests of each line of stdin, in a fork that has the imports; prints 0 if they pass.
+    """Runs in a copy: for each line of stdin, runs its tests in a fork that has the imports; prints 0 if they pass.
 
-    A test that fails has to fail once more, alone, or all start again: on a busy machine one may fail by chance.
+    A failed test must fail once more, alone; otherwise all tests start again. On a busy machine one may fail by chance.
     """
     for package in PRELOADED:
         importlib.import_module(package)
-    assert not {"beequeue", "harness"} & sys.modules.keys()  # a fork would not see the fault
+    assert not {"beequeue", "harness"} & sys.modules.keys()  # a fork would not import the fault
     for line in sys.stdin:
         longest_s, tests = json.loads(line)
         for _ in range(TRIES):
@@ -213,7 +214,7 @@ def serve() -> None:
 
 
 def run_forked(longest_s: float, tests: list[str]) -> tuple[int, str]:
-    """Pytest's exit code, and the test that failed; negative when the time was up."""
+    """Returns pytest's exit code, negative when the time was up, and the test that failed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -229,13 +230,13 @@ def run_forked(longest_s: float, tests: list[str]) -> tuple[int, str]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
-    os.set_blocking(reading, False)  # what the tests started may still hold the other end
+    os.set_blocking(reading, False)  # a process that the tests started may still hold the other end
     with os.fdopen(reading, "rb", buffering=0) as failed:
         return os.waitstatus_to_exitcode(status), (failed.read(4096) or b"").decode()
 
 
 class FirstFailure:
-    """A plugin of pytest that writes which test failed."""
+    """A pytest plugin that writes the first failed test to a file."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -247,7 +248,7 @@ class FirstFailure:
 
 
 def explained() -> set[tuple[str, str]]:
-    """Module and change of the mutants that nobody could notice; `mutants.txt` gives a reason above each group."""
+    """Module and change of the mutants that no test can notice; `mutants.txt` gives a reason above each group."""
     lines = (ROOT / "tests" / "mutants.txt").read_text().splitlines()
     return {(line.split(": ", 1)[0], line.split(": ", 1)[1]) for line in lines if line and not line.startswith("#")}
 
@@ -269,7 +270,7 @@ class Journal:
         return digest.hexdigest()
 
     def survives(self, module: str, text: str) -> bool | None:
-        """None: it has not been tried."""
+        """Whether a mutant survives; None when it has not been tried."""
         return self._survives.get(self._key(module, text))
 
     def add(self, module: str, text: str, survives: bool) -> None:
@@ -278,7 +279,7 @@ class Journal:
 
 
 class Judge:
-    """Runs mutants in the copies, and says what they show."""
+    """Runs mutants in the copies and counts the survivors."""
 
     def __init__(self, copies: SimpleQueue[Copy], pool: ThreadPoolExecutor) -> None:
         self._copies = copies
@@ -293,7 +294,7 @@ class Judge:
             self._copies.put(copy)
 
     def _longest_s(self, module: str, text: str) -> float:
-        """How long a mutant may take. Ends the program if the tests fail without a fault, or pass with any."""
+        """How long a mutant may take. Ends the program when the tests fail without a fault, or pass with every fault."""
         began_at = time.monotonic()
         if not self._passes(module, text, 600):
             sys.exit(f"{module}: its tests fail without any fault")
@@ -311,7 +312,7 @@ class Judge:
         return survives
 
     def is_enough(self, module: str, sample: int | None) -> bool:
-        """Tries the mutants of a module; whether enough of them are noticed."""
+        """Tries the mutants of a module; returns whether enough of them are noticed."""
         text = (ROOT / source_of(module)).read_text()
         longest_s = self._longest_s(module, text)
         made = list(mutants(text))
