@@ -14,6 +14,7 @@ import pytest
 from beequeue import Queue
 from beequeue.errors import JobFailed, UnreadableData
 from beequeue.events import Emitter, Event, encode_event, peek
+from tests.observe import nested
 
 
 def test_messages_as_node_writes_them() -> None:
@@ -84,6 +85,24 @@ def test_an_error_quotes_only_the_beginning_of_a_message() -> None:
         Event.decode(b'{"event":"x","data":"' + b"x" * 1000 + b'"}')
     quoted = repr(b'{"event":"x","data":"' + b"x" * 179)
     assert str(caught.value) == f"a message on the events channel names no job or no event: {quoted}"
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"null", ""), (b"5", "5"), (b'{"a":[]}', "{'a': []}")])
+def test_any_value_may_stand_in_the_place_of_a_message(data: bytes, message: str) -> None:
+    error = Event.decode(b'{"id":"1","event":"failed","data":' + data + b"}").data
+    assert isinstance(error, JobFailed)
+    assert error.args == (message,)
+
+
+def test_a_message_that_cannot_be_printed_gives_its_type() -> None:
+    """Python before 3.12 can read lists that are nested deeper than it can print."""
+    deep = nested(990)
+    try:
+        printed = str(deep)
+    except RecursionError:
+        printed = "list"
+    message = b'{"id":"1","event":"failed","data":' + b"[" * 990 + b"]" * 990 + b"}"
+    assert Event.decode(message).data.args == (printed,)
 
 
 def test_encoding_keeps_the_order_of_members() -> None:
