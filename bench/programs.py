@@ -90,7 +90,7 @@ class Program:
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line]  # Node prints more after it
-        return (errors or lines or ["it said nothing"])[-1]
+        return (errors or lines or ["it printed nothing"])[-1]
 
 
 def python_program(name: str, order: Mapping[str, Any]) -> Program:

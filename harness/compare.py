@@ -119,7 +119,7 @@ async def _start_worker(worker: Member, variables: Mapping[str, str]) -> None:
     for wait in waits:
         wait.cancel()
     if not connected.is_set():
-        raise NotCompared(f"{worker.name} did not start: {' '.join(said) or 'it said nothing'}")
+        raise NotCompared(f"{worker.name} did not start: {' '.join(said) or 'it printed nothing'}")
 
 
 async def _run_client(contestant: Contestant, bar: tqdm[NoReturn]) -> report.Run:
@@ -156,7 +156,7 @@ async def _run_client(contestant: Contestant, bar: tqdm[NoReturn]) -> report.Run
 
 
 def _last(said: Sequence[str]) -> str:
-    return said[-1] if said else "it said nothing"
+    return said[-1] if said else "it printed nothing"
 
 
 def _conditions(plan: Plan, settings: config.Config, url: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_a_program_that_is_left_is_ended() -> None:
     assert not Path(f"/proc/{program.pid}").exists()
 
 
-# --- what becomes of the numbers ---------------------------------------------------------------------------------------
+# --- from numbers to tables --------------------------------------------------------------------------------------------
 
 
 def test_a_summary_has_the_median_and_the_ends() -> None:
@@ -197,7 +197,7 @@ def test_the_interpreter_is_named_with_its_build(options: str, package: str | No
 
 def test_the_package_of_a_program_is_found() -> None:
     found = package_of(Path("/usr/bin/env"))
-    assert found is None or " " in found  # elsewhere than on Debian and Ubuntu there is no such package
+    assert found is None or " " in found  # only Debian and Ubuntu have such a package
     assert package_of(Path(__file__)) is None
 
 

@@ -1,4 +1,4 @@
-"""The client's chains: how many are alive, whatever order a job's reply and end come in."""
+"""The client's chains: how many are alive, in whichever order a job's reply and end arrive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness import alive
 from tests.conftest import until
 
 NEVER_S = 600
-"""A wait that no test sits through."""
+"""A wait that no test can wait out."""
 
 
 class Job:
@@ -33,7 +33,7 @@ class Job:
 
 
 class Queue:
-    """Says when saves are answered and jobs end. It stands for the queue, not for Redis: only order matters here."""
+    """Decides when saves are answered and when jobs end. It replaces the queue, not Redis: only the order matters here."""
 
     def __init__(self) -> None:
         self.saving: list[tuple[Job, asyncio.Future[str]]] = []
@@ -89,7 +89,7 @@ async def test_each_end_starts_the_next_job(queue: Queue, chains: Chains) -> Non
 
 
 async def test_an_end_may_come_before_the_reply(queue: Queue, chains: Chains) -> None:
-    """the race itself: the chain goes on at once, and the late reply starts no second one"""
+    """the race itself: the chain goes on at once, and the late reply starts no second job"""
     await queue.end("1")
     assert (chains.alive.count, len(queue.saving)) == (3, 4)
     await queue.answer("1")
@@ -97,7 +97,7 @@ async def test_an_end_may_come_before_the_reply(queue: Queue, chains: Chains) ->
 
 
 async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
-    """after the back-off, and not after the time that one which may have been applied has"""
+    """after the back-off, without the wait for a save that may have been applied"""
     monkeypatch.setattr(alive, "MAYBE_SAVED_S", NEVER_S)
     for error in (BeeQueueError("no"), ConnectionLost("down", maybe_applied=False)):
         await queue.answer(error)
@@ -107,7 +107,7 @@ async def test_a_save_that_failed_starts_its_chain_anew(queue: Queue, chains: Ch
 
 
 async def test_the_wait_grows_with_failures_in_a_row(queue: Queue, chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
-    """a save that worked ends the row"""
+    """a save that worked ends the series"""
     attempts: list[int] = []
 
     def at_once(attempt: int) -> int:
@@ -133,7 +133,7 @@ async def test_a_save_that_may_have_been_applied_waits_for_its_end(
     if applied:
         await queue.end("2")
         assert (chains.alive.count, len(queue.saving)) == (3, 2)
-    # the other one has no answer yet
+    # the other save has no answer yet
     ended, _ = await asyncio.wait(under_way, timeout=10, return_when=asyncio.FIRST_COMPLETED)
     assert len(ended) == 1
     await settle()
@@ -150,7 +150,7 @@ async def test_a_vanished_job_is_given_up(queue: Queue, chains: Chains, monkeypa
     chains.alive.give_up_vanished()
     await settle()
     assert (chains.alive.count, chains.alive.restarted, len(queue.saving)) == (3, 3, 3)
-    await queue.end("1")  # after all: for a moment there is one chain more, and no more than that
+    await queue.end("1")  # it has ended after all: for a moment there is one chain too many
     for job_id in ("4", "5", "6", "7"):
         await queue.answer(job_id)
     assert chains.alive.count == 4

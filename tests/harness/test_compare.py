@@ -1,4 +1,4 @@
-"""`python -m harness compare`: what it says of what it measured, and that it measures."""
+"""`python -m harness compare`: its findings from given runs, and a real comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import ROOT
 
 
 def run(jobs: int = 10_000, lost: int = 0, per_s: int = 1000, rss_kb: int = 31_000) -> Run:
-    """half of the jobs by half-time, with none lost and 30,000 kB"""
+    """A run with half of its jobs ended at half-time, none of them lost, and 30,000 kB then."""
 
     def line(jobs: int, lost: int, rss_kb: int) -> dict[str, Any]:
         heard = {"numQueueSucceeded": jobs, "numSucceededLost": lost, "numTracked": lost, "throughput": str(per_s)}
@@ -40,7 +40,7 @@ def judge(two: list[Run], one: list[Run]) -> tuple[int, str]:
 
 
 async def test_the_orderings_take_turns_to_be_first(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """a machine that slows down with time favours neither"""
+    """so a machine that slows down favours neither"""
     order: list[str] = []
 
     async def start_worker(*arguments: Any) -> None: ...
@@ -135,7 +135,7 @@ async def test_a_run_that_was_disturbed_is_not_judged(what: str) -> None:
         return Contestant("a client", [sys.executable, "-c", f"print({said!r})"], [], {**os.environ, "DURATION": "10"})
 
     assert (await _run_client(client(lines[1]), tqdm(disable=True))).last == lines[1]
-    with pytest.raises(NotCompared, match=f"^the client of 'a client' was disturbed, {what} is 1: it said nothing$"):
+    with pytest.raises(NotCompared, match=f"^the client of 'a client' was disturbed, {what} is 1: it printed nothing$"):
         await _run_client(client(lines[1] | {what: 1}), tqdm(disable=True))
 
 

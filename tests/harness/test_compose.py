@@ -241,7 +241,7 @@ def test_make_up_ends_with_its_client(compose: list[str], project: Path) -> None
 
 @versions
 def test_a_wrong_variable_ends_make_up(compose: list[str], project: Path) -> None:
-    """it stands in .env, which passes too"""
+    """the variable is set in .env, which passes to the containers too"""
     (project / ".env").write_text("CONCURRENCY=0\n")
     try:
         up = Up(make_up(compose), project)
@@ -276,7 +276,7 @@ class Chains:
         self._redis = run(*compose, "ps", "-q", "redis", cwd=project).stdout.strip()
 
     def jobs(self) -> list[str]:
-        """The ids of all that is waiting or active, at one moment."""
+        """The ids of all jobs waiting or active, at one moment."""
         return self._say("EVAL", LOOK, "2", "bq:issue-189:waiting", "bq:issue-189:active")
 
     def are_back(self) -> None:

@@ -1,4 +1,4 @@
-"""Configuration: defaults, who wins, and one clear line for each wrong value."""
+"""The configuration: defaults, precedence, and one clear line for each wrong value."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_environment_wins_over_dotenv(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_dotenv_that_is_not_utf8(tmp_path: Path) -> None:
-    """ends the program with one line that names the file"""
+    """the program ends with one line that names the file"""
     (tmp_path / ".env").write_bytes("QUEUE_NAME=Schlüssel\n".encode("latin-1"))
     (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
     ended = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,13 +103,13 @@ def local() -> Iterator[Callable[..., Local]]:
 
 @pytest.mark.parametrize("ordered", ["false", "true"])
 def test_the_main_job(local: Callable[..., Local], ordered: str) -> None:
-    run = local(DURATION="4", ORDERED_EVENTS=ordered, EXTENDED_STATS="true", WORKERS="6")
+    run = local(DURATION="3", ORDERED_EVENTS=ordered, EXTENDED_STATS="true", WORKERS="6")
     out, err = run.end()
     assert run.process.returncode == 0, err
-    assert len(out) == 8
+    assert len(out) == 6
     assert all(line.startswith("client_1  | {") for line in out)
     stats = [check_stats(line.split("| ", 1)[1], extended=True) for line in out]
-    assert [line["numAlive"] for line in stats[:-1]] == [CHAINS] * 7
+    assert [line["numAlive"] for line in stats[:-1]] == [CHAINS] * 5
     last = stats[-1]
     assert last["numJobSaveError"] == last["numQueueFailed"] == last["numRestarted"] == last["numAlive"] == 0
     assert last["numJobSaveSuccess"] == last["numQueueSucceeded"] > 1000
@@ -188,6 +189,25 @@ def test_a_server_that_cannot_be_run_is_named(local: Callable[..., Local]) -> No
     _, err = run.end()
     assert run.process.returncode == 1
     assert err == "REDIS_SERVER must name an executable server, not '/nowhere/redis-server'\n"
+
+
+def test_dotenv_sets_the_number_of_workers(tmp_path: Path, own_server: Server) -> None:
+    """as .env.example promises for `make local`"""
+    for name in ("client.py", "worker.py", "config.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "harness", tmp_path / "harness", ignore=shutil.ignore_patterns("__pycache__", "node"))
+    (tmp_path / ".env").write_text("WORKERS=2\nDURATION=1\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "harness", "local"],
+        cwd=tmp_path,
+        env={**environment(REDIS_URL=own_server.url), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert {line.split(" ")[0] for line in ended.stderr.splitlines()} == {"client_1", "worker_1", "worker_2"}
 
 
 class Programs:

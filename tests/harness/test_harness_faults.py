@@ -1,4 +1,4 @@
-"""Under faults client and workers live on, say in a line each what happened, and return to seven live chains by themselves."""
+"""Under faults the client and the workers survive, log one line for each event, and return to seven live chains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(150)
 
 FAULTS = OF_REDIS | OF_THE_HARNESS
 CUT = {"restart-with-aof", "restart-without-aof", "kill-each-connection", "relay-goes-silent"}
-"""Those in which every connection is lost."""
+"""The faults in which every connection is lost."""
 LINES = (
     r"(client|worker): connected; .*",
     r"(client|worker): (command|event|take) connection to \S+ lost: .*",
@@ -34,7 +34,7 @@ LINES = (
     r"client: saves work again",
     r"(client|worker): stopped",
 )
-"""All that they may say."""
+"""All the lines that the processes may log."""
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ async def test_it_lives_on(ground: Ground, fault: str) -> None:
     await FAULTS[fault](ground)
     await harness.recovered()
 
-    lost = dict.fromkeys(harness.said, 0) | connections  # a worker may have been hired
+    lost = dict.fromkeys(harness.said, 0) | connections  # a fault may have started a worker
     await until(lambda: harness.count(r" is back$") == lost)
     assert harness.count(r" lost: ") == lost
     await harness.seven_are_left()
@@ -65,7 +65,7 @@ async def test_it_lives_on(ground: Ground, fault: str) -> None:
     last = harness.stats[-1]
     assert last["numReconnects"] == lost["client"]
     if fault == "restart-without-aof":
-        assert last["numRestarted"] > 0  # whose jobs had vanished
+        assert last["numRestarted"] > 0  # the jobs had vanished
     elif fault not in {*CUT, "memory-runs-out"}:
         assert last["numRestarted"] == last["numJobSaveError"] == 0
     failed, again = harness.count("a save failed")["client"], harness.count("saves work again")["client"]
@@ -78,7 +78,7 @@ async def test_it_lives_on(ground: Ground, fault: str) -> None:
 
 
 async def test_a_worker_that_is_stopped_leaves_its_jobs_to_the_others(ground: Ground) -> None:
-    """at once: no stall check has anything to bring back"""
+    """at once, so a stall check finds nothing to bring back"""
     harness = ground.harness
     for worker in harness.workers.copy():
         await harness.recovered()

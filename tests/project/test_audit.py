@@ -1,4 +1,4 @@
-"""What `make audit` makes of pip-audit's answers."""
+"""`make audit`: its lines and exit code for pip-audit's answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BAD = {
     "vulns": [{"id": "PYSEC-1", "fix_versions": ["3.9.15"]}, {"id": "X", "fix_versions": []}],
 }
 SKIPPED = {"name": "uvloop", "skip_reason": "Dependency not found on PyPI"}
-UNKNOWN = "could not be audited, as nothing is known here about them: "
+UNKNOWN = "could not be audited, because the index knows nothing about them: "
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ UNKNOWN = "could not be audited, as nothing is known here about them: "
         (
             [WELL, BAD, SKIPPED],
             [
-                "orjson 3.9.0: PYSEC-1, mended in 3.9.15",
-                "orjson 3.9.0: X, mended in none yet",
+                "orjson 3.9.0: PYSEC-1, fixed in 3.9.15",
+                "orjson 3.9.0: X, fixed in no version",
                 f"2 known vulnerabilities in 2 packages; 1 {UNKNOWN}uvloop",
             ],
             1,
@@ -43,7 +43,7 @@ def test_findings_alone_are_a_failure(packages: list[Any], lines: list[str], cod
     ("out", "errors", "why"),
     [
         ("", "Traceback …\nConnectionError: no route\n", "ConnectionError: no route"),
-        ("[]", "", "it said nothing"),
+        ("[]", "", "it printed nothing"),
         ("{}", "No module named pip_audit", "No module named pip_audit"),
     ],
 )

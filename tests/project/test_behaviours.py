@@ -1,4 +1,4 @@
-"""The list of behaviours is sound, every one that applies has a test, and the comparison that says so can fail."""
+"""The list of behaviours is well-formed, each that applies has a test, and the comparison can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every public call, type-checked and run once. What is public and missing here fails the test."""
+"""Every public call, type-checked and run once. A public name that is missing here fails the test."""
 
 from __future__ import annotations
 

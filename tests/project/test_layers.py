@@ -27,7 +27,7 @@ FLOORS = [
     {"tasks"},
     {"settings", "errors", "escape", "parse", "signals"},
 ]
-"""From the top: each may import from its own floor and from those below. `producer` and `worker` never import each other."""
+"""From the top: a unit may import from its own floor and from lower ones. `producer` and `worker` never import each other."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -43,7 +43,7 @@ def unit(name: str) -> str:
 
 
 def imported(module: Path) -> set[str]:
-    """What a source file imports, by full name."""
+    """The full names that a source file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -57,7 +57,7 @@ def imported(module: Path) -> set[str]:
 
 
 def ours(module: Path) -> set[str]:
-    """The units of the package that a module imports, less its own."""
+    """The units of the package that a module imports, without its own."""
     found = {name.split(".")[1] if "." in name else "__init__" for name in imported(module) if name.split(".")[0] == "beequeue"}
     units = {unit for floor in FLOORS for unit in floor}
     return {each if each in units else "__init__" for each in found} - {unit(name_of(module))}
@@ -78,7 +78,7 @@ def test_imports_go_down(module: Path) -> None:
 
 
 def test_modules_import_no_circle() -> None:
-    """the order within a floor and within a folder: whatever one module needs does not need it in turn"""
+    """within a floor and within a folder, too"""
     names = {name_of(module) for module in MODULES}
     needs = {
         name_of(module): {name.removeprefix("beequeue.") for name in imported(module) if name.startswith("beequeue.")} & names
@@ -114,7 +114,7 @@ def test_headers(script: Path) -> None:
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *fsck_store.SCRIPTS])
 def test_headers_name_keys_and_channels_of_a_queue(name: str) -> None:
-    """calls pass what stands there, below the queue's prefix"""
+    """a call passes the keys of the header, with the queue's prefix"""
     keys = (SCRIPTS | fsck_store.SCRIPTS)[name].keys
     assert keys
     assert {*keys} <= {*KEYS, "events", "earlierDelayed"} | ({"ended"} if name == "clean" else set())

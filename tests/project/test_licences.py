@@ -1,4 +1,4 @@
-"""The list of licences: what requirements.txt installs, and what each package says of itself."""
+"""The list of licences matches the packages that requirements.txt installs, and their metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PINNED = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "requirements.txt").re
 
 
 def test_all_that_is_needed_is_listed() -> None:
-    """and what those packages need in turn, whatever Python runs this"""
+    """including what those packages need in turn, on every Python"""
     needed = {*PINNED}
     for name in PINNED:
         for requirement in importlib.metadata.requires(name) or []:

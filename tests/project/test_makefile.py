@@ -30,7 +30,7 @@ def test_a_chart_without_logs_says_what_it_needs() -> None:
 
 
 def test_each_target_with_a_stamp_names_extras_that_exist() -> None:
-    """a misspelt extra would be installed as nothing, with a warning that nobody reads"""
+    """pip installs nothing for a misspelt extra, and only warns"""
     text = (ROOT / "Makefile").read_text()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
     named = dict(re.findall(r"^extras-(\w+) := \[(.+)\]$", text, re.MULTILINE))
