@@ -144,7 +144,7 @@ def test_the_targets_that_pages_name_exist() -> None:
 
 
 def test_the_variables_have_these_defaults() -> None:
-    rows = {name.strip("`"): default.strip("`") for name, default, _ in tables(section("README.md", "Tinker"), "variable")}
+    rows = {name.strip("`"): default.strip("`") for name, default, _ in tables(section("README.md", "Variables"), "variable")}
     defaults = Config()
     assert {name.lower() for name in rows} == {*Config.__dataclass_fields__}
     for name, shown in rows.items():
