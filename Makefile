@@ -37,7 +37,7 @@ logs:
 	@$(if $(LOGS),,echo 'Name the logs: make chart LOGS="a.log NAME=b.log"' >&2; exit 2)
 
 docs: $(VENV)/.docs ## the pages and the API reference as a site, in site/
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 	@echo "site/index.html; with its search: $(VENV)/bin/python -m http.server --directory site"
 
 test: $(VENV)/.test ## all tests, side by side; with containers if Docker runs
