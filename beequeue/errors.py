@@ -130,8 +130,8 @@ class TaskFailed(BeeQueueError):
     """A background task of the library raised an unexpected exception, which is the `__cause__`; the task starts again."""
 
 
-def said(error: BaseException) -> str:
-    """The text of `error`, followed by the text of the beequeue error that caused it, unless the first quotes the second."""
+def with_cause(error: BaseException) -> str:
+    """The text of `error`, then that of the beequeue error that caused it, unless the first quotes the second already."""
     cause = error.__cause__
-    tells_more = isinstance(cause, BeeQueueError) and str(cause) not in str(error)
-    return f"{error}: {cause}" if tells_more else str(error)
+    adds_something = isinstance(cause, BeeQueueError) and str(cause) not in str(error)
+    return f"{error}: {cause}" if adds_something else str(error)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine, Set
 from typing import Any, Protocol
 
-from beequeue.errors import NotConnected, QueueClosed, TaskFailed, WrongLoop, said
+from beequeue.errors import NotConnected, QueueClosed, TaskFailed, WrongLoop, with_cause
 from beequeue.job import Owner
 from beequeue.settings import QueueSettings
 from beequeue.tasks import Calls
@@ -112,7 +112,7 @@ class Host:
         """Emits `error`; logs it when nobody listens."""
         if not self.emit("error", error):
             trace = error.__cause__ if isinstance(error, TaskFailed) else None
-            log.error("queue %s: %s: %s", self.name, type(error).__name__, said(error), exc_info=trace)
+            log.error("queue %s: %s: %s", self.name, type(error).__name__, with_cause(error), exc_info=trace)
 
     def spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
         """Runs `work` in a named task that the queue owns, and reports its failure."""

@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from beequeue.command.wording import counted
-from beequeue.errors import BeeQueueError, OperationTimedOut, said
+from beequeue.errors import BeeQueueError, OperationTimedOut, with_cause
 from beequeue.escape import OneLine, one_line
 from beequeue.job import Job
 from beequeue.queue import Queue
@@ -49,7 +49,7 @@ async def _work(options: argparse.Namespace) -> None:
     settings: Any = {name: value for name, value in vars(options).items() if name in QueueOptions.__annotations__}
     queue = Queue(options.queue, options.redis, get_events=False, store_jobs=False, **settings)
     queue.on("ready", lambda: log.info("connected"))
-    queue.on("error", lambda error: log.warning("%s: %s", type(error).__name__, one_line(said(error))))
+    queue.on("error", lambda error: log.warning("%s: %s", type(error).__name__, one_line(with_cause(error))))
     handler = with_log(queue, options.handler) if options.verbose else options.handler
 
     async def process() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from beequeue.wire import driver, tls
@@ -25,7 +26,7 @@ CONNECT_TIMEOUT_S = 10
 class Address(Endpoint):
     """The endpoint that a caller's setting names. Its `str` never shows a password.
 
-    Raises `TypeError` or `ValueError` naming what is wrong with the setting.
+    Raises `TypeError` or `ValueError` naming a wrong part of the setting.
     """
 
     def __init__(self, setting: RedisSetting) -> None:
@@ -94,7 +95,7 @@ def _arguments_of(setting: RedisSetting) -> dict[str, Any]:
 
 
 def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
-    """redis-py's arguments and what is wrong. It raises nothing: an exception's context could quote the URL."""
+    """redis-py's arguments, and a fault of the URL. It raises nothing: an exception's context could quote the URL."""
     if wrong := wrong_with(url):
         return {}, wrong
     arguments, wrong = driver.parse(as_redis(url))
@@ -110,20 +111,16 @@ def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raises `TypeError` or `ValueError` that names a wrong connection argument; never shows a password."""
     for name in ("host", "path", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path"):
-        value = arguments.get(name)
-        if name in arguments and not (isinstance(value, (str, os.PathLike)) or (value is None and name != "host")):
-            raise TypeError(f"redis: {name} must be a string, not {value!r}")
-        if isinstance(value, (str, os.PathLike)) and "\0" in os.fspath(value):
-            raise ValueError(f"redis: {name} must not contain NUL: {value!r}")
-    if isinstance(arguments.get("host"), str) and not is_host(arguments["host"]):
-        raise ValueError(f"redis: host must be a host's name or address, not {arguments['host']!r}")
+        if name in arguments and (arguments[name] is not None or name == "host"):
+            _check_text(name, arguments[name])
+    host = arguments.get("host")
+    if isinstance(host, str) and not is_host(host):
+        raise ValueError(f"redis: host must be a host's name or address, not {host!r}")
     for name, least, most in (("port", 1, 65_535), ("db", 0, 2**31 - 1)):
-        value = arguments.get(name, least)
-        number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12 else value
-        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-            raise ValueError(f"redis: {name} must be a number from {least} to {most}, not {value!r}")
+        if name in arguments and not _is_number(arguments[name], least, most):
+            raise ValueError(f"redis: {name} must be a number from {least} to {most}, not {arguments[name]!r}")
     for name in ("username", "password"):
-        if not isinstance(arguments.get(name), (str, bytes, int, float, None.__class__)):
+        if not isinstance(arguments.get(name), (str, bytes, int, float, NoneType)):
             raise TypeError(f"redis: {name} must be a string, not {type(arguments[name]).__name__}")
     for name in ("socket_connect_timeout", "socket_timeout"):
         value = arguments.get(name)
@@ -132,3 +129,17 @@ def _check(arguments: Mapping[str, Any]) -> None:
     provider = arguments.get("credential_provider")
     if provider is not None and not driver.is_credential_provider(provider):
         raise TypeError(f"redis: credential_provider must be a redis.CredentialProvider, not {type(provider).__name__}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"redis: {name} must be a string, not {value!r}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"redis: {name} must not contain NUL: {value!r}")
+
+
+def _is_number(value: Any, least: int, most: int) -> bool:
+    """Whether `value` is an int, or a string of digits, within bounds."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12:  # int() of a long one takes long
+        value = int(value)
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

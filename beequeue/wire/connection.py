@@ -337,7 +337,7 @@ class Connection:
             link.leave(reason)
 
     def _is_unfit(self, command: Command | None, refusal: str) -> None:
-        """Handles a refusal that says the server is unfit; `command` had no effect, and is None when only ROLE told."""
+        """Leaves an unfit server. Redis refused `command`, which had no effect; None means that ROLE showed a replica."""
         if self.link is not None:  # else a late answer on a link that is being left already
             self._group.leave(refusal)
         if command is None:

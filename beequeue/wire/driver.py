@@ -107,7 +107,7 @@ def arguments_of(client: DriverClient) -> dict[str, Any]:
 
 
 def parse(url: str) -> tuple[dict[str, Any], str | None]:
-    """The arguments in a well-formed `url`, and what is wrong with them. It raises nothing: a context could quote the URL."""
+    """The arguments in a well-formed `url`, and a fault of theirs. It raises nothing: a context could quote the URL."""
     try:
         arguments = dict(parse_url(url))
     except ValueError as error:  # names an option, never its value
@@ -370,7 +370,7 @@ def refusal_in(error: BaseException | None, endpoint: Endpoint) -> ConnectionRef
 
 
 def _translated(error: BaseException, endpoint: Endpoint, protocol: int) -> BeeQueueError:
-    """An exception as an error of ours: refused, or not reachable now. redis-py wraps Redis's replies in errors of its own."""
+    """Translates an exception: refused, or not reachable now. redis-py wraps Redis's replies in its own exceptions."""
     error = _unwrapped(error)
     message = f"{endpoint}: {endpoint.text_of(error)}"
     if not isinstance(error, _DRIVERS_OWN):
@@ -396,7 +396,7 @@ def _translated(error: BaseException, endpoint: Endpoint, protocol: int) -> BeeQ
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """The exception of a credential provider, say, which redis-py has wrapped in an error of its own; else `error`."""
+    """The exception that redis-py wrapped, if it came from a credential provider, for example; else `error`."""
     cause = error.__cause__
     if isinstance(error, redis.exceptions.ConnectionError) and cause is not None and not isinstance(cause, _DRIVERS_OWN):
         return cause

@@ -1,4 +1,4 @@
-"""TLS: what is wrong with the files it needs, and what a server's alert says.
+"""TLS: finds faults in the files it needs, and puts a server's alert into words.
 
 OpenSSL's own messages rarely name the file at fault; these do. No message shows a passphrase, and nothing here asks for one on
 the terminal.
@@ -21,7 +21,7 @@ def no_passphrase() -> str:
 
 
 def wrong_with(arguments: Mapping[str, Any], make_context: Callable[[], object] | None) -> str | None:
-    """Says what is wrong with the TLS settings among redis-py's `arguments`, naming the file; None if nothing is.
+    """Describes the first fault in the TLS settings among redis-py's `arguments`, naming the file; None if there is none.
 
     `make_context` makes the driver's own SSL context and raises when it cannot.
     """
@@ -57,8 +57,8 @@ def _wrong_with_rest(arguments: Mapping[str, Any], make_context: Callable[[], ob
         if make_context is not None:
             make_context()
     except Exception as error:
-        told = {name: value for name, value in arguments.items() if name.startswith("ssl_") and name not in _KEY_SETTINGS}
-        given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in told.items())
+        named = {name: value for name, value in arguments.items() if name.startswith("ssl_") and name not in _KEY_SETTINGS}
+        given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in named.items())
         return f"{given or 'TLS'}: {getattr(error, 'reason', None) or error}"
     return None
 

@@ -12,7 +12,7 @@ SCHEMES = "redis://, rediss://, valkey://, valkeys:// or unix://"
 
 
 def wrong_with(url: str) -> str | None:
-    """Says what is wrong with a URL, in words that begin with "must"; None if it is well-formed."""
+    """Describes a fault of a URL, in words that begin with "must"; None if it is well-formed."""
     url = as_redis(url)
     hint = "; in a password, write / ? # @ [ ] as %2F %3F %23 %40 %5B %5D" if "@" in url else ""
     try:
