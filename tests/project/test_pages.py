@@ -129,6 +129,10 @@ def test_the_three_ways_name_functions() -> None:
             assert re.search(rf"^ *(async )?def {name.split('.')[-1]}\(", source, re.MULTILINE), f"{module}: {name}"
 
 
+def test_the_glossary_is_short() -> None:
+    assert len(tables(section("docs/architecture.md", "Glossary"), "word")) <= 20
+
+
 def test_the_files_that_pages_name_exist() -> None:
     named = set(re.findall(r"`((?:beequeue|bench|docs|harness|tests|\.ci)/[\w./-]*)`", EVERYTHING))
     assert len(named) > 10
