@@ -17,6 +17,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 from beequeue import BeeQueueError, Job, Queue, sync
 from harness.server import Server, find_server, redis_url, running_server
 from tests.loops import use_loop
+from tests.observe import ONLOOKER
 
 ALONE = {
     "containers": ("tests/harness/test_compose.py",),
@@ -72,6 +73,13 @@ def own_server() -> Iterator[Server]:
     """A server that a test may stop and start."""
     with running_server(find_server(os.environ)) as server:
         yield server
+
+
+@pytest.fixture
+async def own_redis(own_server: Server) -> AsyncIterator[Any]:
+    """A plain client of `own_server`."""
+    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
+        yield client
 
 
 @pytest.fixture

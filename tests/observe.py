@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from typing import Any
 
 import hiredis
@@ -67,6 +68,14 @@ async def calls_of(redis: Any, command: str) -> int:
     statistics = await redis.info("commandstats")
     calls: int = statistics.get(f"cmdstat_{command}", {"calls": 0})["calls"]
     return calls
+
+
+def free_port() -> int:
+    """A port of the loopback on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def soon(attempt: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -33,13 +33,6 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens the silence after which a link is looked into to 0.3 s."""
     monkeypatch.setattr(beequeue.wire.link, "TICK_S", TICK_S)
-
-
-@pytest.fixture
-async def own_redis(own_server: Server) -> AsyncIterator[Redis]:
-    """A plain client of `own_server`."""
-    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
-        yield client
 
 
 # --- between the driver's handshake and our protocol ------------------------------------------------------------------

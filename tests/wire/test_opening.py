@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from beequeue.job import BUILT_IN_STRATEGIES, now_ms
 from beequeue.store.scripts import SCRIPTS
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import ONLOOKER, beequeue_tasks, calls_of, clients, freeze, present, soon, thaw
+from tests.observe import beequeue_tasks, calls_of, clients, freeze, present, soon, thaw
 from tests.relay import Relay
 
 CALLS: dict[str, Callable[[Queue], Awaitable[Any]]] = {
@@ -40,13 +40,6 @@ CALLS: dict[str, Callable[[Queue], Awaitable[Any]]] = {
 
 
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-@pytest.fixture
-async def own_redis(own_server: Server) -> AsyncIterator[Any]:
-    """A plain client of `own_server`."""
-    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
-        yield client
 
 
 # --- the attributes of a queue ----------------------------------------------------------------------------------------

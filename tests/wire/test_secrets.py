@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from beequeue.wire.address import Address
 from harness.server import Server, find_server, running_server
 from tests import ROOT
 from tests.conftest import Seen, skip, until
-from tests.observe import freeze, soon, thaw
+from tests.observe import free_port, freeze, soon, thaw
 
 PASSWORD = "Zq7/k@v9%#x"
 ENCODED = quote(PASSWORD, safe="")
@@ -89,13 +88,6 @@ def tls_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     options += ["--tls-cert-file", str(directory / "cert.pem"), "--tls-key-file", str(directory / "key.pem")]
     with running_server(Path(binary or ""), *options):
         yield port
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def with_password(server: Server, user: str = "", rest: str = "") -> str:

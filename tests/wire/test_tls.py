@@ -23,7 +23,8 @@ from beequeue.wire.address import Address
 from beequeue.wire.driver import BlockingConnection, refusal_in
 from harness.server import running_server
 from tests.conftest import skip, until
-from tests.wire.test_address import RUNS, free_port
+from tests.observe import free_port
+from tests.wire.test_driver import RUNS
 
 PASSPHRASE = "Zq7-pass-phrase"
 

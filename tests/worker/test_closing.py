@@ -9,12 +9,11 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
 import beequeue
 import beequeue.worker.consumer
@@ -35,19 +34,12 @@ from beequeue.wire.connection import Connection
 from beequeue.worker.consumer import Consumer
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import ONLOOKER, beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
+from tests.observe import beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
 from tests.relay import Relay
 from tests.wire.test_opening import every_call
 
 TOO_LONG_MS = 2**31 + 1_000
 """Node's timers take this for 1 ms."""
-
-
-@pytest.fixture
-async def own_redis(own_server: Server) -> AsyncIterator[Any]:
-    """A plain client of `own_server`."""
-    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
-        yield client
 
 
 class Work:

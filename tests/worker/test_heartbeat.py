@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import shutil
-import socket
 import threading
 import time
 import warnings
@@ -27,7 +26,7 @@ from beequeue.worker import heartbeat as heartbeat_module
 from beequeue.worker.heartbeat import Heartbeat
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
-from tests.observe import freeze, said, thaw
+from tests.observe import free_port, freeze, said, thaw
 from tests.relay import Line, Relay
 
 INTERVAL_MS = 400
@@ -504,10 +503,3 @@ def test_a_threads_connection_opens_like_the_others(secured: Server, tmp_path: P
             BlockingConnection(Address(url), 5).call(b"SREM", "stalling", b"1")
         assert isinstance(caught.value, kind), caught.value
         assert "secret" not in str(caught.value)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

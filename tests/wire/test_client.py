@@ -1,19 +1,15 @@
-"""The life of connections: lost, refused and back, shared between queues, closed by their owner."""
+"""The command connection, shared between queues and closed by its owner; errors that calls raise, and errors reported."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
 import beequeue
-import beequeue.worker.consumer
 from beequeue import (
     Client,
     CommandError,
@@ -22,7 +18,6 @@ from beequeue import (
     Job,
     JobFailed,
     OperationTimedOut,
-    OutcomeNotRecorded,
     Queue,
     QueueClosed,
     WrongLoop,
@@ -30,242 +25,7 @@ from beequeue import (
 from beequeue.job import now_ms
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import ONLOOKER, beequeue_tasks, clients, present, soon
-from tests.relay import Relay
-
-
-@pytest.fixture
-async def own_redis(own_server: Server) -> AsyncIterator[Any]:
-    """A plain client of `own_server`."""
-    async with Redis.from_url(own_server.url, decode_responses=True, client_name=ONLOOKER) as client:
-        yield client
-
-
-# --- lost and refused -------------------------------------------------------------------------------------------------
-
-
-async def test_each_lost_connection_is_reported(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """C-22, RC-07: one by one, and each comes back; a running job succeeds nevertheless"""
-    queue = make_queue(redis=own_server.url, reconnect=soon)
-    gate, started, failed = asyncio.Event(), Seen(), Seen()
-    queue.on("failed", failed)
-
-    async def handler(job: Job) -> str:
-        started()
-        await gate.wait()
-        return "in spite of it"
-
-    queue.process(handler, 2)
-    job = await queue.create_job({}).save()
-    await started.reaches(1)
-    for number, client in enumerate(await clients(own_server), 1):
-        await own_redis.client_kill_filter(_id=client["id"])
-        await until(partial(_has_reconnected, queue, number))
-        assert len(make_queue.errors) == number
-    gate.set()
-    assert await job.result() == "in spite of it"
-    assert failed.calls == []
-    lost = [str(error) for error in make_queue.claim(ConnectionLost)]
-    assert sorted(message.split(" to ")[0] for message in lost) == [
-        f"{role} connection" for role in ("command", "event", "take")
-    ]
-
-
-async def test_a_refusal_after_the_first_connect_is_reported(own_server: Server, own_redis: Any, make_queue: MakeQueue) -> None:
-    """C-22, R-12: each attempt reports its refusal, and the next one follows nevertheless"""
-    queue = await make_queue(redis=own_server.url, reconnect=soon).ready()
-    before = await clients(own_server)
-    await own_redis.config_set("requirepass", "secret")
-    for client in before:
-        await own_redis.client_kill_filter(_id=client["id"])
-    await until(lambda: sum(isinstance(error, ConnectionRefused) for error in make_queue.errors) >= 9)
-    await own_redis.config_set("requirepass", "")
-    assert (await queue.create_job({}).save()).id == "1"
-    await until(lambda: queue.reconnects == 3)
-    assert len(make_queue.claim(ConnectionRefused)) >= 9
-    assert len(make_queue.claim(ConnectionLost)) == 3
-
-
-async def test_each_outage_begins_with_the_first_wait(own_server: Server, make_queue: MakeQueue) -> None:
-    """RC-05: however long the outage before it was"""
-    asked: list[int] = []
-
-    def reconnect(attempt: int) -> int:
-        asked.append(attempt)
-        return 10
-
-    queue = await make_queue(redis=own_server.url, is_worker=False, get_events=False, reconnect=reconnect).ready()
-    for outage in (1, 2):
-        asked.clear()
-        own_server.stop()
-        await until(lambda: 4 in asked)
-        own_server.start()
-        await until(partial(_has_reconnected, queue, outage))
-        assert asked[0] == 1
-    assert len(make_queue.claim(ConnectionLost)) == 2
-
-
-async def test_commands_issued_while_down_wait(own_server: Server, make_queue: MakeQueue) -> None:
-    """RC-05: and run when Redis is back"""
-    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon).ready()
-    own_server.stop()
-    await until(lambda: len(make_queue.errors) == 2)
-    job = queue.create_job({})
-    saving, fetching = asyncio.create_task(job.save()), asyncio.create_task(queue.get_job("1"))
-    counting = asyncio.create_task(queue.check_health())
-    own_server.start()
-    assert (await saving).id == "1"
-    assert await fetching is job
-    assert (await counting).waiting in (0, 1)  # on another connection
-    assert len(make_queue.claim(ConnectionLost)) == 2
-
-
-@pytest.mark.parametrize("ordered", [True, False], ids=["one socket", "two sockets"])
-async def test_a_call_cancelled_while_down_does_nothing_later(own_server: Server, make_queue: MakeQueue, ordered: bool) -> None:
-    """a job whose save was cancelled can be saved again; no call stays in the way of later ones"""
-    queue = await make_queue(redis=own_server.url, is_worker=False, reconnect=soon, ordered_events=ordered).ready()
-    own_server.stop()
-    await until(lambda: len(make_queue.errors) == 2)
-    jobs = [queue.create_job(number).set_id(f"job {number}") for number in range(250)]
-    failed = queue.create_job().set_id("ended")
-    failed.id = "ended"
-    calls = {
-        "save": jobs[0].save(),
-        "save_all": queue.save_all(jobs[1:]),
-        "retry": failed.retry(),
-        "remove_job": queue.remove_job("kept"),
-        "get_job": queue.get_job("kept"),
-        "from_id": Job.from_id(queue, "kept"),
-        "is_in_set": failed.is_in_set("waiting"),
-        "report_progress": failed.report_progress(1),
-        "get_jobs": queue.get_jobs("waiting"),
-        "check_health": queue.check_health(),
-        "clean": queue.clean("failed"),
-    }
-    tasks = [asyncio.create_task(call) for call in calls.values()]
-    await asyncio.wait(tasks, timeout=0.05)
-    for task in tasks:
-        task.cancel()
-    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
-    assert queue.jobs == {}
-    assert not any(job.saving for job in jobs)
-    own_server.start()
-    assert (await queue.create_job("kept").set_id("kept").save()).id == "kept"
-    assert (await queue.check_health()).waiting == 1
-    async with Redis.from_url(own_server.url, decode_responses=True) as onlooker:
-        assert not any("lpos" in name or "sscan" in name for name in await onlooker.info("commandstats"))
-    assert await queue.save_all(jobs) == {}
-    assert (await queue.check_health()).waiting == 251
-    assert len(make_queue.claim(ConnectionLost)) == 2
-
-
-async def test_safe_commands_are_repeated_and_others_raise(make_queue: MakeQueue, redis: Any, url: str, name: str) -> None:
-    """RC-05: commands in flight when one of the two connections is lost"""
-    async with Relay(url) as relay:
-        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
-        stored = await queue.create_job("stored").set_id("stored").save()
-        for role in ("event", "command"):
-            relay.hold(role)
-        risky: dict[str, Any] = {
-            "save": queue.create_job({}).save(),
-            "retry": stored.retry(),
-            "report_progress": stored.report_progress(1),
-            "destroy": make_queue(f"{name}-elsewhere", redis=queue.client, is_worker=False, get_events=False).destroy(),
-        }
-        safe: dict[str, Any] = {
-            "get_job": queue.get_job("stored"),
-            "from_id": Job.from_id(queue, "stored"),
-            "is_in_set": stored.is_in_set("waiting"),
-            "remove_job": queue.remove_job("unheard of"),
-            "get_jobs": queue.get_jobs("failed"),
-            "check_health": queue.check_health(),
-            "check_stalled_jobs": queue.check_stalled_jobs(),
-            "clean": queue.clean("failed"),
-        }
-        calls: dict[str, asyncio.Task[Any]] = {name: asyncio.create_task(call) for name, call in (risky | safe).items()}
-        await until(lambda: redis.exists(queue.to_key("stallBlock")))
-        await until(lambda: redis.hexists(queue.to_key("jobs"), "1"))
-        await until(lambda: all(b"PUBLISH" in line.said for line in relay.lines if line.role == "event"))
-        await until(lambda: any(b"-elsewhere:stalls" in line.said for line in relay.lines))
-        assert not any(call.done() for call in calls.values())
-        for line in relay.lines:
-            line.cut()
-        for role in ("event", "command"):
-            relay.release(role)
-        for name in risky:
-            with pytest.raises(ConnectionLost) as caught:
-                await calls[name]
-            assert caught.value.maybe_applied, name
-        assert await calls["get_job"] is stored
-        fetched = await calls["from_id"]
-        assert fetched is not None
-        assert fetched.data == "stored"
-        assert await calls["is_in_set"] is True
-        assert await calls["remove_job"] is queue
-        assert await calls["get_jobs"] == []
-        assert (await calls["check_health"]).waiting == 2
-        assert await calls["check_stalled_jobs"] == 0
-        assert await calls["clean"] == 0
-        make_queue.claim(ConnectionLost)
-        await queue.close()
-
-
-async def test_a_closed_queue_does_not_reconnect(
-    own_server: Server, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """RC-06: closed while Redis is down and a handler runs, it does not come back with Redis"""
-    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.05)
-    queue = make_queue(redis=own_server.url, reconnect=soon)
-    gate, started = asyncio.Event(), Seen()
-
-    async def handler(job: Job) -> None:
-        started()
-        await gate.wait()
-
-    queue.process(handler, 2)
-    await queue.create_job({}).save()
-    await started.reaches(1)
-    own_server.stop()
-    await until(lambda: len(make_queue.errors) == 3)
-    with pytest.raises(OperationTimedOut):
-        await queue.close(10)
-    make_queue.queues.remove(queue)
-    assert len(make_queue.claim(ConnectionLost)) == 3
-    make_queue.claim(OutcomeNotRecorded)  # the jobs it holds could not be handed back
-    own_server.start()
-    await make_queue("later", redis=own_server.url, is_worker=False, get_events=False).ready()
-    assert await present(own_server, 1)
-    assert queue.reconnects == 0
-
-
-async def test_a_closing_worker_whose_take_is_lost_takes_no_more(
-    own_server: Server, own_redis: Any, make_queue: MakeQueue
-) -> None:
-    """RC-06, CL-07: a job saved after that runs once, on another worker"""
-    queue, producer = make_queue(redis=own_server.url, reconnect=soon), make_queue(redis=own_server.url, is_worker=False)
-    gate, started = asyncio.Event(), Seen()
-
-    async def handler(job: Job) -> str:
-        started(job.data)
-        await gate.wait()
-        return "first worker"
-
-    queue.process(handler, 2)
-    first = await producer.create_job("first").save()
-    await started.reaches(1)
-    blocked = await _blocked(own_redis)
-    closing = asyncio.create_task(queue.close())
-    await own_redis.client_kill_filter(_id=blocked)
-    await until(lambda: _negated(own_redis.client_list(client_id=[blocked])))
-    second = await producer.create_job("second").save()
-    gate.set()
-    await closing
-    assert await first.result() == "first worker"
-    assert started.calls == [("first",)]
-    make_queue(redis=own_server.url).process(echo)
-    assert await second.result() == "second"
-    make_queue.claim(ConnectionLost)
-
+from tests.observe import beequeue_tasks, clients, present, soon
 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
@@ -516,28 +276,6 @@ async def test_successful_calls_report_no_error(own_server: Server, own_redis: A
     await until(lambda: present(own_server, 0))
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-async def _blocked(redis: Any) -> str:
-    """The id of the only connection that waits for a job."""
-
-    async def listed() -> list[str]:
-        return [client["id"] for client in await redis.client_list() if "b" in client["flags"]]
-
-    await until(listed)
-    (blocked,) = await listed()
-    return blocked
-
-
 async def _kill_all(server: Server, redis: Any) -> None:
     for client in await clients(server):
         await redis.client_kill_filter(_id=client["id"])
-
-
-def _has_reconnected(queue: Queue, times: int) -> bool:
-    return queue.reconnects == times
-
-
-async def _negated(awaitable: Any) -> bool:
-    return not await awaitable
