@@ -200,8 +200,7 @@ class Queue(Emitter):
         """Starts what needs the running loop; returns the rest of the work."""
         self._connections.attach()
         if self.settings.activate_delayed_jobs:
-            window_ms, debounce_ms = self.settings.near_term_window, self.settings.delayed_debounce
-            self._activator = DelayedActivator(self._store, self._host, near_term_window_ms=window_ms, debounce_ms=debounce_ms)
+            self._activator = DelayedActivator(self._store, self._host)
         return self._connect()
 
     async def _connect(self) -> None:

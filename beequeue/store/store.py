@@ -163,27 +163,33 @@ class Finished(NamedTuple):
 class BlockingTake:
     """A blocking take, and the read that follows it in the same write. `on_end` gets it when both are answered."""
 
-    __slots__ = ("_on_end", "commands", "moved", "read_error", "take_error", "taken")
+    __slots__ = ("_moved", "_on_end", "commands", "read_error", "take_error", "taken", "unread")
 
-    def __init__(self, read: Packed, take: Packed, on_end: Callable[[BlockingTake], None]) -> None:
+    def __init__(self, take: Packed, read: Packed, on_end: Callable[[BlockingTake], None]) -> None:
         self._on_end = on_end
+        self._moved: bytes | None = None
         self.commands: tuple[Command, ...] = (
             Command(take, self._moved_one, repeat=take),
             Command(read, self._was_read, repeat=read, script=SCRIPTS["take"].text),
         )
-        self.moved: str | None = None
-        """The job that Redis has moved to `active`, until its data is here. Still set at the end: the read did not find it."""
         self.taken: list[Taken] = []
         """At the end: the job that was moved, and the jobs that the read has taken besides."""
+        self.unread: str | None = None
+        """At the end: the job that was moved, if the read did not find it."""
         self.take_error: BeeQueueError | None = None
         self.read_error: BeeQueueError | None = None
+
+    @property
+    def arriving(self) -> str | None:
+        """The job that Redis has moved to `active`, while its data is on its way."""
+        return None if self._moved is None else _text(self._moved)
 
     def _moved_one(self, reply: Any) -> None:
         """Handles the reply to the take: an id, None after `TAKE_WAIT_S`, or an error."""
         if isinstance(reply, BeeQueueError):
             self.take_error = reply
-        elif reply is not None:
-            self.moved = _text(reply)
+        elif isinstance(reply, bytes):
+            self._moved = reply
 
     def _was_read(self, reply: Any) -> None:
         """Handles the reply to the read: the newest jobs in `active`, of which one may be ours, and the jobs that it took."""
@@ -191,15 +197,15 @@ class BlockingTake:
             self.read_error = reply
         else:
             newest = 1 + 2 * reply[0]
+            for index in range(1, newest, 2):
+                if reply[index] == self._moved:
+                    self.taken.append(Taken(_text(reply[index]), reply[index + 1]))
+                    self._moved = None
+                    break
             if len(reply) > newest:
-                self.taken = _taken_in(reply, newest, len(reply))
-            if self.moved is not None:
-                moved = _bytes(self.moved)
-                for index in range(1, newest, 2):
-                    if reply[index] == moved:
-                        self.taken.insert(0, Taken(self.moved, reply[index + 1]))
-                        self.moved = None
-                        break
+                self.taken += _taken_in(reply, newest, len(reply))
+        if self._moved is not None:
+            self.unread = _text(self._moved)
         self.commands = ()  # which refer to this: a circle would be left to the garbage collector
         self._on_end(self)
 
@@ -384,7 +390,7 @@ class Store:
         read = self._reads.get(more)
         if read is None:
             read = self._reads[more] = Packed((*self._heads["take"], b"", NEWEST, NEWEST_BYTES, more))
-        take = BlockingTake(read, self._blocking_take, on_end)
+        take = BlockingTake(self._blocking_take, read, on_end)
         if self._takes.link is None:
             self.send_finishes(finishes)
             finishes = ()

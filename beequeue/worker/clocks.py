@@ -86,12 +86,11 @@ class EagerTimer:
 class DelayedActivator:
     """Raises delayed jobs when they are due (`raised jobs`, count), one call of the script at a time."""
 
-    def __init__(self, store: Store, host: Host, *, near_term_window_ms: int, debounce_ms: int) -> None:
+    def __init__(self, store: Store, host: Host) -> None:
         self._store = store
         self._host = host
-        self._debounce_ms = debounce_ms
         self._wanted = asyncio.Event()
-        self._timer = EagerTimer(near_term_window_ms, self._wanted.set)
+        self._timer = EagerTimer(host.settings.near_term_window, self._wanted.set)
         self._task = supervised(self._activate_when_wanted, "delayed jobs", host.report)
 
     def look_at(self, when: float | None) -> None:
@@ -113,7 +112,7 @@ class DelayedActivator:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                raised, look_again = await self._store.raise_delayed(now_ms(), self._debounce_ms)
+                raised, look_again = await self._store.raise_delayed(now_ms(), self._host.settings.delayed_debounce)
             except BeeQueueError as error:
                 self._host.report(error)
                 if isinstance(error, QueueClosed):

@@ -155,10 +155,10 @@ class Exchange:
             self._refused(take.take_error)
         else:
             self._refused_in_a_row = 0
-        if take.moved is not None:
+        if take.unread is not None:
             if take.read_error is not None:
                 self._host.report(take.read_error)
-            self._read(take.moved, 0)
+            self._read(take.unread, 0)
         self._fill(take.taken)
 
     def _read(self, job_id: str, more: int) -> None:
@@ -247,7 +247,7 @@ class Exchange:
         One stands for each job whose data is on its way, which may take longer than a stall interval.
         """
         take = self._take
-        arriving = [*self._reading, take.moved if take is not None else None]
+        arriving = [*self._reading, take.arriving if take is not None else None]
         return [*self._own(), *(Attempt(job_id, b"") for job_id in arriving if job_id)]
 
     def _own(self) -> list[Attempt]:
