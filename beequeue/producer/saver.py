@@ -119,6 +119,8 @@ class Saver:
             self._withdraw(calls)
             raise
         failed = errors | self._withdraw(calls)  # a copy: later answers must not change it
+        for call in calls:
+            del call.command  # which refers to the call: a circle of objects would be left to the garbage collector
         for job, form in stored:
             self._stored(job, form)
         return failed
