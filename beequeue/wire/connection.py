@@ -300,7 +300,7 @@ class Connection:
 
     def _go_up(self, link: Link) -> None:
         self._live = self.link = link
-        link.on_unfit = self._is_unfit
+        link.on_unfit = self._leave_unfit
         while self._waiting:
             link.send(self._waiting.popleft())
 
@@ -336,7 +336,7 @@ class Connection:
         if link is not None:
             link.leave(reason)
 
-    def _is_unfit(self, command: Command | None, refusal: str) -> None:
+    def _leave_unfit(self, command: Command | None, refusal: str) -> None:
         """Leaves an unfit server. Redis refused `command`, which had no effect; None means that ROLE showed a replica."""
         if self.link is not None:  # else a late answer on a link that is being left already
             self._group.leave(refusal)

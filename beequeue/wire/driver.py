@@ -279,7 +279,7 @@ def _disown(driver: Any) -> Any:
 
 
 def _end_of(driver: Any) -> str | None:
-    """Why an open connection cannot be used: it has ended already, or Redis answered no command; None if it can."""
+    """Why an open connection cannot be used: it has ended already, or a reply came without a command; None if it can."""
     reader, parser = driver._reader, driver._parser
     if driver._writer.transport.is_closing() or reader.at_eof() or reader.exception() is not None:
         return "the connection was closed as soon as it was opened"

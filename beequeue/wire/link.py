@@ -281,7 +281,7 @@ class Link(asyncio.Protocol):
         elif self.on_unfit is not None and UNFIT.match(message):
             self.on_unfit(command, message)
         else:
-            command.answer(CommandError(named(message, command.script)))
+            command.answer(CommandError(with_refused_command(message, command.script)))
 
     # --- replies that need not wake the process -----------------------------------------------------------------------
 
@@ -408,8 +408,8 @@ def _is_broken(message: Any) -> bool:
     return isinstance(message, list) and not all(type(part) is bytes for part in message)
 
 
-def named(message: str, script: str | None) -> str:
-    """A script's refusal with the name of the refused command added: Redis's message has only its line."""
+def with_refused_command(message: str, script: str | None) -> str:
+    """A refusal with the name of the command in `script` that Redis refused; its own message has only the line's number."""
     at = re.search(r"user_script:\s*(\d+)", message)
     if script is None or at is None:
         return message

@@ -16,7 +16,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from beequeue import CommandError, Queue
 from beequeue.store.scripts import SCRIPTS
 from beequeue.store.store import ARGS_AN_ATTEMPT
-from beequeue.wire.link import named
+from beequeue.wire.link import with_refused_command
 from harness.server import Server, find_server, running_server
 
 OWN = {name: script for name, script in SCRIPTS.items() if not name.startswith("fsck")}
@@ -172,7 +172,7 @@ async def drive(stock: Stock, client: Any, name: str) -> list[str]:
             reply = await client.eval(OWN[name].text, len(OWN[name].keys), *map(stock.key, OWN[name].keys), *arguments)
         except ResponseError as error:
             prefix = "NOPERM " if isinstance(error, NoPermissionError) else ""
-            refused.append(named(prefix + str(error), OWN[name].text))
+            refused.append(with_refused_command(prefix + str(error), OWN[name].text))
         else:
             refused += [str(part) for part in reply if isinstance(part, Exception)] if isinstance(reply, list) else []
         await stock.balance()
