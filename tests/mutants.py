@@ -43,7 +43,8 @@ MODULES = {
     "settings": "test_settings",
     "events": "test_events producer/test_job_events wire/test_hostile::test_a_failure_with_a_deep_message_cuts_nothing",
     "wire.node_json": "wire/test_node_json",
-    "producer.saver": "producer/test_saver producer/test_jobs producer/test_calls test_sync::test_a_save_with_a_time_out_while_redis_is_down"
+    "producer.saver": "producer/test_saver producer/test_jobs producer/test_calls"
+    " test_sync::test_a_save_with_a_time_out_while_redis_is_down"
     " test_sync::test_a_save_with_a_time_out_while_redis_is_silent wire/test_connection test_queue"
     " wire/test_alive::test_a_refused_save_that_is_cancelled_is_not_made"
     " wire/test_alive::test_a_bulk_save_that_is_cancelled_is_not_made",
