@@ -21,6 +21,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.timeout(240)
 def test_the_build_is_strict(tmp_path: Path) -> None:
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
