@@ -311,6 +311,7 @@ async def test_a_listener_that_ends_the_program_takes_no_event_from_the_others()
 
     def stop(*event: Any) -> bool:
         host.emit = heard_of  # type: ignore[method-assign]
+        subject.read(encode_event("2", "progress"))
         raise Stop
 
     heard_of, host.emit = host.emit, stop  # type: ignore[method-assign]
@@ -318,7 +319,6 @@ async def test_a_listener_that_ends_the_program_takes_no_event_from_the_others()
         subject.read(encode_event("1", name))
     with pytest.raises(Stop):
         subject._deliver()
-    subject.read(encode_event("2", "progress"))
     await asyncio.sleep(0)
     assert heard == ["retrying", "succeeded"]
     assert [event[:2] for event in host.emitted] == [("job retrying", "1"), ("job succeeded", "1"), ("job progress", "2")]
