@@ -266,7 +266,7 @@ def test_it_lives_on_under_faults(compose: list[str], project: Path) -> None:
     kill_a_worker(compose, project, up, chains)
     pause_redis(compose, project, up, chains)
     run(*compose, "stop", "worker", cwd=project)
-    until(lambda: len(chains.jobs()) == CHAINS)
+    chains.wait(lambda ids: len(ids) == CHAINS)
     until_a_line(up, lambda last: last["numAlive"] == last["numTracked"] == CHAINS)
     end(up, compose, project)
     assert "Traceback" not in up.output.read_text()
@@ -278,22 +278,19 @@ class Chains:
     def __init__(self, compose: list[str], project: Path) -> None:
         self._redis = run(*compose, "ps", "-q", "redis", cwd=project).stdout.strip()
 
-    def jobs(self) -> list[str]:
-        """The ids of all jobs waiting or active, at one moment."""
-        return self._say("EVAL", LOOK, "2", "bq:issue-189:waiting", "bq:issue-189:active")
+    def wait(self, condition: Callable[[list[str]], bool]) -> None:
+        """Waits until it is true of the ids of all jobs waiting or active at one moment."""
+        script = f"local function look() {LOOK} end return table.concat(look(), ' ')"
+        looks = ("-r", "50", "-i", "0.01", "EVAL", script, "2", "bq:issue-189:waiting", "bq:issue-189:active")
+        until(lambda: any(condition(ids.split()) for ids in self._say(*looks).splitlines()), 45)
 
     def are_back(self) -> None:
         """Waits until all chains have jobs at one moment, each saved since this call."""
-        last = int("".join(self._say("GET", "bq:issue-189:id")) or 0)
+        last = int(self._say("GET", "bq:issue-189:id").strip() or 0)
+        self.wait(lambda ids: len(ids) == CHAINS and all(int(job_id) > last for job_id in ids))
 
-        def all_are_new() -> bool:
-            ids = self.jobs()
-            return len(ids) == CHAINS and all(int(job_id) > last for job_id in ids)
-
-        until(all_are_new, 45)
-
-    def _say(self, *command: str) -> list[str]:
-        return run("docker", "exec", self._redis, "redis-cli", *command).stdout.split()
+    def _say(self, *command: str) -> str:
+        return run("docker", "exec", self._redis, "redis-cli", *command).stdout
 
 
 def until_a_line(up: Up, condition: Callable[[dict[str, Any]], bool]) -> None:
