@@ -240,10 +240,16 @@ class Store:
         """Waits until the reply to a command that names one job completes `answered`; if cancelled, withdraws the command."""
         return self._jobs.wait(command, answered)
 
-    def _send(self, command: Command) -> Command:
-        """Sends a command that names one job; returns it, for `withdraw` and `wait`."""
+    def _send(self, script: str, *args: Any, on_reply: Callable[[Any], None], is_repeatable: bool = False) -> Command:
+        """Sends a script call that names one job; returns it, for `withdraw` and `wait`."""
+        call = (*self._heads[script], *args)
+        command = Command(call, on_reply, repeat=call if is_repeatable else None, script=SCRIPTS[script].text)
         self._jobs.send(command)
         return command
+
+    async def _call(self, script: str, *args: Any, on: Connection | None = None) -> Any:
+        """Calls a script that is safe to repeat, on the command connection unless `on` is another; returns its reply."""
+        return await (on or self._commands).call(*self._heads[script], *args, repeatable=True, script=SCRIPTS[script].text)
 
     def key(self, suffix: str) -> str:
         """Returns the full name of a key or channel."""
@@ -261,10 +267,8 @@ class Store:
             on_id(reply if reply is None or isinstance(reply, BeeQueueError) else _text(reply))
 
         if delay is None:
-            args: tuple[Any, ...] = (*self._heads["add_job"], _bytes(job_id), entry)
-            return self._send(Command(args, on_reply, script=SCRIPTS["add_job"].text))
-        args = (*self._heads["add_delayed_job"], _bytes(job_id), entry, delay)
-        return self._send(Command(args, on_reply, script=SCRIPTS["add_delayed_job"].text))
+            return self._send("add_job", _bytes(job_id), entry, on_reply=on_reply)
+        return self._send("add_delayed_job", _bytes(job_id), entry, delay, on_reply=on_reply)
 
     def add_all(
         self, jobs: Iterable[tuple[str, bytes]], on_ids: Callable[[list[str | BeeQueueError | None] | BeeQueueError], None]
@@ -274,10 +278,10 @@ class Store:
         def on_reply(reply: Any) -> None:
             on_ids(reply if isinstance(reply, BeeQueueError) else [_id_or_error(each) for each in reply])
 
-        args = [*self._heads["add_jobs"]]
+        args: list[bytes] = []
         for job_id, entry in jobs:
             args += (_bytes(job_id), entry)
-        return self._send(Command(tuple(args), on_reply, script=SCRIPTS["add_jobs"].text))
+        return self._send("add_jobs", *args, on_reply=on_reply)
 
     async def publish(self, message: bytes) -> int:
         """Publishes on `events`; returns how many subscribers it reached."""
@@ -287,21 +291,19 @@ class Store:
     async def look_up(self, job_ids: Sequence[str], link: Link | None = None) -> list[Found]:
         """Reads how jobs stand (`jobs`, `succeeded`, `failed`). `link` is for a connection that is still being set up."""
         ids = map(_bytes, job_ids)
-        text = SCRIPTS["look_up"].text
         if link is None:
-            reply = await self._jobs.call(*self._heads["look_up"], *ids, repeatable=True, script=text)
+            reply = await self._call("look_up", *ids, on=self._jobs)
         else:
-            reply = await link.call(b"EVAL", text, *self._heads["look_up"][2:], *ids)
+            reply = await link.call(b"EVAL", SCRIPTS["look_up"].text, *self._heads["look_up"][2:], *ids)
         texts = [text.decode(errors="replace") for text in reply]
         return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
 
     async def ended(self, jobs: Sequence[tuple[str, str]]) -> set[str]:
         """Returns, of ids and stamps, the ids whose job has ended or is another job (`jobs`, `succeeded`, `failed`)."""
-        args = [*self._heads["ended"]]
-        for job_id, timestamp in jobs:
-            args += (_bytes(job_id), timestamp.encode())
-        ended = await self._jobs.call(*args, repeatable=True, script=SCRIPTS["ended"].text)
-        return {_text(job_id) for job_id in ended}
+        args: list[bytes] = []
+        for job_id, stamp in jobs:
+            args += (_bytes(job_id), stamp.encode())
+        return {_text(job_id) for job_id in await self._call("ended", *args, on=self._jobs)}
 
     # --- one job, by its id ------------------------------------------------------------------------------------------
 
@@ -312,13 +314,11 @@ class Store:
             is_decoded = reply is None or isinstance(reply, BeeQueueError)
             on_stored(reply if is_decoded else Stored(reply[0], reply[1].decode()))
 
-        args = (*self._heads["get_job"], _bytes(job_id))
-        return self._send(Command(args, on_reply, repeat=args, script=SCRIPTS["get_job"].text))
+        return self._send("get_job", _bytes(job_id), on_reply=on_reply, is_repeatable=True)
 
     def remove(self, job_id: str, on_removed: Callable[[BeeQueueError | None], None]) -> Command:
         """Takes a job out of every key."""
-        args = (*self._heads["remove_job"], _bytes(job_id))
-        return self._send(Command(args, on_removed, repeat=args, script=SCRIPTS["remove_job"].text))
+        return self._send("remove_job", _bytes(job_id), on_reply=on_removed, is_repeatable=True)
 
     def retry(self, job_id: str, on_retried: Callable[[Retried | BeeQueueError | None], None]) -> Command:
         """Moves a job from `failed` or `succeeded` to `waiting`; `on_retried` gets None when `jobs` has no entry."""
@@ -326,7 +326,7 @@ class Store:
         def on_reply(reply: Any) -> None:
             on_retried(reply if reply is None or isinstance(reply, BeeQueueError) else Retried(*reply))
 
-        return self._send(Command((*self._heads["retry_job"], _bytes(job_id)), on_reply, script=SCRIPTS["retry_job"].text))
+        return self._send("retry_job", _bytes(job_id), on_reply=on_reply)
 
     async def is_in(self, kind: str, job_id: str) -> bool:
         """Returns whether `kind`, a key that holds ids, holds this id."""
@@ -371,8 +371,7 @@ class Store:
 
     async def check_health(self) -> Health:
         """Counts the jobs of each state, and reads the counter `id`."""
-        counts = await self._commands.call(*self._heads["check_health"], repeatable=True, script=SCRIPTS["check_health"].text)
-        return Health(*map(int, counts))
+        return Health(*map(int, await self._call("check_health")))
 
     async def destroy(self) -> int:
         """Deletes all keys; returns how many there were."""
@@ -495,8 +494,7 @@ class Store:
 
         `job_ids` begins with the job that was taken last.
         """
-        args = (*self._heads["hand_back"], *map(_bytes, job_ids))
-        handed: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["hand_back"].text)
+        handed: int = await self._call("hand_back", *map(_bytes, job_ids))
         return handed
 
     # --- the two clocks ----------------------------------------------------------------------------------------------
@@ -510,10 +508,10 @@ class Store:
         `settle_stalled`.
         """
         limit = b"" if max_stalls is None else max_stalls
-        args = (*self._heads["check_stalled_jobs"], stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
-        text, step, is_over = SCRIPTS["check_stalled_jobs"].text, b"", False
+        args = (stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
+        step, is_over = b"", False
         while not is_over:
-            step, stalled, too_often = await self._commands.call(*args, step, repeatable=True, script=text)
+            step, stalled, too_often = await self._call("check_stalled_jobs", *args, step)
             yield [_text(job_id) for job_id in stalled], _taken_in(too_often, 0, len(too_often))
             is_over = not step
 
@@ -535,8 +533,7 @@ class Store:
 
         Returns `now_ms` as the time when more jobs are due than one call moves.
         """
-        args = (*self._heads["raise_delayed_jobs"], now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
-        raised, look_again = await self._commands.call(*args, repeatable=True, script=SCRIPTS["raise_delayed_jobs"].text)
+        raised, look_again = await self._call("raise_delayed_jobs", now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
         return raised, float(look_again)
 
 

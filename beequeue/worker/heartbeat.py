@@ -134,7 +134,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Heartbeat:
-    """Reports the attempts of one worker of the running loop, which `held` returns, on any thread; `handler` is its handler."""
+    """Reports the jobs of one worker in the running loop. `held` returns its attempts; threads call it too."""
 
     def __init__(self, store: Store, host: Host, handler: object, held: Callable[[], list[Attempt]]) -> None:
         self._store = store
@@ -294,7 +294,7 @@ class Heartbeat:
                     log.warning("queue %s: %s", self._host.name, self._what_blocks(held))
                     warned = True
                 if failure is not None and not self._stop.is_set():
-                    log.warning("queue %s: the heartbeat beside a blocked event loop: %s", self._host.name, failure)
+                    log.warning("queue %s: the heartbeat failed while the event loop is blocked: %s", self._host.name, failure)
             if self._stop.wait(self._repeat_s):
                 return
         if warned:

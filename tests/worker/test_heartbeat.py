@@ -239,7 +239,7 @@ async def test_redis_is_gone_while_the_loop_is_blocked(
     queue.process(handler)
     assert await job.result() == "done"
     _, *failures = [warning for warning in warned(caplog) if "back after" not in warning]
-    assert all(": the heartbeat beside a blocked event loop: " in failure for failure in failures)
+    assert all(": the heartbeat failed while the event loop is blocked: " in failure for failure in failures)
     await queue.close()
     assert heartbeats() == []
 
