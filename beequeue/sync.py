@@ -31,6 +31,8 @@ from beequeue.settings import Duration, QueueOptions, milliseconds
 from beequeue.store.store import Health
 from beequeue.wire.address import RedisSetting
 
+__all__ = ["Queue"]
+
 log = logging.getLogger("beequeue")
 
 Result = TypeVar("Result")
