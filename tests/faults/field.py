@@ -355,7 +355,7 @@ class Field:
     async def turn_page(self) -> None:
         """After `balance`: forgets all ended jobs, here and in Redis, and starts the load again."""
         await self.redis.delete(*(self.producer.to_key(kind) for kind in ("jobs", *ENDS)))
-        self.ledger = Ledger(issued=self.ledger.issued)
+        self.ledger = Ledger(issued=self.ledger.issued, first=self.ledger.issued)
         self.crew.turn_page()
         for relay in (self.to_producer, self.to_workers):
             relay.forget_closed()

@@ -40,6 +40,9 @@ class Ledger:
 
     issued: int = 0
     """All numbers below this one have been issued."""
+    first: int = 0
+    """The first number of this page. A worker that was starved of time may start an attempt at a job of an earlier page, after
+    a stall check gave the job to another worker: that page has counted the job already."""
     saved: dict[int, str] = field(default_factory=dict)
     """The ids of the jobs whose save Redis has confirmed."""
     uncertain: set[int] = field(default_factory=set)
@@ -213,7 +216,7 @@ def _of_storage(ledger: Ledger, stored: Stored) -> Iterable[str]:
 
 
 def _of_runs(ledger: Ledger, notes: Notes) -> Iterable[str]:
-    for number in sorted(notes.started.keys() - ledger.saved.keys() - ledger.uncertain):
+    for number in sorted(notes.started.keys() - ledger.saved.keys() - ledger.uncertain - set(range(ledger.first))):
         yield f"job {number} was run, although its save failed"
     if not notes.cuts:
         for number, extra in notes.again().items():

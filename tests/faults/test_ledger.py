@@ -123,6 +123,13 @@ def test_books_that_do_not_add_up(spoil: Callable[[Books], object], says: list[s
     assert books.found() == says
 
 
+def test_an_earlier_page_has_counted_its_jobs() -> None:
+    books = Books()
+    books.ledger.first = 1
+    del books.ledger.saved[0]
+    assert not [line for line in books.found() if "was run" in line]
+
+
 def test_a_stall_check_explains_a_second_attempt() -> None:
     books = Books()
     books.run("2", 1)
