@@ -156,7 +156,7 @@ class Consumer:
             except TypeError as unserialisable:
                 attempt.error = unserialisable
         try:
-            delay = retry_delay(job, job.queue.backoff_strategies)
+            delay = retry_delay(job, self._host.queue.backoff_strategies)
         except BaseException as raised:
             name = type(raised).__name__
             self._host.report(raised if isinstance(raised, Exception) else BeeQueueError(f"a backoff strategy raised {name}"))
@@ -204,7 +204,7 @@ class Consumer:
     # --- closing ---------------------------------------------------------------------------------------------------------
 
     async def drain(self, client_id: int | None, timeout_s: float) -> bool:
-        """Stops taking, lets handlers end, and hands back the jobs that are left; False when it had to cancel handlers.
+        """Stops taking, lets handlers end, and hands back the jobs that are left; False when the time-out came first.
 
         The order:
         1. No new take begins, and settlements take no more jobs.
