@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from beequeue import BeeQueueError, ConnectionLost, Job, QueueSettings
+from beequeue import BeeQueueError, ConnectionLost, Job, QueueClosed, QueueSettings
 from beequeue.producer import saver as saving_module
 from beequeue.producer.saver import Answer, Saver
 from beequeue.tasks import Calls
@@ -17,13 +17,16 @@ TIME = 4_000_000_000_000
 
 
 class Host:
-    """The inside of a queue that is open."""
+    """The inside of a queue that is open, or raises `refusal`."""
 
     def __init__(self) -> None:
         self.settings = QueueSettings()
         self.calls = Calls()
+        self.refusal: Exception | None = None
 
-    async def opened(self) -> None: ...
+    async def opened(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
 
 
 class Store:
@@ -112,6 +115,27 @@ async def test_a_job_is_bound_in_the_step_of_its_answer(queue: Queue) -> None:
     assert (job.saving, job.saved_as, queue.tracker.bound, queue.due) == (False, "a", ["a"], [])
     await saving
     assert queue.due == [TIME]
+
+
+async def test_a_queue_that_cannot_be_opened_sends_nothing(queue: Queue) -> None:
+    """The job may be saved later."""
+    [job] = queue.jobs("a")
+    cast(Any, queue._saver)._host.refusal = QueueClosed()
+    with pytest.raises(QueueClosed):
+        await queue._saver.save(job)
+    assert (job.saving, queue.store.ids) == (False, [])
+
+
+async def test_a_saved_job_is_known_by_the_timestamp_that_was_stored(queue: Queue) -> None:
+    """`options` may change before and after."""
+    [job] = queue.jobs("a")
+    job.options["timestamp"] = 7
+    saving = asyncio.create_task(queue._saver.save(job))
+    await steps()
+    job.options["timestamp"] = 8
+    queue.store.answer("a")
+    await saving
+    assert job.created_at == 7
 
 
 async def test_a_save_that_is_cancelled_in_the_step_of_its_answer_is_over(queue: Queue) -> None:
