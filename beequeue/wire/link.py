@@ -332,14 +332,14 @@ class Link(asyncio.Protocol):
         """Counts how long no data has moved. TCP keep-alive alone cannot see a relay that goes silent."""
         self._ticker = self._loop.call_later(TICK_S, self._tick)
         self.still_ticks += 1
+        if self.still_ticks == 1:
+            self._next_look = REPLY_TICKS
         if not self._in_flight:
             if self.still_ticks >= QUIET_TICKS:
                 self._ask()
         elif self._has_delivered():
             self.still_ticks = 0
         else:
-            if self.still_ticks == 1:
-                self._next_look = REPLY_TICKS
             on_the_way = self._expected - self._arrived
             late_ticks = self.still_ticks - int(on_the_way / SLOWEST_BYTES_S / TICK_S)
             if late_ticks >= self._next_look:
@@ -352,7 +352,8 @@ class Link(asyncio.Protocol):
         Only bytes written before the first tick after the last arrival count. A link that swallows everything is dead.
         """
         if self._has_heard:
-            self._has_heard, self._arrived, self._expected = False, self._expected, self._written
+            to_come = sum(map(len, self._unsent))  # the tick may come between a reply and the flush of new commands
+            self._has_heard, self._arrived, self._expected = False, self._expected, self._written + to_come
         left = self._transport.get_write_buffer_size()
         if ioctl is not None:
             try:  # bytes that the kernel has not sent, or the other side has not acknowledged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -279,6 +280,20 @@ async def test_a_silent_peer_is_noticed(peer: Peer) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
+async def test_an_idle_link_notices_a_second_silence_as_soon_as_the_first(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """even if the network swallows its own question, so that the kernel waits for an acknowledgement"""
+    stuck: asyncio.Queue[int] = asyncio.Queue()
+    await peer.connect(on_stuck=lambda link: stuck.put_nowait(link.still_ticks))
+    peer.send(b"X")
+    async with asyncio.timeout(5):
+        assert [await stuck.get() for _ in range(3)] == [REPLY_TICKS * times for times in (1, 2, 4)]
+        await peer.say(b":1\r\n")
+        await peer.logs(1)
+        monkeypatch.setattr(beequeue.wire.link, "ioctl", lambda *_: (2**20).to_bytes(4, sys.byteorder))
+        assert await stuck.get() == REPLY_TICKS
+
+
+@pytest.mark.usefixtures("hurried")
 async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
     """a link is slow, not dead, while more of a command reaches the other side, however long that takes"""
     stuck: list[int] = []
@@ -295,7 +310,8 @@ async def test_a_peer_that_reads_slowly_is_not_stuck(peer: Peer) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_peer_that_reads_slowly_after_an_answer_is_not_stuck() -> None:
+@pytest.mark.parametrize("ticks", [False, True], ids=["written before the tick", "not yet written at the tick"])
+async def test_a_peer_that_reads_slowly_after_an_answer_is_not_stuck(ticks: bool) -> None:
     """each answer starts the count again, even though another reply is due all the time"""
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
@@ -304,7 +320,13 @@ async def test_a_peer_that_reads_slowly_after_an_answer_is_not_stuck() -> None:
     transport, protocol = await loop.create_connection(asyncio.Protocol, sock=ours)
     link = Link(transport, keep=protocol)
     large = Command((b"X", b"x" * 4_000_000), lambda reply: None)
-    link.send(Command((b"X",), lambda reply: link.send(large)))
+
+    def answered(reply: Any) -> None:
+        link.send(large)
+        if ticks:  # before the loop's next turn, which writes it
+            link._has_delivered()
+
+    link.send(Command((b"X",), answered))
     link.send(Command((b"X",), lambda reply: None))
     async with asyncio.timeout(5):
         while not link.still_ticks:
