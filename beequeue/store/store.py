@@ -194,7 +194,7 @@ class BlockingTake:
     def _was_read(self, reply: Any) -> None:
         """Handles the reply to the read: the newest jobs in `active`, of which one may be ours, and the jobs that it took."""
         if isinstance(reply, BeeQueueError):
-            self.read_error = reply
+            self.taken, self.read_error = [], reply
         else:
             newest = 1 + 2 * reply[0]
             for index in range(1, newest, 2):
@@ -204,8 +204,8 @@ class BlockingTake:
                     break
             if len(reply) > newest:
                 self.taken += _taken_in(reply, newest, len(reply))
-        if self._moved is not None:
-            self.unread = _text(self._moved)
+        self.unread = None if self._moved is None else _text(self._moved)
+        self._moved = None  # and no second time, if `on_end` raises: see `Command.answer`
         self.commands = ()  # which refer to this: a circle would be left to the garbage collector
         self._on_end(self)
 
@@ -231,10 +231,10 @@ class Store:
         self._blocking_take = Packed((b"BRPOPLPUSH", waiting, active, str(TAKE_WAIT_S).encode()))
         self._reads: dict[int, Packed] = {}
 
-    def withdraw(self, *commands: Command) -> bool:
-        """Takes back commands that wait because Redis is down; False when one of them was sent or answered."""
+    def withdraw(self, command: Command) -> bool:
+        """Takes back a command that waits because Redis is down; False when it was sent or answered."""
         connections = {self._jobs, self._commands, self._takes}
-        return all(any(each is not None and each.withdraw(command) for each in connections) for command in commands)
+        return any(each is not None and each.withdraw(command) for each in connections)
 
     def wait(self, command: Command, answered: asyncio.Future[Answer]) -> Coroutine[Any, Any, Answer]:
         """Waits until the reply to a command that names one job completes `answered`; if cancelled, withdraws the command."""

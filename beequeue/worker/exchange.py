@@ -239,7 +239,7 @@ class Exchange:
         else:
             self.pump_soon()
 
-    # --- what is held ----------------------------------------------------------------------------------------------------
+    # --- held attempts ---------------------------------------------------------------------------------------------------
 
     def reported(self) -> list[Attempt]:
         """The attempts that the heartbeat reports; its thread calls this too.

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 import beequeue
 from beequeue import CommandError, ConnectionLost, Job, OperationTimedOut, OutcomeNotRecorded, Queue, QueueClosed
 from beequeue.store.scripts import SCRIPTS
+from beequeue.worker.attempt import Attempt
 from beequeue.worker.consumer import Consumer
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, until
@@ -68,6 +69,32 @@ async def test_a_fault_in_the_package_frees_its_slot(make_queue: MakeQueue, monk
     await until(lambda: make_queue.errors)
     assert await (await queue.create_job("next").save()).result() == "next"
     assert len(make_queue.claim(RuntimeError)) == 1
+
+
+async def test_a_fault_in_the_package_when_a_take_ends_runs_no_job_twice(
+    make_queue: MakeQueue,
+) -> None:
+    """the connection is opened again, and the worker goes on"""
+    queue, ran = make_queue(get_events=False, reconnect=soon, stall_interval=60_000), Seen()
+    queue.process(lambda job: ran(job.id), 2)
+    await until(lambda: queue._consumer and queue._consumer._exchange._take)
+    assert queue._consumer is not None
+    exchange = queue._consumer._exchange
+    begin = exchange._begin
+
+    def begin_and_fail(attempts: list[Attempt]) -> None:
+        exchange._begin = begin
+        begin(attempts)
+        raise RuntimeError("ours")
+
+    exchange._begin = begin_and_fail
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    await queue.create_job("x").save()
+    await until(lambda: make_queue.claim(ConnectionLost))
+    await queue.create_job("y").save()
+    assert await ran.reaches(2) == [("1",), ("2",)]
+    await until(lambda: queue.running == 0)
+    assert exchange._free == 2
 
 
 async def test_a_job_that_is_handed_back_leaves_stalling(make_queue: MakeQueue, redis: Any) -> None:
