@@ -47,7 +47,7 @@ class Chains:
         return job.id
 
     def _ended(self, counter: str, job_id: str) -> None:
-        """The queue's own event: it needs no binding of id to job, so it is never lost."""
+        """The queue's own event: it needs no binding of id to job, so the race cannot lose it."""
         self.counts[counter] += 1
         self.alive.ended(job_id)
 
