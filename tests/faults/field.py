@@ -230,8 +230,15 @@ class Field:
                 await self._ended.wait()
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        """Waits for a condition."""
-        await until(condition, PATIENCE_S)
+        """Waits for a condition; a `TimeoutError` says what producer and workers have reported."""
+        try:
+            await until(condition, PATIENCE_S)
+        except TimeoutError as late:
+            late.add_note(
+                f"workers' errors: {dict(self.crew.look().errors)}; {self.producer.reconnects} reconnects of the producer"
+            )
+            late.add_note(self.crew.complaints.read_text()[-2_000:])
+            raise
 
     def _number_in(self, message: str) -> int:
         """The number of the job that failed with this message."""
