@@ -119,10 +119,16 @@ class Consumer:
         attempt.task = None
         self.running -= 1
         try:
-            self._exchange.settle(attempt, self._decide(attempt, job))
+            settlement = self._decide(attempt, job)
         except Exception as fault:  # a fault of this package
-            self._exchange.drop(attempt)
-            self._host.report(fault)
+            failure = BeeQueueError(
+                f"job {attempt.id} fails for good: its settlement cannot be made: {type(fault).__name__}: {fault}"
+            )
+            failure.__cause__ = fault
+            self._host.report(failure)
+            attempt.error = attempt.error or failure
+            settlement = fail_for_good(job, attempt.entry, attempt.error, self._settings)
+        self._exchange.settle(attempt, settlement)
 
     def _leave(self, attempt: Attempt) -> None:
         attempt.under_way = False
@@ -153,7 +159,7 @@ class Consumer:
         if attempt.error is None:
             try:
                 return succeed(job, attempt.result, self._settings)
-            except TypeError as unserialisable:
+            except Exception as unserialisable:
                 attempt.error = unserialisable
         try:
             delay = retry_delay(job, self._host.queue.backoff_strategies)

@@ -141,11 +141,6 @@ class Exchange:
         self.pump_soon()
         self.changed()
 
-    def drop(self, attempt: Attempt) -> None:
-        """Gives an attempt up without settling it. Its job is reported no more, so the stall check brings it back."""
-        del self.held[attempt]
-        self.release(attempt.slots)
-
     # --- from Redis ------------------------------------------------------------------------------------------------------
 
     def _took(self, take: BlockingTake) -> None:

@@ -40,18 +40,25 @@ def retry_delay(job: Job, strategies: Mapping[str, Strategy]) -> int | None:
 
 
 def stack_trace(error: BaseException) -> str:
-    """Returns the traceback as text, without the frames that led to the handler."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))
+    """Returns the traceback as text, without the frames that led to the handler; leaves out what Python cannot format."""
+    last_line = f"{type(error).__name__}: {message_of(error)}\n"
+    try:
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            frames = frames.tb_next
+        try:
+            return "".join(traceback.format_exception(type(error), error, frames))
+        except BaseException:  # a SyntaxError whose text is no text, say, or a property of the handler's own class that raises
+            return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(frames), last_line])
+    except BaseException:
+        return last_line
 
 
 def message_of(error: BaseException) -> str:
     """Returns the text that a producer gets for an error; never empty."""
     try:
         return str(error) or type(error).__name__
-    except Exception:  # the handler's own class of error, whose `__str__` raises
+    except BaseException:  # the handler's own class of error, whose `__str__` raises
         return type(error).__name__
 
 
@@ -80,13 +87,13 @@ def fail(job: Job, error: BaseException, delay: int | None, now: int, settings: 
 
 
 def fail_for_good(job: Job, stored: bytes, error: BaseException, settings: QueueSettings) -> Settlement:
-    """Settles a job that has failed and is not tried again.
+    """Settles a job that has failed and is not tried again; never raises.
 
-    Keeps its entry as it is `stored` when it is nested so deeply that it can be read but not written.
+    Keeps its entry as it is `stored` when it cannot be written, for example because it is nested too deeply.
     """
     try:
         return fail(job, error, None, 0, settings)
-    except TypeError:
+    except Exception:
         assert job.id is not None
         message = encode_event(job.id, "failed", message_of(error)) if settings.send_events else b""
         return Settlement("failed", None if settings.remove_on_failure else stored, message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -145,9 +146,56 @@ class Mute(Exception):
         raise RuntimeError("no text")
 
 
-def test_an_error_whose_text_raises_is_named() -> None:
+class Exits(Exception):
+    """Its `__str__` ends the program."""
+
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+@pytest.mark.parametrize("kind", [Mute, Exits])
+def test_an_error_whose_text_raises_is_named(kind: type[Exception]) -> None:
     """QK-25"""
-    assert message_of(Mute()) == "Mute"
+    assert message_of(kind()) == kind.__name__
+
+
+class NoCause(Exception):
+    """As a proxy that has lost its object."""
+
+    @property
+    def __cause__(self) -> BaseException | None:
+        raise ReferenceError("weakly-referenced object no longer exists")
+
+    @__cause__.setter
+    def __cause__(self, cause: BaseException | None) -> None: ...
+
+
+class NoTraceback(Exception):
+    """As a proxy that has lost its object."""
+
+    @property
+    def __traceback__(self) -> TracebackType | None:
+        raise SystemExit("weakly-referenced object no longer exists")
+
+    @__traceback__.setter
+    def __traceback__(self, frames: TracebackType | None) -> None: ...
+
+
+UNFORMATTABLE = [
+    (SyntaxError("bad", ("page.html", 3, 5, 17)), "SyntaxError: bad (page.html, line 3)\n"),  # type: ignore[arg-type]
+    (NoCause("mine"), "NoCause: mine\n"),
+    (NoTraceback("mine"), "NoTraceback: mine\n"),
+    (Mute(), "Mute: <exception str() failed>\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "last_line"), UNFORMATTABLE)
+def test_the_trace_of_an_error_that_python_cannot_format(job: Job, error: Exception, last_line: str) -> None:
+    """its type and text, and where it was raised, if that can be read; so its job can be settled"""
+    trace = stack_trace(raised(error))
+    assert trace.endswith(last_line)
+    assert ("test_outcome.py" in trace) is not isinstance(error, NoTraceback)
+    assert fail(job, error, None, 0, QueueSettings()).status == "failed"
 
 
 def test_a_job_that_cannot_be_written_keeps_its_entry(job: Job) -> None:

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 import beequeue
-from beequeue import CommandError, ConnectionLost, Job, OperationTimedOut, OutcomeNotRecorded, Queue, QueueClosed
+from beequeue import CommandError, ConnectionLost, Job, JobFailed, OperationTimedOut, OutcomeNotRecorded, Queue, QueueClosed
 from beequeue.store.scripts import SCRIPTS
 from beequeue.worker.attempt import Attempt
 from beequeue.worker.consumer import Consumer
@@ -56,8 +56,9 @@ async def test_a_settlement_that_is_refused_as_a_whole_frees_its_slot(own_server
 
 
 async def test_a_fault_in_the_package_frees_its_slot(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """its job fails for good, and the error names it"""
     queue = make_queue(stall_interval=60_000)
-    _, gate = await hold(queue)
+    job, gate = await hold(queue)
     assert queue._consumer is not None
 
     def decide(*_: Any) -> None:
@@ -66,9 +67,14 @@ async def test_a_fault_in_the_package_frees_its_slot(make_queue: MakeQueue, monk
 
     monkeypatch.setattr(queue._consumer, "_decide", decide)
     gate.set()
-    await until(lambda: make_queue.errors)
+    message = f"job {job.id} fails for good: its settlement cannot be made: RuntimeError: ours"
+    with pytest.raises(JobFailed) as failed:
+        await job.result()
+    assert str(failed.value) == message
+    assert await job.is_in_set("failed")
     assert await (await queue.create_job("next").save()).result() == "next"
-    assert len(make_queue.claim(RuntimeError)) == 1
+    assert [str(error) for error in make_queue.errors] == [message]
+    make_queue.errors.clear()
 
 
 async def test_a_fault_in_the_package_when_a_take_ends_runs_no_job_twice(

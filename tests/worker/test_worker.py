@@ -915,6 +915,30 @@ async def test_a_strategy_that_raises_an_exit_fails_the_job(make_queue: MakeQueu
     make_queue.errors.clear()
 
 
+@pytest.mark.parametrize("kind", ["error", "result"])
+async def test_an_outcome_that_cannot_be_written_fails_the_job(make_queue: MakeQueue, kind: str) -> None:
+    """Python cannot format the exception; or the result, a dict of its own kind, raises; the job runs once"""
+    queue = make_queue()
+    runs = Seen()
+
+    class Odd(dict[str, Any]):
+        def items(self) -> Any:
+            raise LookupError("no items")
+
+    async def handler(job: Job) -> Any:
+        runs()
+        if kind == "error":
+            raise SyntaxError("bad", ("page.html", 3, 5, 17))  # type: ignore[arg-type]
+        return {"a": "\ud800", "b": Odd(a=1)}  # the surrogate leads to the slower encoder, which calls `items`
+
+    job = await queue.create_job({}).save()
+    queue.process(handler)
+    with pytest.raises(JobFailed, match=r"^bad \(page.html, line 3\)$" if kind == "error" else "no items"):
+        await job.result()
+    assert await job.is_in_set("failed")
+    assert len(runs.calls) == 1
+
+
 class Mute(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
