@@ -13,7 +13,6 @@ from beequeue import Job, JobTimeout, QueueSettings
 from beequeue.job import BUILT_IN_STRATEGIES, Strategy
 from beequeue.store.store import Settlement
 from beequeue.worker.outcome import fail, fail_for_good, fail_unread, message_of, retry_delay, stack_trace, succeed
-from tests.observe import nested
 
 
 class NoQueue:
@@ -201,7 +200,7 @@ def test_the_trace_of_an_error_that_python_cannot_format(job: Job, error: Except
 def test_a_job_that_cannot_be_written_keeps_its_entry(job: Job) -> None:
     """its event tells why it failed"""
     error = ValueError("too deep")
-    job.data = nested(2_000)
+    job.data = object()  # stands for lists that are nested too deeply
     settlement = fail_for_good(job, b"stored", error, QueueSettings())
     assert settlement == Settlement("failed", b"stored", b'{"id":"7","event":"failed","data":"too deep"}')
     silent = fail_for_good(job, b"stored", error, QueueSettings(remove_on_failure=True, send_events=False))
