@@ -122,7 +122,7 @@ class Producer:
                     with self._host.calls:
                         await answered
                 except asyncio.CancelledError:
-                    sent = not self._store.withdraw(command) or command.repeated
+                    sent = not self._store.withdraw(command)
                     raise
         except TimeoutError:
             if not limit.expired():

@@ -317,8 +317,8 @@ class Store:
         return self._send("get_job", _bytes(job_id), on_reply=on_reply, is_repeatable=True)
 
     def remove(self, job_id: str, on_removed: Callable[[BeeQueueError | None], None]) -> Command:
-        """Takes a job out of every key."""
-        return self._send("remove_job", _bytes(job_id), on_reply=on_removed, is_repeatable=True)
+        """Takes a job out of every key. It is not repeated: the id may have been given to a new job meanwhile."""
+        return self._send("remove_job", _bytes(job_id), on_reply=on_removed)
 
     def retry(self, job_id: str, on_retried: Callable[[Retried | BeeQueueError | None], None]) -> Command:
         """Moves a job from `failed` or `succeeded` to `waiting`; `on_retried` gets None when `jobs` has no entry."""
@@ -363,10 +363,13 @@ class Store:
         return entries
 
     async def clean(self, kind: str, created_until: int, at_most: int, job_ids: Sequence[str]) -> int:
-        """Deletes `at_most` of `job_ids`, if they are in `kind` and created by `created_until` (epoch ms); returns how many."""
+        """Deletes `at_most` of `job_ids`, if they are in `kind` and created by `created_until` (epoch ms); returns how many.
+
+        It is not repeated: a repeat would delete `at_most` more, and nobody would know how many went the first time.
+        """
         evalsha, sha, count, _, jobs = self._heads["clean"]
         args = (evalsha, sha, count, self.key(kind), jobs, created_until, at_most, *map(_bytes, job_ids))
-        deleted: int = await self._commands.call(*args, repeatable=True, script=SCRIPTS["clean"].text)
+        deleted: int = await self._commands.call(*args, script=SCRIPTS["clean"].text)
         return deleted
 
     async def check_health(self) -> Health:

@@ -30,7 +30,7 @@ from beequeue.producer import tracker
 from beequeue.store.scripts import SCRIPTS
 from beequeue.store.store import KEYS
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import Heard, Spoken, assert_says, keys, nested
+from tests.observe import Heard, Spoken, assert_says, keys, nested, soon
 from tests.relay import Line, Relay
 
 both_orderings = pytest.mark.parametrize("ordered", [True, False], ids=["one socket", "two sockets"])
@@ -523,6 +523,35 @@ async def test_removing_a_job_that_has_ended(make_queue: MakeQueue, ordered: boo
     await job.remove()
     assert await job.result() == "x"
     assert queue.unknown_outcomes == 0
+
+
+@both_orderings
+async def test_a_removal_whose_reply_is_lost_is_not_repeated(
+    make_queue: MakeQueue, url: str, redis: Any, ordered: bool
+) -> None:
+    """Repeated, it would take away the job that another producer has saved under the id meanwhile."""
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered, reconnect=soon).ready()
+        other = make_queue(is_worker=False)
+        await other.create_job("old").set_id("own").save()
+        role = "event" if ordered else "command"
+        relay.hold(role)
+        removing = asyncio.create_task(queue.remove_job("own"))
+        await until(lambda: gone("own", queue, redis))
+        new = await other.create_job("new").set_id("own").save()
+        for line in relay.lines:
+            if line.role == role:
+                line.cut()
+        relay.release(role)
+        with pytest.raises(ConnectionLost) as lost:
+            await removing
+        assert lost.value.maybe_applied
+        assert await new.is_in_set("waiting")
+        fetched = await queue.get_job("own")
+        assert fetched is not None
+        assert fetched.data == "new"
+        make_queue.claim(ConnectionLost)
+        await queue.close()
 
 
 # --- retry and is_in_set -----------------------------------------------------------------------------------------------
@@ -1369,6 +1398,31 @@ async def test_clean_has_a_limit(make_queue: MakeQueue, redis: Any) -> None:
     assert await redis.exists(queue.to_key("failed"), queue.to_key("jobs")) == 0
 
 
+async def test_a_clean_whose_reply_is_lost_is_not_repeated(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """Repeated, it would delete more than its limit."""
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        await redis.sadd(queue.to_key("failed"), *await store(redis, queue, 20))
+
+        def hold_the_reply(line: Line, data: bytes) -> None:
+            if SCRIPTS["clean"].sha.encode() in data and not queue.reconnects:
+                relay.hold(line.role)
+
+        relay.said_on = hold_the_reply
+        cleaning = asyncio.create_task(queue.clean("failed", limit=5))
+        await until(lambda: counts(queue, redis, "failed", 15))
+        for line in relay.lines:
+            if line.role == "command":
+                line.cut()
+        relay.release("command")
+        with pytest.raises(ConnectionLost) as lost:
+            await cleaning
+        assert lost.value.maybe_applied
+        assert (await queue.check_health()).failed == 15
+        make_queue.claim(ConnectionLost)
+        await queue.close()
+
+
 async def test_clean_of_ended_jobs(make_queue: MakeQueue, redis: Any) -> None:
     """Real jobs: get_job finds none of them. An id without an entry goes too; a job that was retried stays."""
     queue = make_queue()
@@ -1560,6 +1614,16 @@ async def store(redis: Any, queue: Queue, count: int) -> list[str]:
     entries = {job_id: f'{{"data":{job_id},"options":{{"timestamp":{job_id}}}}}' for job_id in ids}
     await redis.hset(queue.to_key("jobs"), mapping=entries)
     return ids
+
+
+async def gone(job_id: str, queue: Queue, redis: Any) -> bool:
+    return not await redis.hexists(queue.to_key("jobs"), job_id)
+
+
+async def counts(queue: Queue, redis: Any, kind: str, count: int) -> bool:
+    """Whether a set has `count` ids."""
+    found: int = await redis.scard(queue.to_key(kind))
+    return found == count
 
 
 async def add_to(redis: Any, queue: Queue, kind: str, *ids: str) -> None:
