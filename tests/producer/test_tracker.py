@@ -133,6 +133,32 @@ async def test_a_job_that_its_own_listener_binds_anew_stays() -> None:
     assert subject.jobs == {"1": job}
 
 
+async def test_an_end_that_was_read_before_a_retry_does_not_end_the_job() -> None:
+    """Its listeners hear it."""
+    subject = make_tracker()
+    [job] = bound(subject, "1")
+    heard = Heard(job)
+    subject.read(encode_event("1", "failed"))
+    subject.bind(job)
+    await deliver(subject)
+    assert (heard, subject.jobs, job.last_event) == (["failed"], {"1": job}, None)
+    await deliver(subject, "succeeded")
+    assert (heard, subject.jobs) == (["failed", "succeeded"], {})
+    await subject.stop_looking()
+
+
+async def test_a_message_that_cannot_be_read_is_reported() -> None:
+    host = Host()
+    subject = make_tracker(host)
+    subject.read(b"{")
+    await deliver(subject, "progress")
+    (error,) = host.errors
+    assert isinstance(error, UnreadableData)
+    assert error.__traceback__ is None
+    assert [event[0] for event in host.emitted] == ["job progress"]
+    await subject.stop_looking()
+
+
 @pytest.mark.parametrize("settings", [{"store_jobs": False}, {"get_events": False}])
 async def test_a_queue_that_hears_of_no_end_binds_nothing(settings: Any) -> None:
     subject = make_tracker(**settings)
@@ -312,6 +338,7 @@ async def test_a_listener_that_ends_the_program_takes_no_event_from_the_others()
     def stop(*event: Any) -> bool:
         host.emit = heard_of  # type: ignore[method-assign]
         subject.read(encode_event("2", "progress"))
+        subject.read(encode_event("2", "retrying"))
         raise Stop
 
     heard_of, host.emit = host.emit, stop  # type: ignore[method-assign]
@@ -321,7 +348,8 @@ async def test_a_listener_that_ends_the_program_takes_no_event_from_the_others()
         subject._deliver()
     await asyncio.sleep(0)
     assert heard == ["retrying", "succeeded"]
-    assert [event[:2] for event in host.emitted] == [("job retrying", "1"), ("job succeeded", "1"), ("job progress", "2")]
+    emitted = [("job retrying", "1"), ("job succeeded", "1"), ("job progress", "2"), ("job retrying", "2")]
+    assert [event[:2] for event in host.emitted] == emitted
     assert subject._read == []
 
 
@@ -386,8 +414,9 @@ async def test_a_look_that_fails_is_reported_and_repeated(monkeypatch: pytest.Mo
     await subject.stop_looking()
 
 
-def test_results_are_looked_for_as_often_as_the_documentation_promises() -> None:
-    assert (tracker.LOOK_EVERY_S, tracker.SWEEP_EVERY_S) == (5, 5)
+def test_redis_is_asked_as_often_as_the_documentation_promises() -> None:
+    """Each call of a sweep is followed by a rest, so that sweeps take no more than a tenth of Redis's time."""
+    assert (tracker.LOOK_EVERY_S, tracker.SWEEP_EVERY_S, tracker.SWEEP_PAUSE_S) == (5, 5, 0.02)
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------------
@@ -422,6 +451,24 @@ async def test_a_sweep_asks_about_a_hundred_jobs_in_a_call(monkeypatch: pytest.M
     assert subject._sweeping is not None
     await asyncio.wait_for(subject._sweeping, 5)
     assert [len(jobs) for jobs in store.asked] == [100, 1]
+    assert subject.jobs == {}
+
+
+async def test_a_sweep_that_is_refused_is_reported_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker, "SWEEP_EVERY_S", 0.001)
+    host, store = Host(), Store("1")
+    subject = make_tracker(host, store=store)
+    failures = [CommandError("BUSY now")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    store.before_answer = fail
+    bound(subject, "1")
+    assert subject._sweeping is not None
+    await asyncio.wait_for(subject._sweeping, 5)
+    assert [str(error) for error in host.errors] == ["BUSY now"]
     assert subject.jobs == {}
 
 
