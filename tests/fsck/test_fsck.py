@@ -385,6 +385,14 @@ def test_how_many_at_once(size: int, count: int) -> None:
     assert Snapshot({"1", "2"}, entry_bytes=2 * size).at_once == count
 
 
+def test_the_bounds_of_a_look() -> None:
+    """A queue of which nothing was read has no jobs; entries of 401 bytes are the first to make a difference."""
+    assert (MOST_AT_ONCE, findings.LEAST_AT_ONCE, findings.BYTES_AT_ONCE) == (10_000, 100, 4_000_000)
+    assert (Report(False).jobs, Snapshot().entry_bytes) == (0, 0)
+    assert Snapshot({"1"}, entry_bytes=400).at_once == 10_000
+    assert Snapshot({"1"}, entry_bytes=401).at_once == 9_975
+
+
 def test_each_kind_has_one_name() -> None:
     """in code, scripts, output and the pages"""
     assert {kind.replace("-", "_") for kind in KINDS} - {"unreadable"} == SCRIPTS.keys()
