@@ -194,6 +194,40 @@ async def test_only_an_end_that_is_too_large_has_its_job_looked_up(job_id: str, 
     await subject.stop_looking()
 
 
+@pytest.mark.parametrize(("size", "decoded"), [(LARGE_BYTES - 1, True), (LARGE_BYTES, False)])
+async def test_the_guard_sees_large_messages(size: int, decoded: bool) -> None:
+    """It keeps those that concern nobody from being decoded."""
+    subject = make_tracker()
+    message = encode_event("1", "progress", "x" * (size - len(encode_event("1", "progress", ""))))
+    assert len(message) == size
+    subject.read(message)
+    assert bool(subject._read) is decoded
+
+
+async def test_a_retry_is_told_to_every_look_up_under_way() -> None:
+    """One ends before the other; what each was asked is kept as long as it lasts."""
+    store = Store("1", "2")
+    subject = make_tracker(store=store, ordered_events=False)
+    first, second = bound(subject, "1", "2")
+    answered = asyncio.Event()
+    look_up = store.look_up
+
+    async def late(job_ids: Any) -> list[Found]:
+        await answered.wait()
+        return await look_up(job_ids)
+
+    slow = asyncio.create_task(subject.end_unseen(late))
+    await asyncio.sleep(0)
+    store.states.pop("2")
+    await subject.end_unseen(store.look_up)
+    assert (first.last_event is None, second.last_event) == (False, None)
+    store.states["2"] = Found("gone", "", "")
+    subject.retried("2")
+    answered.set()
+    await slow
+    assert (second.last_event, subject.jobs, subject._asked) == (None, {"2": second}, [])
+
+
 async def test_nothing_is_looked_up_after_stop_looking() -> None:
     """neither for a large message, nor for an awaited result, nor for a bound job"""
     subject = make_tracker(max_event_bytes=LARGE_BYTES)
@@ -306,6 +340,7 @@ async def test_an_answer_ends_no_job_that_has_gone_on_meanwhile() -> None:
     assert told.last_event is not None
     assert told.last_event.name == "unknown"
     assert {*subject.jobs} == {"retried", "read", "ended"}
+    assert subject._asked == []
     # a later look-up believes what it finds again
     store.before_answer = lambda: None
     await subject.end_unseen(store.look_up)
@@ -447,9 +482,12 @@ async def test_a_sweep_asks_about_a_hundred_jobs_in_a_call(monkeypatch: pytest.M
     job_ids = [*map(str, range(101))]
     store = Store(*job_ids)
     subject = make_tracker(store=store)
-    bound(subject, *job_ids)
-    assert subject._sweeping is not None
-    await asyncio.wait_for(subject._sweeping, 5)
+    bound(subject, job_ids[0])
+    sweeping = subject._sweeping
+    assert sweeping is not None
+    bound(subject, *job_ids[1:])
+    assert subject._sweeping is sweeping
+    await asyncio.wait_for(sweeping, 5)
     assert [len(jobs) for jobs in store.asked] == [100, 1]
     assert subject.jobs == {}
 
