@@ -495,9 +495,11 @@ class Store:
     async def hand_back(self, job_ids: Sequence[str]) -> int:
         """Moves jobs from `active` back to the end of `waiting` where jobs are taken; returns how many.
 
-        `job_ids` begins with the job that was taken last.
+        `job_ids` begins with the job that was taken last. It is not repeated when the connection is lost: another worker may
+        have the jobs by then.
         """
-        handed: int = await self._call("hand_back", *map(_bytes, job_ids))
+        args = (*self._heads["hand_back"], *map(_bytes, job_ids))
+        handed: int = await self._commands.call(*args, script=SCRIPTS["hand_back"].text)
         return handed
 
     # --- the two clocks ----------------------------------------------------------------------------------------------

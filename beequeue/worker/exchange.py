@@ -331,7 +331,10 @@ class Exchange:
         return not self.cut_off
 
     async def hand_back(self, limit_s: float) -> None:
-        """Returns the held jobs that are neither being settled nor in a thread that goes on; waits at most `limit_s`."""
+        """Returns the held jobs that are neither being settled nor in a thread that goes on; waits at most `limit_s`.
+
+        Without an answer nothing is repeated: jobs that are still active are left to the stall check, and it reports this.
+        """
         job_ids = [
             attempt.id
             for attempt in reversed(self._own())

@@ -30,12 +30,13 @@ from beequeue import (
 )
 from beequeue.job import now_ms
 from beequeue.queue import first_error_wins
+from beequeue.store.scripts import SCRIPTS
 from beequeue.wire.connection import Connection
 from beequeue.worker.consumer import Consumer
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import beequeue_tasks, clients, freeze, present, soon, takes_no_more, thaw
-from tests.relay import Relay
+from tests.observe import beequeue_tasks, clients, freeze, present, said, soon, takes_no_more, thaw
+from tests.relay import Line, Relay
 from tests.wire.test_opening import every_call
 
 TOO_LONG_MS = 2**31 + 1_000
@@ -342,6 +343,37 @@ async def test_a_job_taken_but_not_started_goes_back(make_queue: MakeQueue, redi
     assert await redis.lrange(producer.to_key("waiting"), 0, -1) == ["2", "1"]
     assert await redis.exists(producer.to_key("active")) == 0
     assert work.started.calls == []
+
+
+async def test_jobs_are_handed_back_once(make_queue: MakeQueue, redis: Any, url: str) -> None:
+    """the connection is cut before the reply, and another worker has the job by then: it is not taken away from that one"""
+    async with Relay(url) as relay:
+        worker, producer = make_queue(redis=relay.url, reconnect=soon), make_queue(is_worker=False)
+        work, elsewhere = Work(), Work()
+        other = make_queue()
+        worker.process(work)
+        job = await producer.create_job(1).save()
+        await work.started.reaches(1)
+        other.process(elsewhere)
+
+        async def cut(line: Line, data: bytes) -> bytes:
+            if SCRIPTS["hand_back"].sha.encode() in line.said and line.is_open:
+                await elsewhere.started.reaches(1)
+                line.cut()
+            return data
+
+        relay.distort = cut
+        make_queue.queues.remove(worker)
+        with pytest.raises(OperationTimedOut):
+            await worker.close(50)
+        assert said(relay, SCRIPTS["hand_back"].sha.encode()) == 1
+        assert await redis.lrange(producer.to_key("active"), 0, -1) == [job.id]
+        elsewhere.gate.set()
+        assert await job.result() == 1
+    make_queue.claim(ConnectionLost)
+    assert [str(error) for error in make_queue.claim(OutcomeNotRecorded)] == [
+        "jobs 1 are left to the stall check: the command connection was lost before Redis answered"
+    ]
 
 
 @pytest.mark.parametrize("raised", [ValueError, SystemExit])

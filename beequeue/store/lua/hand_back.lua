@@ -11,6 +11,7 @@
 -- Why: ids are pushed on the right, where jobs are taken, in the order that keeps the oldest first. An id
 -- that is no longer active was settled or recovered by another process and is left alone. An id that cannot
 -- be pushed stays active. All copies of an id leave active, so each id costs a walk through the whole list.
+-- A call whose reply was lost must not be repeated: it would take the jobs from the workers that have them by then.
 
 local handed = 0
 for _, id in ipairs(ARGV) do
