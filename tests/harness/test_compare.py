@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import config
 from harness import compare as comparison
+from harness.__main__ import main
 from harness.compare import Contestant, NotCompared, _run_client
 from harness.install import NotInstalled
 from harness.latencies import Latencies
@@ -194,9 +195,13 @@ def test_the_original_is_a_third_row() -> None:
         (["--seconds", "1"], "--seconds must be at least 2, not 1\n"),
     ],
 )
-def test_what_cannot_be_compared(arguments: list[str], line: str) -> None:
-    ended = compare(*arguments)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+def test_what_cannot_be_compared(
+    arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["harness", "compare", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, *capsys.readouterr()) == (2, "", line)
 
 
 def test_workers_that_cannot_start_are_named(own_server: Server) -> None:

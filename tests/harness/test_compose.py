@@ -101,6 +101,24 @@ class Up:
         return stats
 
 
+Start = Callable[..., Up]
+
+
+@pytest.fixture
+def start(compose: list[str], project: Path) -> Iterator[Start]:
+    """Starts the main job; `compose` removes the containers afterwards."""
+    started: list[Up] = []
+
+    def start(command: list[str], **variables: str) -> Up:
+        started.append(Up(command, project, **variables))
+        return started[-1]
+
+    yield start
+    for up in started:
+        up.process.kill()
+        up.process.wait()
+
+
 def containers(project: Path, compose: list[str]) -> list[str]:
     return run(*compose, "ps", "-q", cwd=project).stdout.split()
 
@@ -119,8 +137,8 @@ def test_no_warning(compose: list[str], project: Path) -> None:
 
 
 @versions
-def test_the_main_job(compose: list[str], project: Path) -> None:
-    up = Up(readme(compose), project, STATS_INTERVAL="0.5")
+def test_the_main_job(compose: list[str], project: Path, start: Start) -> None:
+    up = start(readme(compose), STATS_INTERVAL="0.5")
     stats = up.wait_for_stats(6)
     last = stats[-1]
     assert list(last)[-1] == "succededLossPercent"
@@ -225,10 +243,10 @@ def check_exit_codes(ended: list[str]) -> None:
 
 
 @versions
-def test_make_up_ends_with_its_client(compose: list[str], project: Path) -> None:
+def test_make_up_ends_with_its_client(compose: list[str], project: Path, start: Start) -> None:
     """after DURATION; and the cure and every other variable pass from the shell"""
     variables = {"ORDERED_EVENTS": "true", "EXTENDED_STATS": "true", "DURATION": "2", "STATS_INTERVAL": "0.5"}
-    up = Up(make_up(compose), project, **variables, QUEUE_NAME="other", NUM_CHAINS="5", CONCURRENCY="1")
+    up = start(make_up(compose), **variables, QUEUE_NAME="other", NUM_CHAINS="5", CONCURRENCY="1")
     assert up.process.wait(200) == 0, up.output.read_text()
     everything = run("docker", "ps", "--all", "--quiet", "--filter", f"label={PROJECT}={project.name}").stdout.split()
     assert len(everything) == 8
@@ -243,11 +261,11 @@ def test_make_up_ends_with_its_client(compose: list[str], project: Path) -> None
 
 
 @versions
-def test_a_wrong_variable_ends_make_up(compose: list[str], project: Path) -> None:
+def test_a_wrong_variable_ends_make_up(compose: list[str], project: Path, start: Start) -> None:
     """the variable is set in .env, which passes to the containers too"""
     (project / ".env").write_text("CONCURRENCY=0\n")
     try:
-        up = Up(make_up(compose), project)
+        up = start(make_up(compose))
         assert up.process.wait(200) != 0
     finally:
         (project / ".env").unlink()
@@ -257,9 +275,9 @@ def test_a_wrong_variable_ends_make_up(compose: list[str], project: Path) -> Non
 
 
 @pytest.mark.parametrize("compose", [V2], ids=["v2"], indirect=True)
-def test_it_lives_on_under_faults(compose: list[str], project: Path) -> None:
+def test_it_lives_on_under_faults(compose: list[str], project: Path, start: Start) -> None:
     """what containers do under faults does not depend on the version of Compose"""
-    up = Up(readme(compose), project, **VARIABLES)
+    up = start(readme(compose), **VARIABLES)
     up.wait_for_stats(2)
     chains = Chains(compose, project)
     restart_redis(compose, project, up, chains)
