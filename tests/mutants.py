@@ -228,7 +228,7 @@ def run_forked(longest_s: float, tests: list[str]) -> tuple[int, str]:
     deadline, ended = time.monotonic() + longest_s, 0
     while not ended:
         ended, status = os.waitpid(child, os.WNOHANG)
-        if time.monotonic() > deadline:
+        if not ended and time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
     os.set_blocking(reading, False)  # a process that the tests started may still hold the other end

@@ -74,6 +74,7 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("stalled_check_interval", True, "stalled_check_interval must be an int of milliseconds or a timedelta, not True"),
         ("initial_redis_failure_retry_delay", 0, "initial_redis_failure_retry_delay must be at least 1 ms, not 0"),
         ("redis_scan_count", 0, "redis_scan_count must be at least 1, not 0"),
+        ("max_event_bytes", 0, "max_event_bytes must be at least 1, not 0"),
         ("redis_scan_count", timedelta(1), "redis_scan_count must be an int, not datetime.timedelta(days=1)"),
         ("max_stalls", -1, "max_stalls must be at least 0, not -1"),
         ("max_stalls", True, "max_stalls must be an int, not True"),
@@ -116,6 +117,7 @@ def test_commands_go_on_the_event_connection_where_there_is_one(get_events: bool
         ("near_term_window", 1),
         ("max_stalls", 0),
         ("redis_scan_count", 1),
+        ("max_event_bytes", 1),
     ],
 )
 def test_the_least_value(name: str, least: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -391,6 +392,21 @@ def test_the_bounds_of_a_look() -> None:
     assert (Report(False).jobs, Snapshot().entry_bytes) == (0, 0)
     assert Snapshot({"1"}, entry_bytes=400).at_once == 10_000
     assert Snapshot({"1"}, entry_bytes=401).at_once == 9_975
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Report(False).jobs = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+async def test_the_first_look_sees_whether_a_stall_check_was_just_made(queue: Queue, redis: Any, guarded: bool) -> None:
+    """Then no job is suspected to be too old."""
+    await redis.lpush(queue.to_key("active"), "1")
+    await redis.sadd(queue.to_key("stalling"), "1")
+    await redis.hset(queue.to_key("jobs"), "1", "{}")
+    if guarded:
+        await redis.set(queue.to_key("stallBlock"), "1")
+    snapshot = await _read(await findings._store_of(queue))
+    assert snapshot.guarded is guarded
+    assert suspects(snapshot)["too-old"] == ["1"] * (not guarded)
 
 
 def test_each_kind_has_one_name() -> None:

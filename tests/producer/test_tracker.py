@@ -156,7 +156,10 @@ async def test_a_message_that_cannot_be_read_is_reported() -> None:
     assert isinstance(error, UnreadableData)
     assert error.__traceback__ is None
     assert [event[0] for event in host.emitted] == ["job progress"]
+    period = subject._guard.complaints._period
+    assert period is not None
     await subject.stop_looking()
+    assert period.cancelled()
 
 
 @pytest.mark.parametrize("settings", [{"store_jobs": False}, {"get_events": False}])
