@@ -40,6 +40,7 @@ end where takes push to the first copy of the id. Remove and hand back walk thro
 
 On an ordered queue, commands that name one job use the event connection: they keep the order of the calls, and each precedes
 the events that it causes. Commands that may be large, or belong to a worker, use the command connection. Takes have their own.
+A worker's commands wait for a Redis that is down however many saves wait: a refused settlement would run its job again.
 """
 
 from __future__ import annotations
@@ -247,9 +248,11 @@ class Store:
         self._jobs.send(command)
         return command
 
-    async def _call(self, script: str, *args: Any, on: Connection | None = None) -> Any:
+    async def _call(self, script: str, *args: Any, on: Connection | None = None, unlimited: bool = False) -> Any:
         """Calls a script that is safe to repeat, on the command connection unless `on` is another; returns its reply."""
-        return await (on or self._commands).call(*self._heads[script], *args, repeatable=True, script=SCRIPTS[script].text)
+        call = (*self._heads[script], *args)
+        text = SCRIPTS[script].text
+        return await (on or self._commands).call(*call, repeatable=True, script=text, unlimited=unlimited)
 
     def key(self, suffix: str) -> str:
         """Returns the full name of a key or channel."""
@@ -416,7 +419,7 @@ class Store:
         `on_reply` gets the reply, which tells nothing else, or an error.
         """
         args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
-        self._commands.send(Command(args, on_reply))
+        self._commands.send(Command(args, on_reply, unlimited=True))
 
     def take(self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None]) -> None:
         """Reads a job that was moved to `active` (an empty id: none was), and takes at most `more` jobs besides."""
@@ -426,7 +429,7 @@ class Store:
 
         args = (*self._heads["take"], _bytes(job_id), 0, 0)
         # repeated, it takes nothing: the stall check brings back the jobs that the lost reply named
-        self._commands.send(Command((*args, more), on_reply, repeat=(*args, 0), script=SCRIPTS["take"].text))
+        self._commands.send(Command((*args, more), on_reply, repeat=(*args, 0), script=SCRIPTS["take"].text, unlimited=True))
 
     def build_finish(
         self,
@@ -454,7 +457,9 @@ class Store:
         repeat = functools.partial(self._repeat_of_finish, args, entries)
         on_reply = functools.partial(_finished, len(entries), on_end)
         # an open take may block the link of this command, so `resend` uses the command connection
-        command = Command(tuple(args), on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send)
+        command = Command(
+            tuple(args), on_reply, repeat=repeat, script=SCRIPTS["finish"].text, resend=self._commands.send, unlimited=True
+        )
         if is_repeat:
             command.args, command.repeated = repeat(), True
         return command
@@ -480,7 +485,7 @@ class Store:
         """Reports running jobs: removes their ids from `stalling`. The command is written when this returns."""
         answered = asyncio.get_running_loop().create_future()
         args = (b"SREM", self._stalling, *map(_bytes, job_ids))
-        self._commands.send(Command(args, functools.partial(complete, answered), repeat=args))
+        self._commands.send(Command(args, functools.partial(complete, answered), repeat=args, unlimited=True))
         self._commands.flush()
         return answered
 
@@ -499,7 +504,7 @@ class Store:
         have the jobs by then.
         """
         args = (*self._heads["hand_back"], *map(_bytes, job_ids))
-        handed: int = await self._commands.call(*args, script=SCRIPTS["hand_back"].text)
+        handed: int = await self._commands.call(*args, script=SCRIPTS["hand_back"].text, unlimited=True)
         return handed
 
     # --- the two clocks ----------------------------------------------------------------------------------------------
@@ -516,7 +521,7 @@ class Store:
         args = (stall_interval_ms, limit, STALLS_KEPT_MS, CHECKED_AT_ONCE, uuid.uuid4().hex)
         step, is_over = b"", False
         while not is_over:
-            step, stalled, too_often = await self._call("check_stalled_jobs", *args, step)
+            step, stalled, too_often = await self._call("check_stalled_jobs", *args, step, unlimited=True)
             yield [_text(job_id) for job_id in stalled], _taken_in(too_often, 0, len(too_often))
             is_over = not step
 
@@ -538,7 +543,7 @@ class Store:
 
         Returns `now_ms` as the time when more jobs are due than one call moves.
         """
-        raised, look_again = await self._call("raise_delayed_jobs", now_ms, debounce_ms, PAGES_RAISED_AT_ONCE)
+        raised, look_again = await self._call("raise_delayed_jobs", now_ms, debounce_ms, PAGES_RAISED_AT_ONCE, unlimited=True)
         return raised, float(look_again)
 
 

@@ -12,6 +12,7 @@ Redis itself has stopped, and cutting the link would help nobody.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 from collections import deque
@@ -31,7 +32,7 @@ log = logging.getLogger("beequeue")
 Answer = TypeVar("Answer")
 
 MOST_WAITING = 10_000
-"""How many commands may wait for a connection that is down."""
+"""How many commands may wait for a connection that is down; an unlimited one waits beyond that."""
 CALM_S = 15.0
 """A link that lasted this long before it was left as unfit counts as a good one."""
 ACCEPT_S = 2.0
@@ -129,7 +130,7 @@ class Connection:
             self.link.send(command)
         elif self._closed:
             command.answer(QueueClosed())
-        elif len(self._waiting) >= MOST_WAITING:
+        elif len(self._waiting) >= MOST_WAITING and not command.unlimited:
             command.answer(
                 ConnectionLost(f"{self.address} is down, and {MOST_WAITING} commands are waiting already", maybe_applied=False)
             )
@@ -149,11 +150,12 @@ class Connection:
         if self.link is not None:
             self.link.flush()
 
-    async def call(self, *args: Any, repeatable: bool = False, script: str | None = None) -> Any:
+    async def call(self, *args: Any, repeatable: bool = False, script: str | None = None, unlimited: bool = False) -> Any:
         """Issues a command and waits for its reply; raises `RedisFailure`, `QueueClosed`."""
         future = asyncio.get_running_loop().create_future()
         repeat = args if repeatable else None
-        command = Command(args, lambda reply: complete(future, reply), repeat=repeat, script=script)
+        on_reply = functools.partial(complete, future)
+        command = Command(args, on_reply, repeat=repeat, script=script, unlimited=unlimited)
         self.send(command)
         return await self.wait(command, future)
 

@@ -66,10 +66,11 @@ class Command:
     `on_reply` gets the reply or an exception: `CommandError`, or `ConnectionLost` when no reply will come. `repeat` holds the
     arguments to send if the connection is lost before the reply (`repeated` is then True), or a function that makes them; None
     means that repeating is not safe. `script` is the source to send when the server does not know the script; `resend` sends it
-    when this link may be blocked. `losses` counts the links that were lost while this reply was the next one due.
+    when this link may be blocked. `losses` counts the links that were lost while this reply was the next one due. An
+    `unlimited` command waits for a connection that is down, however many others wait.
     """
 
-    __slots__ = ("args", "losses", "on_reply", "repeat", "repeated", "resend", "script")
+    __slots__ = ("args", "losses", "on_reply", "repeat", "repeated", "resend", "script", "unlimited")
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Command:
         repeat: tuple[Any, ...] | Callable[[], tuple[Any, ...]] | None = None,
         script: str | None = None,
         resend: Callable[[Command], None] | None = None,
+        unlimited: bool = False,
     ) -> None:
         self.args = args
         self.on_reply = on_reply
@@ -87,6 +89,7 @@ class Command:
         self.losses = 0
         self.script = script
         self.resend = resend
+        self.unlimited = unlimited
 
     def answer(self, reply: Any) -> bool:
         """Passes the reply on; returns False when this command cannot have such a reply.

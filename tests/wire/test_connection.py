@@ -219,6 +219,44 @@ async def test_too_many_waiting_commands_fail_at_once(own_server: Server) -> Non
     assert {type(result) for result in results} == {QueueClosed}
 
 
+async def test_a_settlement_waits_however_many_saves_wait(
+    make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, it would run its job again."""
+    monkeypatch.setattr(beequeue.wire.connection, "MOST_WAITING", 3)
+    gate, started = asyncio.Event(), Seen()
+
+    async def handler(job: Job) -> None:
+        started(job.id)
+        await gate.wait()
+
+    async with Relay(url) as relay, await beequeue.connect(relay.url, reconnect=soon) as client:
+        worker = make_queue(redis=client, get_events=False, reconnect=soon)
+        producer = make_queue(redis=client, is_worker=False, get_events=False)
+        await producer.create_job("running").save()
+        worker.process(handler)
+        await started.reaches(1)
+        relay.resets = "accepted"
+        for line in relay.lines:
+            line.cut()
+        await until(lambda: client.connection.link is None)
+        saves = [asyncio.create_task(producer.create_job("waiting").save()) for _ in range(4)]
+        with pytest.raises(ConnectionLost, match="3 commands are waiting already"):
+            await saves[-1]
+        gate.set()
+        await until(lambda: len(client.connection._waiting) > 3)  # the settlement
+        relay.resets = ""
+        await asyncio.gather(*saves[:-1])
+        await started.reaches(4)
+        await until(lambda: not worker.running)
+        assert sorted(started.calls) == [("1",), ("2",), ("3",), ("4",)]
+        assert await redis.scard(worker.to_key("succeeded")) == 4
+        assert worker.late_finishes == 0
+        make_queue.claim(ConnectionLost)
+        await producer.close()
+        await worker.close()
+
+
 async def test_a_refused_command_says_so(make_queue: MakeQueue, redis: Any) -> None:
     queue = make_queue()
     await redis.set(queue.to_key("waiting"), "not a list")
