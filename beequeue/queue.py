@@ -461,7 +461,7 @@ class Queue(Emitter):
             await self._activator.close()
 
     async def _stop_worker(self, timeout_s: float) -> None:
-        if self._consumer is not None and not await self._consumer.drain(self._connections.take_client_id, timeout_s):
+        if self._consumer is not None and not await self._consumer.drain(lambda: self._connections.take_client_id, timeout_s):
             raise OperationTimedOut(self._consumer.abandoned)
 
     async def _end_calls(self, deadline: float) -> None:

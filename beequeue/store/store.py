@@ -421,6 +421,12 @@ class Store:
         args = (b"PING",) if client_id is None else (b"CLIENT", b"UNBLOCK", client_id)
         self._commands.send(Command(args, on_reply, unlimited=True))
 
+    def moves(self, *, of_takes: bool) -> object:
+        """Changes whenever data moves on the connection of blocking takes, or of commands: only to be compared."""
+        connection = self._takes if of_takes else self._commands
+        assert connection is not None
+        return connection.moves
+
     def take(self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None]) -> None:
         """Reads a job that was moved to `active` (an empty id: none was), and takes at most `more` jobs besides."""
 

@@ -6,7 +6,7 @@ When a link ends, its commands part ways. Those never written wait for the next 
 its own state. Those safe to repeat are repeated. The rest fail with `ConnectionLost(maybe_applied=True)`.
 
 A link without traffic is dead if Redis answers on a new connection, or if none can be opened. If the new one waits as well,
-Redis itself has stopped, and cutting the link would help nobody.
+Redis itself has stopped, and cutting the link would help nobody. If the new one is refused, another open link is asked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Group:
 
     def __init__(self) -> None:
         self._connections: set[Connection] = set()
-        self._asking: asyncio.Task[bool] | None = None
+        self._asking: asyncio.Task[bool | RedisFailure] | None = None
 
     def add(self, connection: Connection) -> None:
         """Makes `connection` leave a server together with the others."""
@@ -61,12 +61,22 @@ class Group:
         for connection in self._connections:
             connection.leave(reason)
 
-    async def answers(self, address: Address) -> bool:
+    async def answers(self, address: Address) -> bool | RedisFailure:
         """`answers`, asked once for all connections that want to know at the same time."""
         if self._asking is None or self._asking.done():
             limit_s = link_module.REPLY_TICKS * link_module.TICK_S
             self._asking = asyncio.get_running_loop().create_task(answers(address, limit_s), name="beequeue asking")
         return await asyncio.shield(self._asking)
+
+    async def answers_elsewhere(self, silent: Link) -> bool:
+        """Whether Redis answers on the open link that has heard from it last, other than `silent`."""
+        links = [each.link for each in self._connections if each.link not in (None, silent)]
+        asked = min((link for link in links if link is not None and link.takes_commands), key=_still_ticks, default=None)
+        try:
+            async with asyncio.timeout(link_module.REPLY_TICKS * link_module.TICK_S):
+                return asked is not None and await answers_on(asked)
+        except (TimeoutError, RedisFailure):
+            return False
 
     async def end(self) -> None:
         """Ends a question under way when no connection is left."""
@@ -121,6 +131,11 @@ class Connection:
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
         self._first: asyncio.Future[None] | None = None
+
+    @property
+    def moves(self) -> tuple[Link | None, int]:
+        """Changes whenever data moves: only to be compared."""
+        return self._live, 0 if self._live is None else self._live.moves
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -357,11 +372,17 @@ class Connection:
             self._asking = asyncio.get_running_loop().create_task(self._ask_beside(link), name="beequeue asking beside")
 
     async def _ask_beside(self, link: Link) -> None:
-        """Drops `link` if it is still silent when a new connection has been answered."""
-        if not await self._group.answers(self.address):
+        """Drops `link` if it is still silent when Redis has answered on a new connection, or on another one if it refuses that.
+
+        A refusal alone is no reason: during `CLIENT PAUSE` Redis refuses some newcomers at once, and answers its clients later.
+        """
+        answer = await self._group.answers(self.address)
+        if isinstance(answer, RedisFailure) and await self._group.answers_elsewhere(link):
+            answer = True
+        if answer is not True:
             silent_s = link.still_ticks * link_module.TICK_S
-            message = "%s connection: %s has not answered for %d s, nor does it answer on a new connection"
-            log.warning(message, self.role, self.address, silent_s)
+            beside = f"and refuses a new connection: {answer}" if answer else "nor does it answer on a new connection"
+            log.warning("%s connection: %s has not answered for %d s, %s", self.role, self.address, silent_s, beside)
             return
         still = link.still_ticks
         await asyncio.sleep(link_module.TICK_S)  # Redis may have begun to answer on both
@@ -369,26 +390,39 @@ class Connection:
             link.drop(f"nothing has moved for {link.still_ticks * link_module.TICK_S:g} s")
 
 
-async def answers(address: Address, limit_s: float) -> bool:
+async def answers(address: Address, limit_s: float) -> bool | RedisFailure:
     """Whether Redis answers on a new connection or none can be opened; False when Redis accepts one and lets it wait.
 
-    The question is a script that Redis does not know. Like a write it waits during `CLIENT PAUSE`, and it needs no further
-    permission. A refusal counts as no answer: Redis may refuse a newcomer while it keeps its other clients waiting.
+    Returns the refusal when Redis refuses the connection or the question: it may do that while it keeps other clients waiting.
     """
     try:
         async with asyncio.timeout(limit_s):
             transport, keep = await address.open(2)
             link = Link(transport, keep=keep)
             try:
-                await link.call(b"EVALSHA", b"0" * 40, 0)
+                return await answers_on(link)
             finally:
                 link.drop("asked")
-    except CommandError as error:
-        return error.code == "NOSCRIPT"
     except (TimeoutError, NoAnswer):
         return not await address.accepts(max(limit_s, ACCEPT_S))
-    except (ConnectionRefused, NotLetIn):
-        return False
+    except (CommandError, ConnectionRefused, NotLetIn) as refusal:
+        return refusal
     except ConnectionLost:
         return True
-    return False
+
+
+async def answers_on(link: Link) -> bool:
+    """Asks Redis for a script that it does not know; raises `CommandError` when it refuses to look.
+
+    Like a write this question waits during `CLIENT PAUSE`, and it needs no further permission.
+    """
+    try:
+        await link.call(b"EVALSHA", b"0" * 40, 0)
+    except CommandError as error:
+        if error.code != "NOSCRIPT":
+            raise
+    return True
+
+
+def _still_ticks(link: Link) -> int:
+    return link.still_ticks

@@ -148,6 +148,8 @@ class Link(asyncio.Protocol):
         self._can_hold_back = sys.platform == "linux"
         self.still_ticks = 0
         """How many ticks have passed since data last moved."""
+        self.moves = 0
+        """How often data were seen to move."""
         self.down = False
         self.error: Exception | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
@@ -157,6 +159,11 @@ class Link(asyncio.Protocol):
             return
         transport.set_protocol(self)
         transport.resume_reading()
+
+    @property
+    def takes_commands(self) -> bool:
+        """Whether it takes any command: in RESP2 a subscriber may send nothing but PING."""
+        return not self._resp2_pushes
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -237,6 +244,7 @@ class Link(asyncio.Protocol):
         reader = self._reader
         in_flight = self._in_flight
         self.still_ticks = 0
+        self.moves += 1
         self._has_heard = True
         pushed = False
         try:
@@ -342,6 +350,7 @@ class Link(asyncio.Protocol):
                 self._ask()
         elif self._has_delivered():
             self.still_ticks = 0
+            self.moves += 1
         else:
             on_the_way = self._expected - self._arrived
             late_ticks = self.still_ticks - int(on_the_way / SLOWEST_BYTES_S / TICK_S)

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -209,7 +209,7 @@ class Consumer:
 
     # --- closing ---------------------------------------------------------------------------------------------------------
 
-    async def drain(self, client_id: int | None, timeout_s: float) -> bool:
+    async def drain(self, client_id: Callable[[], int | None], timeout_s: float) -> bool:
         """Stops taking, lets handlers end, and hands back the jobs that are left; False when the time-out came first.
 
         The order:
@@ -221,16 +221,16 @@ class Consumer:
         """
         self._exchange.close()
         deadline = self._loop.time() + timeout_s
-        answers = await self._exchange.end_takes(client_id, deadline, GRACE_S)
-        in_time = await self._exchange.until(lambda: not self._under_way(), deadline) and (answers or self._exchange.cut_off)
+        in_time = await self._exchange.end_takes(client_id, deadline, GRACE_S) or self._exchange.cut_off
+        in_time = await self._exchange.until(lambda: not self._under_way(), deadline) and in_time
         if not in_time:
             handlers = self._handlers()
             self.abandoned = len(handlers)
             for attempt in handlers:
                 self._abandon(attempt)
-            left = self._under_way if answers else self._handlers
+            left = self._under_way if self._exchange.answers else self._handlers
             await self._exchange.until(lambda: not left(), self._loop.time() + GRACE_S)
-        if answers:
+        if self._exchange.answers:
             await self._exchange.hand_back(GRACE_S)
         await self._heartbeat.stop(GRACE_S)
         if self._threads is not None:

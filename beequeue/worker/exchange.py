@@ -22,7 +22,7 @@ from typing import Any
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, OutcomeNotRecorded, QueueClosed
 from beequeue.host import Host
-from beequeue.store.store import BlockingTake, Finished, Settlement, Store, Taken
+from beequeue.store.store import TAKE_WAIT_S, BlockingTake, Finished, Settlement, Store, Taken
 from beequeue.wire.link import UNFIT, Command, Link
 from beequeue.worker.attempt import Attempt
 
@@ -56,6 +56,8 @@ class Exchange:
         self.closing = False
         self.cut_off = False
         """Whether the command connection was closed by its owner."""
+        self.answers = True
+        """At the end: whether Redis answers on the command connection."""
         self._free = slots
         self._store = store
         self._host = host
@@ -305,30 +307,41 @@ class Exchange:
         if self._refusal_timer is not None:
             self._refusal_timer.cancel()
 
-    async def end_takes(self, client_id: int | None, deadline: float, grace_s: float) -> bool:
-        """Returns when nothing is being taken; False when Redis does not answer by the deadline, or cannot be asked.
+    async def end_takes(self, client_id: Callable[[], int | None], deadline: float, grace_s: float) -> bool:
+        """Returns when nothing is being taken; False when nothing has come for `grace_s`, past the deadline.
 
-        Where CLIENT UNBLOCK is not permitted, it waits until the take ends, as long as Redis answers.
+        A job that arrives on a slow link is waited for while data moves on that link. Where CLIENT UNBLOCK is not permitted,
+        the open take runs its course while Redis answers. `client_id` returns the id of the take's connection, if known.
         """
-        answered_at = self._loop.time()
+        now = self._loop.time
+        moves: object = None
+        patient_until = answered_at = now()
+        runs_out_at = now() + TAKE_WAIT_S
 
         def on_reply(reply: Any) -> None:
-            nonlocal answered_at
+            nonlocal patient_until, answered_at
             if isinstance(reply, QueueClosed):
                 self.cut_off = True
             elif not isinstance(reply, ConnectionLost):
-                answered_at = self._loop.time()
+                answered_at = now()
+                if unblocks is None or isinstance(reply, CommandError):
+                    patient_until = max(patient_until, min(answered_at, runs_out_at))
 
         while (self._take or self._reading) and not self.cut_off:
             if self._take and self._store.withdraw_take(self._take):
                 self._take = None
                 continue
-            if self._loop.time() > max(deadline, answered_at + grace_s):
+            if moves != (moves := self._store.moves(of_takes=self._take is not None)):
+                patient_until = now()
+            if now() > max(deadline, patient_until + grace_s):
+                self.answers = now() <= answered_at + grace_s
                 return False
             # again and again: an UNBLOCK that reaches Redis before the take does nothing
-            self._store.unblock(client_id if self._take else None, on_reply)
-            await self.until(lambda: not self._take and not self._reading, self._loop.time() + UNBLOCK_EVERY_S)
-        return not self.cut_off
+            unblocks = client_id() if self._take else None
+            self._store.unblock(unblocks, on_reply)
+            await self.until(lambda: not self._take and not self._reading, now() + UNBLOCK_EVERY_S)
+        self.answers = not self.cut_off
+        return self.answers
 
     async def hand_back(self, limit_s: float) -> None:
         """Returns the held jobs that are neither being settled nor in a thread that goes on; waits at most `limit_s`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from redis.exceptions import ResponseError
 import beequeue.tasks
 import beequeue.wire.connection
 import beequeue.wire.link
-from beequeue import BeeQueueError, ConnectionLost, Job, Queue, QueueClosed, TaskFailed
+from beequeue import BeeQueueError, ConnectionLost, ConnectionRefused, Job, Queue, QueueClosed, RedisFailure, TaskFailed
 from beequeue.wire.connection import MOST_LOSSES
 from harness.server import Server, find_server, running_server
 from tests.conftest import MakeQueue, Seen, echo, until
@@ -489,13 +490,16 @@ async def _refusals(redis: Any, code: str, count: int) -> bool:
 # --- a silent link ----------------------------------------------------------------------------------------------------
 
 
+Verdicts = list[bool | RedisFailure]
+
+
 @pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> Verdicts:
     """Collects the verdicts of the connections opened beside a silent link."""
-    told: list[bool] = []
+    told: Verdicts = []
     ask = beequeue.wire.connection.answers
 
-    async def answers(*args: Any) -> bool:
+    async def answers(*args: Any) -> bool | RedisFailure:
         told.append(await ask(*args))
         return told[-1]
 
@@ -506,7 +510,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("mode", ["ALL", "WRITE"])
 async def test_a_pause_cuts_nothing(
-    own_server: Server, own_redis: Any, make_queue: MakeQueue, verdicts: list[bool], mode: str
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, verdicts: Verdicts, mode: str
 ) -> None:
     """CLIENT PAUSE for ten times the allowed silence: all saves wait, and none fails"""
     queue = await make_queue(redis=own_server.url, is_worker=False).ready()
@@ -519,7 +523,7 @@ async def test_a_pause_cuts_nothing(
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_frozen_server_is_waited_for(own_server: Server, make_queue: MakeQueue, verdicts: list[bool]) -> None:
+async def test_a_frozen_server_is_waited_for(own_server: Server, make_queue: MakeQueue, verdicts: Verdicts) -> None:
     """SIGSTOP: a new connection gets no answer either"""
     queue = await make_queue(redis=own_server.url).ready()
     queue.process(echo)
@@ -671,7 +675,7 @@ async def test_a_first_stall_check_that_fails_stops_no_worker(make_queue: MakeQu
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("kind", ["password", "database", "password changed", "provider", "no right"])
-async def test_a_silent_server_is_waited_for_even_if_it_refuses(make_queue: MakeQueue, verdicts: list[bool], kind: str) -> None:
+async def test_a_silent_server_is_waited_for_even_if_it_refuses(make_queue: MakeQueue, verdicts: Verdicts, kind: str) -> None:
     """Neither an unanswered handshake nor a refusal counts as an answer."""
     with running_server(find_server({}), "--requirepass", "secret") as server:
         redis: Any = Redis.from_url(server.url, password="secret", client_name=ONLOOKER)
@@ -696,12 +700,13 @@ async def test_a_silent_server_is_waited_for_even_if_it_refuses(make_queue: Make
             if kind in ("password", "database"):
                 thaw(server)
             assert (await saving).id == "1"
-            assert (verdicts[0], queue.reconnects) == (False, 0)
+            assert verdicts[0] is not True
+            assert queue.reconnects == 0
             await queue.close()
 
 
 @pytest.mark.usefixtures("hurried")
-async def test_a_refusal_of_a_new_connection_is_no_answer(make_queue: MakeQueue, verdicts: list[bool]) -> None:
+async def test_a_refusal_of_a_new_connection_is_no_answer(make_queue: MakeQueue, verdicts: Verdicts) -> None:
     """even if it comes at once while earlier commands wait"""
     with running_server(find_server({})) as server:
         redis: Any = Redis.from_url(server.url, client_name=ONLOOKER)
@@ -717,12 +722,65 @@ async def test_a_refusal_of_a_new_connection_is_no_answer(make_queue: MakeQueue,
             await redis.execute_command("ACL", "SETUSER", "worker", "+evalsha")
             await redis.execute_command("CLIENT", "UNPAUSE")
             assert (await saving).id == "1"
-            assert (verdicts[0], queue.reconnects) == (False, 0)
+            assert verdicts[0] is not True
+            assert queue.reconnects == 0
             await queue.close()
 
 
 async def _waits(redis: Any) -> bool:
     return bool((await redis.info("clients"))["blocked_clients"])
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("refuses", ["password", "maxclients"])
+async def test_a_silent_link_is_cut_though_new_ones_are_refused(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, refuses: str
+) -> None:
+    """when Redis answers on another open link"""
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        await queue.create_job({}).save()
+        (line,) = [line for line in relay.lines if line.role == "event"]
+        before = await own_redis.config_get(REFUSING[refuses])
+        await own_redis.config_set(REFUSING[refuses], "secret" if refuses == "password" else len(await own_redis.client_list()))
+        line.dead = True
+        with pytest.raises(ConnectionLost, match="lost before Redis answered"):
+            await queue.create_job({}).save()
+        assert (await queue.check_health()).waiting == 1
+        await own_redis.config_set(REFUSING[refuses], before[REFUSING[refuses]])
+        line.cut()
+        assert (await queue.create_job({}).save()).id
+        await queue.close()
+    make_queue.claim(ConnectionRefused)
+    assert len(make_queue.claim(ConnectionLost)) == 1
+
+
+REFUSING = {"password": "requirepass", "maxclients": "maxclients"}
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_silent_server_that_refuses_new_connections_is_named(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, caplog: Any
+) -> None:
+    """all links are silent, so nothing tells whether it lives"""
+    async with Relay(own_server.url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, reconnect=soon).ready()
+        await own_redis.config_set("requirepass", "secret")
+        for line in relay.lines:
+            line.dead = True
+        with caplog.at_level(logging.WARNING, "beequeue"):
+            saving = asyncio.create_task(queue.create_job({}).save())
+            await until(lambda: "has not answered for 0 s, and refuses a new connection: " in caplog.text)
+        assert re.search("event connection: .* refuses a new connection: .*(?i:auth)", caplog.text)
+        assert queue.reconnects == 0
+        await own_redis.config_set("requirepass", "")
+        with pytest.raises(ConnectionLost):
+            await saving
+        for line in [*relay.lines]:
+            line.cut()
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+    make_queue.claim(ConnectionRefused)
 
 
 @pytest.mark.usefixtures("hurried")

@@ -301,7 +301,7 @@ async def test_how_long_handlers_have(make_queue: MakeQueue, monkeypatch: pytest
     given: list[float] = []
     drain = Consumer.drain
 
-    async def watched(self: Consumer, client_id: int | None, timeout_s: float) -> bool:
+    async def watched(self: Consumer, client_id: Callable[[], int | None], timeout_s: float) -> bool:
         given.append(timeout_s)
         return await drain(self, client_id, timeout_s)
 
@@ -535,6 +535,61 @@ async def test_close_ends_soon_although_a_job_that_was_taken_is_not_answered(
     assert await redis.lrange(producer.to_key("active"), 0, -1) == [job.id]
     assert work.started.calls == []
     assert took < 2
+
+
+@pytest.mark.parametrize("refuses", ["", "requirepass", "maxclients"])
+async def test_close_ends_soon_although_the_take_is_not_answered(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    """QK-32: its link is silent, Redis answers on the others, and may refuse new ones; the job that runs goes back"""
+    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.1)
+    async with Relay(own_server.url) as relay:
+        worker, work = await make_queue(redis=relay.url, get_events=False).ready(), Work()
+        job = await make_queue(redis=own_server.url, is_worker=False).create_job({}).save()
+        worker.process(work, 2)
+        await work.started.reaches(1)
+        await until(lambda: blocked(own_server))
+        if refuses:
+            await own_redis.config_set(refuses, "secret" if refuses == "requirepass" else len(await own_redis.client_list()))
+        (line,) = [line for line in relay.lines if line.role == "take"]
+        line.dead = True
+        make_queue.queues.remove(worker)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(OperationTimedOut):
+            async with asyncio.timeout(8):
+                await worker.close(100)
+        assert asyncio.get_running_loop().time() - began < 3
+        assert await own_redis.lrange(worker.to_key("waiting"), 0, -1) == [job.id]
+        if refuses:
+            await own_redis.config_set(refuses, "" if refuses == "requirepass" else 1_000)
+
+
+async def test_close_waits_for_a_job_that_arrives_slowly(
+    make_queue: MakeQueue, redis: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """past its time-out, while data moves on the link: the job goes back to waiting"""
+    monkeypatch.setattr(beequeue.worker.consumer, "GRACE_S", 0.3)
+    async with Relay(url) as relay:
+        worker, producer, work = make_queue(redis=relay.url, get_events=False), make_queue(is_worker=False), Work()
+        arriving = Seen()
+
+        async def slowly(line: Line, data: bytes) -> bytes:
+            if b"x" * 1_000 not in data:
+                return data
+            for at in range(10):
+                await line.pass_back(data[1_000 * at : 1_000 * (at + 1)])
+                arriving()
+                await asyncio.sleep(0.1)
+            return data[10_000:]
+
+        relay.distort = slowly
+        worker.process(work)
+        job = await producer.create_job("x" * 50_000).save()
+        await arriving.reaches(1)
+        await worker.close(1)
+        assert len(arriving.calls) == 10
+    assert await redis.lrange(producer.to_key("waiting"), 0, -1) == [job.id]
+    assert work.started.calls == []
 
 
 async def test_close_ends_soon_although_its_shared_connection_is_closed(own_server: Server, make_queue: MakeQueue) -> None:
