@@ -206,14 +206,22 @@ class Tracker:
             return 0.0
         now = asyncio.get_running_loop().time
         began_at = now()
-        which = await self._store.ended([(job_id, stamp_of(job.created_at)) for job, job_id in bound])
+        suspects = await self._suspects(bound)
         rest_s = max(SWEEP_PAUSE_S, 9 * (now() - began_at))
-        suspects = [each for each in bound if each[1] in which]
         for job, job_id, found in await self._ended_unseen(suspects, self._store.look_up):
             if self.jobs.get(job_id) is job:
                 self._end_as_found(job, job_id, found)
         # where most jobs have ended, as without events, a sweep must keep up with those who save
         return 0.0 if 2 * len(suspects) > len(bound) else rest_s
+
+    async def _suspects(self, jobs: Sequence[tuple[Job, str]]) -> list[tuple[Job, str]]:
+        """Returns those of `jobs` to look up: a look-up decodes their data, which may be large."""
+        suspects: list[tuple[Job, str]] = []
+        for start in range(0, len(jobs), JOBS_A_LOOK_UP):
+            chunk = jobs[start : start + JOBS_A_LOOK_UP]
+            which = await self._store.ended([(job_id, stamp_of(job.created_at)) for job, job_id in chunk])
+            suspects += (each for each in chunk if each[1] in which)
+        return suspects
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -235,19 +243,20 @@ class Tracker:
                 job.ended = None
 
     async def _look_regularly(self) -> None:
-        suspects: set[Job] = set()
+        found_before: set[Job] = set()
         while self._awaited:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                ended = await self._ended_unseen([(job, job.id or "") for job in self._awaited], self._store.look_up)
+                suspects = await self._suspects([(job, job.id or "") for job in self._awaited])
+                ended = await self._ended_unseen(suspects, self._store.look_up)
             except BeeQueueError as error:
                 self._host.report(error)
                 continue
             for job, job_id, found in ended:
                 # on two sockets the answer may have overtaken the event, which has until the next look
-                if self._ordered or job in suspects:
+                if self._ordered or job in found_before:
                     self._end_as_found(job, job_id, found)
-            suspects = {job for job, _, _ in ended}
+            found_before = {job for job, _, _ in ended}
 
     def _look_up_large(self, job: Job, job_id: str) -> None:
         """Asks Redis about a job whose end came in a message that is too large to decode."""

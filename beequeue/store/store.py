@@ -145,6 +145,9 @@ CHECKED_AT_ONCE = 500
 PAGES_RAISED_AT_ONCE = 2
 """How many pages of 1000 delayed jobs one call raises."""
 
+LOOKED_AT_BYTES = 1_000_000
+"""How many bytes of entries one look reads, and those of one entry more: Redis serves others between two looks."""
+
 NEWEST, NEWEST_BYTES = 4, 4096
 """How many jobs, and how many bytes, a blocking take reads to find the job that was taken; see `take.lua`."""
 ARGS_AN_ATTEMPT = 6
@@ -293,20 +296,29 @@ class Store:
 
     async def look_up(self, job_ids: Sequence[str], link: Link | None = None) -> list[Found]:
         """Reads how jobs stand (`jobs`, `succeeded`, `failed`). `link` is for a connection that is still being set up."""
-        ids = map(_bytes, job_ids)
-        if link is None:
-            reply = await self._call("look_up", *ids, on=self._jobs)
-        else:
-            reply = await link.call(b"EVAL", SCRIPTS["look_up"].text, *self._heads["look_up"][2:], *ids)
-        texts = [text.decode(errors="replace") for text in reply]
-        return [Found(*texts[index : index + 3]) for index in range(0, len(texts), 3)]
+        found: list[Found] = []
+        while len(found) < len(job_ids):
+            args = (LOOKED_AT_BYTES, *map(_bytes, job_ids[len(found) :]))
+            if link is None:
+                reply = await self._call("look_up", *args, on=self._jobs)
+            else:
+                reply = await link.call(b"EVAL", SCRIPTS["look_up"].text, *self._heads["look_up"][2:], *args)
+            texts = [text.decode(errors="replace") for text in reply]
+            found += (Found(*texts[index : index + 3]) for index in range(0, len(texts), 3))
+        return found
 
     async def ended(self, jobs: Sequence[tuple[str, str]]) -> set[str]:
         """Returns, of ids and stamps, the ids whose job has ended or is another job (`jobs`, `succeeded`, `failed`)."""
-        args: list[bytes] = []
-        for job_id, stamp in jobs:
-            args += (_bytes(job_id), stamp.encode())
-        return {_text(job_id) for job_id in await self._call("ended", *args, on=self._jobs)}
+        found: set[str] = set()
+        done = 0
+        while done < len(jobs):
+            args: list[bytes] = []
+            for job_id, stamp in jobs[done:]:
+                args += (_bytes(job_id), stamp.encode())
+            looked_at, *ended = await self._call("ended", LOOKED_AT_BYTES, *args, on=self._jobs)
+            done += looked_at
+            found.update(map(_text, ended))
+        return found
 
     # --- one job, by its id ------------------------------------------------------------------------------------------
 

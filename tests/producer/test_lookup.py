@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 import redis as sync_redis
 
+import beequeue.store.store
 from beequeue import (
     BeeQueueError,
     ConnectionLost,
@@ -1056,7 +1057,7 @@ async def test_looking_does_not_disturb_a_job_that_has_not_ended(
         spoken = Spoken(relay)
         waiting = asyncio.ensure_future(job.result())
         await until(lambda: waiting.done() or len(spoken.names) >= 4)
-        assert {name for _, name in spoken.names} == {"look_up"}
+        assert {name for _, name in spoken.names} == {"ended"}
         assert not waiting.done()
         monkeypatch.setattr(tracker, "LOOK_EVERY_S", 60)
         make_queue(get_events=False).process(echo)
@@ -1093,7 +1094,7 @@ async def test_an_end_that_was_read_comes_before_what_a_look_finds(make_queue: M
         await done.reaches(1)
         spoken = Spoken(relay)
         waiting = asyncio.ensure_future(job.result())
-        await until(lambda: spoken.names == [("event", "look_up")])
+        await until(lambda: spoken.names == [("event", "ended")])
         await redis.ping()  # Redis has answered the look by then
         relay.release("event")
         assert await waiting == "x"
@@ -1117,11 +1118,46 @@ async def test_on_two_sockets_an_event_may_come_after_the_answer(
         await done.reaches(1)
         spoken = Spoken(relay)
         waiting = asyncio.ensure_future(job.result())
-        await until(lambda: spoken.names == [("command", "look_up")])
+        await until(lambda: spoken.names == [("command", "ended"), ("command", "look_up")])
         monkeypatch.setattr(tracker, "LOOK_EVERY_S", 60)
         await queue.check_health()  # answered behind the look
         relay.release("event")
         assert await waiting == "x"
+        await queue.close()
+
+
+@both_orderings
+async def test_a_look_reads_few_bytes_at_once_and_decodes_only_what_has_ended(
+    make_queue: MakeQueue, url: str, redis: Any, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    """Decoding 100 jobs of 500 kB would keep Redis from everybody else for 0.7 s."""
+    monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(beequeue.store.store, "LOOKED_AT_BYTES", 1_000)
+    async with Relay(url) as relay:
+        queue = await make_queue(redis=relay.url, is_worker=False, ordered_events=ordered).ready()
+        jobs = [await queue.create_job("x" * 600).save() for _ in range(7)]
+        spoken = Spoken(relay)
+        results = [asyncio.ensure_future(job.result()) for job in jobs]
+        await until(lambda: len(spoken.names) >= 4)
+        role = "event" if ordered else "command"
+        assert spoken.names[:4] == [(role, "ended")] * 4
+        assert [[*map(bytes.decode, ids(command))] for _, command in spoken.commands[:4]] == [
+            ["1", "2", "3", "4", "5", "6", "7"],
+            ["3", "4", "5", "6", "7"],
+            ["5", "6", "7"],
+            ["7"],
+        ]
+        for job_id in "1", "3", "4", "7":
+            await redis.sadd(queue.to_key("succeeded"), job_id)
+        for index in 0, 2, 3, 6:
+            with pytest.raises(OutcomeUnknown, match="it succeeded"):
+                await results[index]
+        assert {job_id for _, command in spoken.commands for job_id in ids(command) if is_look_up(command)} == {
+            *b"1 3 4 7".split()
+        }
+        for index in 1, 4, 5:
+            assert not results[index].done()
+            results[index].cancel()
         await queue.close()
 
 
@@ -1135,7 +1171,7 @@ async def test_closing_while_a_look_is_under_way(make_queue: MakeQueue, url: str
         spoken = Spoken(relay)
         relay.hold("event" if ordered else "command")
         waiting = asyncio.ensure_future(job.result())
-        await until(lambda: spoken.names == [("event" if ordered else "command", "look_up")])
+        await until(lambda: spoken.names == [("event" if ordered else "command", "ended")])
         await queue.close()
         with pytest.raises(QueueClosed, match="^closed$"):
             await waiting
@@ -1614,6 +1650,16 @@ async def store(redis: Any, queue: Queue, count: int) -> list[str]:
     entries = {job_id: f'{{"data":{job_id},"options":{{"timestamp":{job_id}}}}}' for job_id in ids}
     await redis.hset(queue.to_key("jobs"), mapping=entries)
     return ids
+
+
+def is_look_up(command: list[bytes]) -> bool:
+    return command[:2] == [b"EVALSHA", SCRIPTS["look_up"].sha.encode()]
+
+
+def ids(command: list[bytes]) -> list[bytes]:
+    """The ids that a call of `ended` or `look_up` asks about."""
+    args = command[3 + int(command[2]) + 1 :]
+    return args if is_look_up(command) else args[::2]
 
 
 async def gone(job_id: str, queue: Queue, redis: Any) -> bool:

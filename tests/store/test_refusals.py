@@ -118,11 +118,13 @@ def calls(name: str) -> list[Sequence[Any]]:
             again = [(*attempt[:-1], "0" * 40) for attempt in attempts]
             return [(0, *again[0]), (2, *sum(attempts, ())), (2,)]
         case "ended":
-            return [("waiting-0", "", "failed-0", "")]
-        case "get_job" | "look_up":
+            return [(99, "waiting-0", "", "failed-0", "")]
+        case "get_job":
             return [("waiting-0",), ("failed-0",)]
         case "hand_back":
             return [("active-0", "active-1")]
+        case "look_up":
+            return [(99, "waiting-0"), (99, "failed-0")]
         case "raise_delayed_jobs":
             return [(2, 1, 1)]
         case "remove_job":
