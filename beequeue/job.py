@@ -298,7 +298,8 @@ class Job(Emitter):
     async def from_id(queue: Owner, job_id: str | int) -> Job | None:
         """Reads the job from `jobs` (script `get_job`): a new object that receives no events, or None when there is no job.
 
-        Raises `UnreadableData`, `RedisFailure`, `QueueClosed`.
+        Raises `BeeQueueError` for a job above 30 MB on a queue with `ordered_events`, and `UnreadableData`, `RedisFailure`,
+        `QueueClosed`.
         """
         return await queue._producer.fetch(job_id)
 

@@ -242,8 +242,10 @@ class Queue(Emitter):
 
         With `store_jobs` it returns the object in `queue.jobs` if there is one, otherwise a new object that receives its own
         events from now on. A job that has ended already receives none; its `result()` tells how it ended. The object in
-        `queue.jobs` is not refreshed: `Job.from_id` shows what is stored. Raises `UnreadableData`, `RedisFailure`,
-        `QueueClosed`.
+        `queue.jobs` is not refreshed: `Job.from_id` shows what is stored.
+
+        With `ordered_events`, Redis would cut the connection that carries a job above 30 MB; the call then raises
+        `BeeQueueError`, and `get_jobs` reads the job. Raises `UnreadableData`, `RedisFailure`, `QueueClosed`.
         """
         return await self._producer.get(job_id)
 

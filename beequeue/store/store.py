@@ -145,6 +145,8 @@ CHECKED_AT_ONCE = 500
 PAGES_RAISED_AT_ONCE = 2
 """How many pages of 1000 delayed jobs one call raises."""
 
+MOST_ON_EVENTS = 30_000_000
+"""The most bytes of an entry that the event connection carries: Redis cuts a subscriber for which more than 32 MB wait."""
 LOOKED_AT_BYTES = 1_000_000
 """How many bytes of entries one look reads, and those of one entry more: Redis serves others between two looks."""
 
@@ -323,13 +325,21 @@ class Store:
     # --- one job, by its id ------------------------------------------------------------------------------------------
 
     def get(self, job_id: str, on_stored: Callable[[Stored | BeeQueueError | None], None]) -> Command:
-        """Reads a job (`jobs`, `succeeded`, `failed`); `on_stored` gets None when it has no entry."""
+        """Reads a job (`jobs`, `succeeded`, `failed`); `on_stored` gets None when it has no entry.
+
+        On the event connection it reads at most `MOST_ON_EVENTS` bytes.
+        """
 
         def on_reply(reply: Any) -> None:
-            is_decoded = reply is None or isinstance(reply, BeeQueueError)
-            on_stored(reply if is_decoded else Stored(reply[0], reply[1].decode()))
+            if isinstance(reply, int):
+                size = f"job {job_id} is stored in {reply:,} bytes, and get_job and Job.from_id read at most {MOST_ON_EVENTS:,}"
+                on_stored(BeeQueueError(f"{size}; read it with get_jobs, or by a queue with ordered_events=False"))
+            else:
+                is_decoded = reply is None or isinstance(reply, BeeQueueError)
+                on_stored(reply if is_decoded else Stored(reply[0], reply[1].decode()))
 
-        return self._send("get_job", _bytes(job_id), on_reply=on_reply, is_repeatable=True)
+        limit = b"" if self._jobs is self._commands else MOST_ON_EVENTS
+        return self._send("get_job", _bytes(job_id), limit, on_reply=on_reply, is_repeatable=True)
 
     def remove(self, job_id: str, on_removed: Callable[[BeeQueueError | None], None]) -> Command:
         """Takes a job out of every key. It is not repeated: the id may have been given to a new job meanwhile."""

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, get_type_hints
 
 import pytest
@@ -30,6 +31,7 @@ from beequeue.job import now_ms
 from beequeue.producer import tracker
 from beequeue.store.scripts import SCRIPTS
 from beequeue.store.store import KEYS
+from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
 from tests.observe import Heard, Spoken, assert_says, keys, nested, soon
 from tests.relay import Line, Relay
@@ -251,6 +253,39 @@ async def test_an_entry_that_cannot_be_read(make_queue: MakeQueue, redis: Any, o
     assert await queue.get_jobs("waiting") == [good]
     (reported,) = make_queue.claim(UnreadableData)
     assert "poison" in str(reported)
+
+
+@both_orderings
+async def test_get_job_of_a_job_that_its_connection_cannot_carry(
+    make_queue: MakeQueue, own_server: Server, redis: Any, ordered: bool
+) -> None:
+    """Redis cuts a subscriber for which more than 32 MB wait, and other calls' saves would be lost with it."""
+    queue = await make_queue(redis=own_server.url, is_worker=False, ordered_events=ordered).ready()
+    for size in (29_000_000, 34_000_000):
+        await queue.create_job("x" * size).set_id(str(size)).save()
+    queue.jobs = {}
+    for read in (queue.get_job, partial(Job.from_id, queue)):
+        small = await read("29000000")
+        assert small is not None
+        assert len(small.data) == 29_000_000
+        saving = asyncio.ensure_future(queue.create_job({}).save())
+        if ordered:
+            with pytest.raises(BeeQueueError) as refused:
+                await read("34000000")
+            size = f"{len(small.to_data()) + 5_000_000:,}"
+            assert str(refused.value) == (
+                f"job 34000000 is stored in {size} bytes, and get_job and Job.from_id read at most "
+                "30,000,000; read it with get_jobs, or by a queue with ordered_events=False"
+            )
+        else:
+            large = await read("34000000")
+            assert large is not None
+            assert len(large.data) == 34_000_000
+        await saving
+    assert "34000000" not in queue.jobs or not ordered
+    assert [len(job.data) for job in await queue.get_jobs("waiting", -2, -1)] == [34_000_000, 29_000_000]
+    assert queue.reconnects == 0
+    await queue.close()
 
 
 # --- get_jobs ----------------------------------------------------------------------------------------------------------

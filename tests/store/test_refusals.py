@@ -120,7 +120,7 @@ def calls(name: str) -> list[Sequence[Any]]:
         case "ended":
             return [(99, "waiting-0", "", "failed-0", "")]
         case "get_job":
-            return [("waiting-0",), ("failed-0",)]
+            return [("waiting-0", ""), ("failed-0", 99)]
         case "hand_back":
             return [("active-0", "active-1")]
         case "look_up":
