@@ -272,9 +272,9 @@ async def test_get_job_of_a_job_that_its_connection_cannot_carry(
         if ordered:
             with pytest.raises(BeeQueueError) as refused:
                 await read("34000000")
-            size = f"{len(small.to_data()) + 5_000_000:,}"
+            stored = f"{len(small.to_data()) + 5_000_000:,}"
             assert str(refused.value) == (
-                f"job 34000000 is stored in {size} bytes, and get_job and Job.from_id read at most "
+                f"job 34000000 is stored in {stored} bytes, and get_job and Job.from_id read at most "
                 "30,000,000; read it with get_jobs, or by a queue with ordered_events=False"
             )
         else:
