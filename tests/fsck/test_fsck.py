@@ -405,7 +405,7 @@ async def test_the_first_look_sees_whether_a_stall_check_was_just_made(queue: Qu
     if guarded:
         await redis.set(queue.to_key("stallBlock"), "1")
     snapshot = await _read(await findings._store_of(queue))
-    assert snapshot.guarded is guarded
+    assert (snapshot.guarded, snapshot.entry_bytes) == (guarded, 2)
     assert suspects(snapshot)["too-old"] == ["1"] * (not guarded)
 
 

@@ -430,7 +430,7 @@ async def test_on_two_sockets_only_the_second_look_is_believed(monkeypatch: pyte
 async def test_a_look_that_fails_is_reported_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """for results and for messages that are too large"""
     monkeypatch.setattr(tracker, "LOOK_EVERY_S", 0.001)
-    host, store = Host(max_event_bytes=LARGE_BYTES), Store("1", "2")
+    host, store = Host(ordered_events=False, max_event_bytes=LARGE_BYTES), Store("1", "2")
     subject = make_tracker(host, store=store)
     failures: list[Exception] = [CommandError("BUSY now")]
 
