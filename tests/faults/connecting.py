@@ -164,12 +164,14 @@ async def loading(field: Field) -> None:
     redis = field.redis
     fillers = [f"{field.name}-filler-{number}" for number in range(FILLERS)]
     await redis.mset(dict.fromkeys(fillers, ""))
-    await redis.bgrewriteaof()  # Then it loads one file, and serves clients now and then meanwhile.
 
     async def is_rewritten() -> bool:
         told = await redis.info("persistence")
         return not (told["aof_rewrite_in_progress"] or told["aof_rewrite_scheduled"])
 
+    await redis.config_set("auto-aof-rewrite-percentage", 0)  # until it starts again: two rewrites cannot overlap
+    await field.until(is_rewritten)
+    await redis.bgrewriteaof()  # Then it loads one file, and serves clients now and then meanwhile.
     await field.until(is_rewritten)
     failed = field.save_errors["CommandError LOADING"], field.crew.look().errors["CommandError LOADING"]
     async with _another_queue(field) as queue:
