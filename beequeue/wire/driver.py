@@ -212,8 +212,8 @@ def _driver(kind: Any, endpoint: Endpoint, arguments: Mapping[str, Any]) -> Any:
     wrong: object
     try:
         driver = kind(**arguments, driver_info=None)
-        make_context = getattr(getattr(driver, "ssl_context", None), "get", None)  # a blocking one makes it while connecting
-        wrong = tls.wrong_with(endpoint.arguments, make_context) if is_tls(endpoint.kind) else None
+        maker = getattr(driver, "ssl_context", None)  # a blocking connection has none, and makes its context while connecting
+        wrong = tls.wrong_with(endpoint.arguments, maker) if is_tls(endpoint.kind) else None
     except Exception as error:  # nothing has been sent yet, so an argument is at fault
         wrong = endpoint.text_of(error)
     if wrong:

@@ -1,4 +1,4 @@
-"""TLS: finds faults in the files it needs, and puts a server's alert into words.
+"""TLS: keeps contexts, finds faults in the files that they need, and puts a server's alert into words.
 
 OpenSSL's own messages rarely name the file at fault; these do. No message shows a passphrase, and nothing here asks for one on
 the terminal.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Protocol
 
 _KEY_SETTINGS = ("ssl_certfile", "ssl_keyfile", "ssl_password")
 
@@ -20,11 +21,73 @@ def no_passphrase() -> str:
     raise ValueError("it is encrypted, and ssl_password is not given")
 
 
-def wrong_with(arguments: Mapping[str, Any], make_context: Callable[[], object] | None) -> str | None:
+class ContextMaker(Protocol):
+    """What makes an SSL context of the driver: its other attributes are the settings that the context depends on."""
+
+    context: ssl.SSLContext | None
+
+    def get(self) -> ssl.SSLContext: ...
+
+
+def wrong_with(arguments: Mapping[str, Any], maker: ContextMaker | None) -> str | None:
     """Describes the first fault in the TLS settings among redis-py's `arguments`, naming the file; None if there is none.
 
-    `make_context` makes the driver's own SSL context and raises when it cannot.
+    `maker` then has its context. It is shared with all connections of the same settings, until one of its files changes: to
+    make one takes the event loop tens of milliseconds, and after an outage each connection tries again and again.
     """
+    settings = _settings_of(maker)
+    stamps = _stamps(arguments)
+    if maker is not None and settings is not None:
+        maker.context = _kept(settings, stamps)
+        if maker.context is not None:
+            return None
+    wrong = _wrong_with_files(arguments, maker)
+    if wrong is None and maker is not None and settings is not None:
+        _keep(settings, stamps, maker.get())
+    return wrong
+
+
+MOST_KEPT = 16
+_contexts: list[tuple[Mapping[str, Any], list[Any], ssl.SSLContext]] = []
+"""Each context with its settings, and the stamps of its files; the newest comes last."""
+
+
+def _kept(settings: Mapping[str, Any], stamps: list[Any]) -> ssl.SSLContext | None:
+    return next((context for of, at, context in _contexts if of == settings and at == stamps), None)
+
+
+def _keep(settings: Mapping[str, Any], stamps: list[Any], context: ssl.SSLContext) -> None:
+    others = [each for each in _contexts if each[0] != settings]
+    _contexts[:] = [*others, (settings, stamps, context)][-MOST_KEPT:]
+
+
+def _settings_of(maker: ContextMaker | None) -> Mapping[str, Any] | None:
+    """The settings that a context depends on; None when nobody knows them, or when a caller's class has made the context."""
+    names = getattr(maker, "__slots__", None)
+    if names is None or getattr(maker, "context", None) is not None:
+        return None
+    return {name: getattr(maker, name, None) for name in names}
+
+
+def _stamps(arguments: Mapping[str, Any]) -> list[Any]:
+    """What changes when somebody replaces a file that a context is made of, or one in a directory of authorities."""
+    default = ssl.get_default_verify_paths()
+    files = [arguments.get(name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path")]
+    directory = arguments.get("ssl_ca_path")
+    with suppress(OSError):
+        files += sorted(os.path.join(directory, name) for name in os.listdir(directory)) if directory else []
+    return [_stamp(path) for path in (*files, default.cafile, default.capath) if path]
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[Any, ...]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (path,)
+    return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _wrong_with_files(arguments: Mapping[str, Any], maker: ContextMaker | None) -> str | None:
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         if (path := arguments.get(name)) is not None:
             try:
@@ -32,7 +95,7 @@ def wrong_with(arguments: Mapping[str, Any], make_context: Callable[[], object] 
                     pass
             except OSError as error:
                 return f"{name} {path!r}: {error.strerror}"
-    return _wrong_with_key(*(arguments.get(name) for name in _KEY_SETTINGS)) or _wrong_with_rest(arguments, make_context)
+    return _wrong_with_key(*(arguments.get(name) for name in _KEY_SETTINGS)) or _wrong_with_rest(arguments, maker)
 
 
 def _wrong_with_key(certificate: Any, key: Any, password: Any) -> str | None:
@@ -49,13 +112,13 @@ def _wrong_with_key(certificate: Any, key: Any, password: Any) -> str | None:
     return None
 
 
-def _wrong_with_rest(arguments: Mapping[str, Any], make_context: Callable[[], object] | None) -> str | None:
+def _wrong_with_rest(arguments: Mapping[str, Any], maker: ContextMaker | None) -> str | None:
     try:
         authorities = [arguments.get(name) for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data")]
         if any(authorities):
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(*authorities)
-        if make_context is not None:
-            make_context()
+        if maker is not None:
+            maker.get()
     except Exception as error:
         named = {name: value for name, value in arguments.items() if name.startswith("ssl_") and name not in _KEY_SETTINGS}
         given = ", ".join(name if name == "ssl_ca_data" else f"{name} {value!r}" for name, value in named.items())

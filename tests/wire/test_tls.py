@@ -176,6 +176,70 @@ def test_nothing_is_asked_on_the_terminal(files: Files) -> None:
     assert "phrase" not in said
 
 
+async def open_and_close(setting: dict[str, Any]) -> None:
+    transport, _ = await Address(setting).open(2)
+    transport.abort()
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_connections_of_the_same_settings_share_a_context(
+    run: Callable[[Awaitable[Any]], Any], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """to make one keeps the event loop from its work, also when the port refuses the connection"""
+    made: list[ssl.SSLContext] = []
+    make = ssl.create_default_context
+
+    def count() -> ssl.SSLContext:
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", count)
+    authority = str(shutil.copy(files.path("ca.pem"), tmp_path))  # no other test has a context of it
+
+    async def use() -> None:
+        setting = files.setting(ssl_ca_certs=authority)
+        with pytest.raises(ConnectionLost):
+            await Address(setting | {"port": free_port()}).open(2)
+        for _ in range(2):
+            await open_and_close(setting)
+        assert len(made) == 1
+        await open_and_close(setting | {"ssl_check_hostname": False})
+        assert len(made) == 2
+
+    run(use())
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_file_that_is_replaced_is_read_again(run: Callable[[Awaitable[Any]], Any], files: Files, tmp_path: Path) -> None:
+    """certificates are rotated: the next connection uses the new ones"""
+    own = {name: str(shutil.copy(files.path(f"client.{name}"), tmp_path)) for name in ("pem", "key")}
+    authority = str(shutil.copy(files.path("ca.pem"), tmp_path))
+    setting = files.setting(ssl_certfile=own["pem"], ssl_keyfile=own["key"], ssl_ca_certs=authority)
+
+    def rotate(name: str) -> None:
+        for ending, path in own.items():
+            shutil.copy(files.path(f"{name}.{ending}"), path)
+
+    async def use() -> None:
+        await open_and_close(setting)
+        rotate("stranger")
+        with pytest.raises((ConnectionRefused, ConnectionLost)):
+            await open_and_close(setting)
+        rotate("another")
+        await open_and_close(setting)
+        trustme.CA().cert_pem.write_to_path(authority)
+        with pytest.raises(ConnectionRefused, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
+            await open_and_close(setting)
+        shutil.copy(files.path("ca.pem"), authority + ".new")
+        os.replace(authority + ".new", authority)
+        await open_and_close(setting)
+        os.remove(own["key"])
+        with pytest.raises(ConnectionRefused, match="No such file or directory"):
+            await open_and_close(setting)
+
+    run(use())
+
+
 UNTRUSTED: dict[str, tuple[Callable[[Files], dict[str, Any]], str]] = {
     "no certificate": (lambda on: on.setting(None, None), r"refuses TLS: certificate required; no ssl_certfile is given"),
     "a stranger's": (
