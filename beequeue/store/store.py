@@ -84,11 +84,16 @@ class Settlement(NamedTuple):
     """With `retrying`: the activation time, epoch ms; None: at once."""
 
 
+LARGE = b"(large)"
+"""Stands for the entry of a job that was taken, and whose entry was too large to come along: it is this very object."""
+
+
 class Taken(NamedTuple):
     """A job that was moved to `active` for this worker."""
 
     id: str
     entry: bytes
+    """`LARGE`: it is still to be read, by the id."""
 
 
 class Stored(NamedTuple):
@@ -150,8 +155,6 @@ MOST_ON_EVENTS = 30_000_000
 LOOKED_AT_BYTES = 1_000_000
 """How many bytes of entries one look reads, and those of one entry more: Redis serves others between two looks."""
 
-NEWEST, NEWEST_BYTES = 4, 4096
-"""How many jobs, and how many bytes, a blocking take reads to find the job that was taken; see `take.lua`."""
 ARGS_AN_ATTEMPT = 6
 """How many arguments `finish` has for each attempt."""
 
@@ -416,7 +419,7 @@ class Store:
         assert self._takes is not None
         read = self._reads.get(more)
         if read is None:
-            read = self._reads[more] = Packed((*self._heads["take"], b"", NEWEST, NEWEST_BYTES, more))
+            read = self._reads[more] = Packed((*self._heads["take"], more))
         take = BlockingTake(self._blocking_take, read, on_end)
         if self._takes.link is None:
             self.send_finishes(finishes)
@@ -449,15 +452,24 @@ class Store:
         assert connection is not None
         return connection.moves
 
-    def take(self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None]) -> None:
-        """Reads a job that was moved to `active` (an empty id: none was), and takes at most `more` jobs besides."""
+    def take(
+        self, job_id: str, more: int, on_taken: Callable[[list[Taken] | BeeQueueError], None], *, on_takes: bool = False
+    ) -> None:
+        """Reads a job that was moved to `active` (an empty id: none was), and takes at most `more` jobs besides.
+
+        With `on_takes` it uses the connection of blocking takes, on which none may be open.
+        """
 
         def on_reply(reply: Any) -> None:
             on_taken(reply if isinstance(reply, BeeQueueError) else _taken_in(reply, 1, len(reply)))
 
-        args = (*self._heads["take"], _bytes(job_id), 0, 0)
+        head, moved = self._heads["take"], _bytes(job_id)
+        connection = self._takes if on_takes and self._takes is not None else self._commands
         # repeated, it takes nothing: the stall check brings back the jobs that the lost reply named
-        self._commands.send(Command((*args, more), on_reply, repeat=(*args, 0), script=SCRIPTS["take"].text, unlimited=True))
+        repeat = (*head, 0, moved)
+        command = Command((*head, more, moved), on_reply, repeat=repeat, script=SCRIPTS["take"].text, unlimited=True)
+        command.resend = self._commands.send
+        connection.send(command)
 
     def build_finish(
         self,
@@ -576,8 +588,10 @@ class Store:
 
 
 def _taken_in(reply: Sequence[Any], start: int, end: int) -> list[Taken]:
-    """Decodes the jobs in a flat list: id, JSON, id, JSON, …"""
-    return [Taken(_text(reply[index]), reply[index + 1]) for index in range(start, end, 2)]
+    """Decodes the jobs in a flat list: id, JSON or None, id, JSON or None, …"""
+    return [
+        Taken(_text(reply[index]), LARGE if reply[index + 1] is None else reply[index + 1]) for index in range(start, end, 2)
+    ]
 
 
 def _id_or_error(reply: Any) -> str | CommandError | None:

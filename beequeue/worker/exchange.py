@@ -22,7 +22,7 @@ from typing import Any
 
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, OutcomeNotRecorded, QueueClosed
 from beequeue.host import Host
-from beequeue.store.store import TAKE_WAIT_S, BlockingTake, Finished, Settlement, Store, Taken
+from beequeue.store.store import LARGE, TAKE_WAIT_S, BlockingTake, Finished, Settlement, Store, Taken
 from beequeue.wire.link import UNFIT, Command, Link
 from beequeue.worker.attempt import Attempt
 
@@ -68,6 +68,8 @@ class Exchange:
         self._take: BlockingTake | None = None
         self._reading: list[str] = []
         """The jobs whose data was asked for once more; an empty id: jobs that are taken without a blocking take."""
+        self._reads_on_takes = False
+        """Whether the last of these came on the connection of takes."""
         self._pump_is_due = False
         self._lot = min(max(slots // 2, LEAST_LOT), MOST_LOT)
         self._settling: list[Attempt] = []
@@ -159,9 +161,14 @@ class Exchange:
         self._fill(take.taken)
 
     def _read(self, job_id: str, more: int) -> None:
-        """Asks for the data of a job that was moved (empty: none was), and for at most `more` jobs besides."""
+        """Asks for the data of a job that was moved (empty: none was), and for at most `more` jobs besides.
+
+        A job's data may be large, so it comes on the connection of takes, unless a take is open there.
+        """
         self._reading.append(job_id)
-        self._store.take(job_id, more, functools.partial(self._was_read, job_id))
+        self._reads_on_takes = job_id != "" and self._take is None
+        on_taken = functools.partial(self._was_read, job_id)
+        self._store.take(job_id, more, on_taken, on_takes=self._reads_on_takes)
 
     def _was_read(self, job_id: str, taken: list[Taken] | BeeQueueError) -> None:
         self._reading.remove(job_id)
@@ -173,15 +180,23 @@ class Exchange:
 
     def _fill(self, taken: list[Taken]) -> None:
         if taken:
-            self._free -= len(taken)
-            self._begin(self._hold(taken))
+            held = self._hold(taken)
+            self._free -= len(held)
+            self._begin(held)
         self.pump_soon()
         self.changed()
 
     def _hold(self, taken: list[Taken]) -> list[Attempt]:
-        """An attempt for each job. The heartbeat reports it from now on, even while a listener or a handler blocks the loop."""
-        attempts = [Attempt(job_id, entry) for job_id, entry in taken]
+        """An attempt for each job whose data is here; asks for the data of the others, unless the close hands them back.
+
+        The heartbeat reports all of them from now on, even while a listener or a handler blocks the loop.
+        """
+        attempts = [Attempt(job_id, entry) for job_id, entry in taken if entry is not LARGE or self.closing]
         self.held.update(dict.fromkeys(attempts))
+        if len(attempts) < len(taken):
+            for job_id, entry in taken:
+                if entry is LARGE:
+                    self._read(job_id, 0)
         return attempts
 
     def _finished(self, attempts: list[Attempt], slots: int, finished: Finished | BeeQueueError) -> None:
@@ -331,7 +346,7 @@ class Exchange:
             if self._take and self._store.withdraw_take(self._take):
                 self._take = None
                 continue
-            if moves != (moves := self._store.moves(of_takes=self._take is not None)):
+            if moves != (moves := self._store.moves(of_takes=self._take is not None or self._reads_on_takes)):
                 patient_until = now()
             if now() > max(deadline, patient_until + grace_s):
                 self.answers = now() <= answered_at + grace_s

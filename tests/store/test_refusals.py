@@ -132,7 +132,7 @@ def calls(name: str) -> list[Sequence[Any]]:
         case "retry_job":
             return [("failed-0",), ("succeeded-0",), ("waiting-0",)]
         case "take":
-            return [("ghost", 0, 0, 0), ("active-0", 0, 0, 2), ("", 0, 0, 1), ("", 4, 4096, 2)]
+            return [(0, "ghost"), (2, "active-0"), (1, ""), (2,)]
         case _:
             return [()]
 

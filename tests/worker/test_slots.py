@@ -192,7 +192,7 @@ class FirstRead:
         """How many jobs each of these scripts asks for."""
         script = SCRIPTS["take"].sha.encode()
         on_commands = [command for role, command in self.spoken.commands if role == "command"]
-        return [command[-1] for command in on_commands if command[:2] == [b"EVALSHA", script]]
+        return [command[-2] for command in on_commands if command[:2] == [b"EVALSHA", script]]
 
 
 async def test_a_repeated_read_takes_nothing(own_server: Server, make_queue: MakeQueue) -> None:

@@ -20,7 +20,8 @@
 --                         repeated or the job has stalled
 --
 -- Returns a flat list: for each attempt 1 if this call settled its job, 0 if not, or the error; then id,
--- JSON, id, JSON, … of the jobs that were taken; then the error, if Redis refused to take more.
+-- JSON, id, JSON, … of the jobs that were taken; then the error, if Redis refused to take more. A job of more
+-- than 64 kB has no JSON here: see take.lua.
 --
 -- Why: one step, so that state and event cannot part, and one call for all attempts that end together. The
 -- first write is LREM, which Redis allows at maxmemory, and then all others in the script. A job is settled
@@ -150,7 +151,7 @@ for _ = 1, 100 do
   for at = 1, #next_ids do
     if data[at] then
       reply[#reply + 1] = next_ids[at]
-      reply[#reply + 1] = data[at]
+      reply[#reply + 1] = #data[at] <= 65536 and data[at]
     end
   end
   wanted = wanted - #taken
