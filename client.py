@@ -1,4 +1,4 @@
-"""The client: keeps chains of jobs alive and prints, every few seconds, how many jobs never heard of their own end."""
+"""The client: keeps chains of jobs alive and prints, every few seconds, how many jobs missed their own event."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def run(queue: Queue, settings: Config) -> None:
     finally:
         try:
             await chains.alive.wind_down()
-        finally:  # a second signal cuts it short
+        finally:  # also when a second signal cuts the wait short
             print_stats()
 
 

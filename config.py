@@ -27,7 +27,7 @@ class Config:
 
     queue_name: str = "issue-189"
     concurrency: int = 2
-    """Jobs at once in one worker process."""
+    """How many jobs one worker process runs at once."""
     num_chains: int = 7
     redis_url: str = "redis://127.0.0.1:6379"
     ordered_events: bool = False
@@ -35,7 +35,7 @@ class Config:
     stats_interval: float = 3
     """Seconds between stats lines."""
     duration: float = 0
-    """Seconds after which the client ends; 0: not before it is stopped."""
+    """Seconds after which the client ends; 0: it runs until it is stopped."""
     extended_stats: bool = False
     workers: int = 6
     """Worker processes, without Docker."""

@@ -1,6 +1,6 @@
 """The errors that a caller of beequeue can catch.
 
-They share one root, `BeeQueueError`. Those that Redis causes, or the connection to it, share the parent `RedisFailure`. The
+They share one root, `BeeQueueError`. Those that Redis or the connection to it causes share the parent `RedisFailure`. The
 first line of each docstring says when the error is raised. Wrong arguments raise `ValueError` or `TypeError`, which name the
 argument.
 """
@@ -60,13 +60,13 @@ class OperationTimedOut(BeeQueueError):
 class RedisFailure(BeeQueueError):
     """Redis refused something or could not be reached.
 
-    Catch this class to handle `ConnectionRefused`, `ConnectionLost` and `CommandError` alike. It is no relative of redis-py's
+    Catch this class to handle `ConnectionRefused`, `ConnectionLost` and `CommandError` alike. It is not related to redis-py's
     `RedisError`; redis-py's own exceptions never reach a caller.
     """
 
 
 class ConnectionRefused(RedisFailure):
-    """Redis did not let us in: wrong password, missing permission, unknown database, bad certificate, or no RESP3."""
+    """Redis refused the connection: wrong password, missing permission, unknown database, bad certificate, or no RESP3."""
 
 
 class ConnectionLost(RedisFailure):

@@ -165,7 +165,7 @@ class Job(Emitter):
         self.progress: Any = 0
         """The last value reported; 0 before the first."""
         self.last_event: Event | None = None
-        """The event that ended it, if this process has heard of one."""
+        """The event that ended it, if this process has received one."""
         self.ended: asyncio.Future[Event] | None = None
         """Completes with `last_event`; None while nobody waits for it."""
         self.bound = 0

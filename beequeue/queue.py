@@ -265,7 +265,7 @@ class Queue(Emitter):
     async def remove_job(self, job_id: str | int) -> Self:
         """Takes the job out of every key (script `remove_job`), like `Job.remove`, and returns the queue.
 
-        Does nothing when there is no such job. Raises `TypeError` or `ValueError` for an id that is none, `RedisFailure`,
+        Does nothing when there is no such job. Raises `TypeError` or `ValueError` for an invalid id, `RedisFailure`,
         `QueueClosed`.
         """
         await self._producer.remove(job_id)

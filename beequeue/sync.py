@@ -42,7 +42,7 @@ EXIT_S = 1.0
 
 
 class Queue:
-    """A producer's queue whose methods block. Any thread may call them, and many threads at once, but no listener.
+    """A producer's queue whose methods block. Many threads may call them at once; a listener must not.
 
     It takes the arguments of `beequeue.Queue`, except that `is_worker` must be False: a `beequeue.Queue` processes the jobs.
     Raises `TypeError` or `ValueError` that names a wrong argument. It connects at the first call, or on entry as a context
@@ -116,7 +116,7 @@ class Queue:
         return self._call(lambda queue: queue._saver.save_all([self._own(job, queue) for job in listed], timeout_ms))
 
     def result(self, job: Job, timeout: Duration | None = None) -> Any:
-        """Waits until a job has ended that this queue has saved or fetched in this process; returns its handler's result.
+        """Waits until a job that this queue saved or fetched in this process has ended; returns its handler's result.
 
         `timeout` is in ms or a `timedelta`. The result arrives with the message on `events`; Redis does not store it. Raises
         `JobFailed`, `OutcomeUnknown`, `TimeoutError`, `QueueClosed` when the queue is closed first, and `BeeQueueError` at once

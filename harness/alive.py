@@ -1,4 +1,4 @@
-"""Keeps a fixed number of jobs alive, whatever happens to them.
+"""Keeps a fixed number of jobs alive, even when jobs fail or vanish.
 
 A job is alive while it is being saved, or is saved and has not ended: alive = saving + saved - ended. A job that ends makes
 room for the next one. So does a job that is lost: its save failed, or its end never came.
@@ -16,7 +16,7 @@ from beequeue import BeeQueueError, ConnectionLost, linear_backoff
 MAYBE_SAVED_S = 5
 """How long a save that may have been applied waits for its job's end."""
 GIVE_UP_S = 30
-"""A saved job that has not ended after this time is taken for vanished. Two stall checks fit in."""
+"""A saved job that has not ended after this time counts as vanished. The time covers two stall checks."""
 WIND_DOWN_S = 2
 """How long the jobs under way may take to end when the program stops."""
 
@@ -28,7 +28,7 @@ class Alive:
 
     def __init__(self, size: int, save: Callable[[], Awaitable[str | None]]) -> None:
         self.restarted = 0
-        """How many jobs were lost and started anew."""
+        """How many jobs were lost and replaced."""
         self._size = size
         self._save = save
         self._stopping = False
@@ -67,7 +67,7 @@ class Alive:
         for job_id in [job_id for job_id, saved_at in self._saved.items() if saved_at < horizon]:
             self.vanished(job_id)
         if self._vanished_jobs:
-            log.warning("client: %d jobs had vanished or ended unseen; their chains were started anew", self._vanished_jobs)
+            log.warning("client: %d jobs had vanished or ended unseen; their chains were restarted", self._vanished_jobs)
             self._vanished_jobs = 0
 
     async def wind_down(self) -> None:
@@ -98,7 +98,7 @@ class Alive:
         self.fill()
 
     async def _save_failed(self, error: BeeQueueError) -> None:
-        """Waits until the chain may start anew; a save that may have been applied waits for its job's end."""
+        """Waits until the chain may restart; a save that may have been applied waits for its job's end."""
         self._failures += 1
         if self._failures == 1:
             log.warning("client: a save failed: %s", error)

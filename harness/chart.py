@@ -197,7 +197,7 @@ def _enlarge_the_end(axes: Axes, logs: Sequence[Log]) -> None:
 
 
 def _name_memory(axes: Axes, logs: Sequence[Log]) -> None:
-    """Names the logs that have no memory in them, and cuts the axis to the range of the others."""
+    """Names the logs without memory figures, and limits the axis to the range of the others."""
     if known := [value for log in logs for _, value in log.memory_mb()]:
         axes.set_ylim(bottom=0.8 * min(known))
     else:

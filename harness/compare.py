@@ -151,7 +151,7 @@ async def _run_client(contestant: Contestant, bar: tqdm[NoReturn]) -> report.Run
             raise NotCompared(f"{client.name} was disturbed, {key} is {last[key]}: {_last(said)}")
     half = lines[len(lines) // 2 - 1]
     if not (last["numQueueSucceeded"] > half["numQueueSucceeded"] and last["numJobSucceeded"]):
-        raise NotCompared(f"{client.name} heard of no job after half-time: {_last(said)}")
+        raise NotCompared(f"{client.name} received no event after half-time: {_last(said)}")
     return report.Run(half, last)
 
 
@@ -177,7 +177,7 @@ def _conditions(plan: Plan, settings: config.Config, url: str) -> dict[str, Any]
 
 
 async def _remove_queues(names: Sequence[str], url: str) -> None:
-    """Destroys the queues of this comparison. A Redis that has ended keeps none."""
+    """Destroys the queues of this comparison. A Redis that has ended has kept none."""
     for name in names:
         with suppress(BeeQueueError, TimeoutError):
             async with asyncio.timeout(START_S), Queue(name, url, is_worker=False, get_events=False) as queue:

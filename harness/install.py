@@ -1,4 +1,4 @@
-"""Installs the packages of other languages and environments, by their package managers' own clients."""
+"""Installs the packages of other languages and environments, with their own package managers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def npm_ci(directory: Path) -> str:
     if node is None or npm is None:
         raise NotInstalled("there is no node and npm on PATH")
     lock, installed = directory / "package-lock.json", directory / "node_modules" / ".package-lock.json"
-    with lock.open() as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
             run([npm, "ci", "--prefix", str(directory), "--no-audit", "--no-fund"], NPM_S)
     return node

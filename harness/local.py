@@ -34,7 +34,7 @@ async def run(workers: int, environment: Mapping[str, str]) -> int:
             try:
                 print(prefix + escape(line), file=stream, flush=True)
             except BrokenPipeError:
-                # nobody reads any more: later lines, and the interpreter's last flush, must not raise
+                # the reader has gone: later lines, and the interpreter's last flush, must not raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 stop.set()
 

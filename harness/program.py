@@ -1,4 +1,4 @@
-"""What `client.py` and `worker.py` have in common: configuration, logging, the event loop, signals, and how they end.
+"""The common part of `client.py` and `worker.py`: configuration, logging, the event loop, signals, and the exit.
 
 Everything but the stats lines goes to stderr. A program exits with 0 after SIGTERM or SIGINT, and with 1 and one line when
 Redis refuses it.

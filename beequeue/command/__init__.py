@@ -1,7 +1,7 @@
 """The command line: `python -m beequeue worker` and `python -m beequeue check`.
 
-Owns what a library must not touch: arguments, REDIS_URL, the import of the handler, signals, the set-up of logging, and the
-exit code.
+Owns everything that a library must not touch: arguments, REDIS_URL, the import of the handler, signals, the set-up of logging,
+and the exit code.
 
 0              A worker has ended after SIGTERM or SIGINT. A check has found no damage, or none is left.
 1              A worker: Redis refused the connection. A check: damage is left.

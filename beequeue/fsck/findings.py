@@ -1,8 +1,8 @@
 """Checks a queue for damage, and repairs it: `check`, `repair`, and `python -m beequeue check NAME [--repair]`.
 
-`check` reads the queue key by key while others work on it. It looks again, at one moment, at each id that looks wrong in that
-picture (`suspects`, a plain function), and reports only ids that are wrong both times. It changes nothing. `repair` looks a
-third time, in the atomic step that repairs. The kinds of finding, and their repair:
+`check` reads the queue key by key while others work on it. It then looks again, at one moment, at each id that looks wrong in
+that snapshot (`suspects`, a plain function), and reports only ids that are wrong both times. It changes nothing. `repair` looks
+a third time, in the atomic step that repairs. The kinds of finding, and their repair:
 
 - `ghost`: an id is in a list or a set, but `jobs` has no entry for it. The id is removed from every list and set.
 - `orphan`: `jobs` has an entry, but its id is in no state. If the stored status is `succeeded` or `failed`, the id goes to

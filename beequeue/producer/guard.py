@@ -1,8 +1,8 @@
 """The guard against floods of messages: any process that shares the Redis may publish on a queue's channel `events`.
 
-It bounds what a stranger can cost. A large message is decoded only if it names a tracked job, or an event that somebody listens
-to. A message beyond `max_event_bytes` is never decoded, since that can take thirty times its size. Few errors are reported at a
-time.
+It bounds the cost that a stranger can cause. A large message is decoded only if it names a tracked job, or an event that has a
+listener. A message beyond `max_event_bytes` is never decoded, since that can take thirty times its size. Few errors are
+reported at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PERIOD_S = 10.0
 class Guard:
     """Decides which large messages a queue decodes, and reports those that are too large.
 
-    `jobs` are the tracked jobs by id. `look_up` gets a tracked job, and its id, whose end came in a message that is too large:
-    Redis knows whether the job has ended, whoever sent the message.
+    `jobs` are the tracked jobs by id. `look_up` gets a tracked job and its id when a message that is too large reports its end.
+    Redis then says whether the job has ended, so it does not matter who sent the message.
     """
 
     def __init__(self, host: Host, jobs: Mapping[str, Job], look_up: Callable[[Job, str], None]) -> None:

@@ -61,7 +61,7 @@ class Producer:
                 complete(answered, reply if isinstance(reply, BeeQueueError) else read(job_id, reply))
             except UnreadableData as error:
                 complete(answered, error)
-            except Exception as error:  # the caller must hear of it, or would wait without end
+            except Exception as error:  # the caller must get it, or it would wait forever
                 complete(answered, UnreadableData(f"the stored job {job_id} cannot be read: {type(error).__name__}: {error}"))
 
         with self._host.calls:
@@ -109,7 +109,7 @@ class Producer:
 
         def on_reply(reply: Any) -> None:
             if not isinstance(reply, BeeQueueError):
-                # in this very step: the reply to a save under the same id may follow in the same read
+                # in this step: the reply to a save under the same id may follow in the same read
                 self._tracker.forget(job_id, "it was removed")
             complete(answered, reply)
 

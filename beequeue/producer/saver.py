@@ -120,7 +120,7 @@ class Saver:
             raise
         failed = errors | self._withdraw(calls)  # a copy: later answers must not change it
         for call in calls:
-            del call.command  # which refers to the call: a circle of objects would be left to the garbage collector
+            del call.command  # it refers to the call: the cycle would be left to the garbage collector
         for job, form in stored:
             self._stored(job, form)
         return failed
@@ -150,18 +150,18 @@ class Saver:
         return left
 
     def _outcome(self, job: Job, form: _Form, answer: Answer) -> Outcome:
-        """Updates a job by the answer to its save, in the step that parses the reply."""
+        """Updates a job from the answer to its save, in the step that parses the reply."""
         job.saving = False
         if isinstance(answer, BeeQueueError):
             return answer
         if answer is None:
-            # the id is in use: by this very job, if it was saved under that id before
+            # the id is in use: by this job itself, if it was saved under that id before
             job.id = form.id if form.id == job.saved_as else None
             return False
         job.id = job.saved_as = answer
         job.created_at = form.created_at
         if self._ordered:
-            # in this very step: the job's events may follow the reply in the same read
+            # in this step: the job's events may follow the reply in the same read
             self._tracker.bind(job)
         return True
 

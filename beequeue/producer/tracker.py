@@ -3,8 +3,9 @@
 Owns `jobs`, from id to job, and the way of an event from the message to the job. Knows no connection: its caller passes each
 message to `read`, calls `hand_on` at the end of a read, and `end_unseen` after a reconnect.
 
-No message tells of a job that was removed, or that ran on a worker which sends no events. So every few seconds the tracker asks
-Redis about the jobs whose result somebody awaits, and, on an ordered queue, about all jobs that have been bound for a while.
+No message reports the end of a job that was removed, or that ran on a worker that sends no events. So every few seconds the
+tracker asks Redis about the jobs whose result somebody awaits, and, on an ordered queue, about all jobs that have been bound
+for a while.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ JOBS_A_LOOK_UP = 100
 LOOK_EVERY_S = 5.0
 """How often the tracker asks about the jobs whose result somebody awaits."""
 SWEEP_EVERY_S = 5.0
-"""How long a job has been bound, at least, when a sweep asks about it, and how long one sweep waits after the other."""
+"""How long a job must have been bound before a sweep asks about it, and the pause between two sweeps."""
 SWEEP_PAUSE_S = 0.02
-"""How long a sweep rests, at least, after a call that found few ended jobs; or nine times as long as the call took."""
+"""How long a sweep pauses after a call that found few ended jobs, or nine times as long as the call took if that is longer."""
 
 LookUp = Callable[[Sequence[str]], Awaitable[list[Found]]]
 """From ids to the state of their jobs; on an ordered queue the answer must not overtake a message."""
@@ -77,7 +78,7 @@ class Tracker:
             self._sweeping = supervised(self._sweep, "sweep", self._host.report)
 
     def unbind(self, job: Job, job_id: str) -> None:
-        """Takes back a binding that was made too early."""
+        """Removes a binding that was made too early."""
         if self.jobs.get(job_id) is job:
             del self.jobs[job_id]
 
@@ -128,7 +129,7 @@ class Tracker:
             while read:
                 self._deliver_one(*read.pop())
         finally:
-            if read:  # a listener tries to end the program: the other events are delivered all the same
+            if read:  # a listener tries to end the program: the other events are still delivered
                 self._read[:0] = reversed(read)
                 self.hand_on()
 
@@ -148,7 +149,7 @@ class Tracker:
         if event.name in ENDS and job.last_event is event and self.jobs.get(event.id) is job:
             del self.jobs[event.id]
 
-    # --- ends that no event told -------------------------------------------------------------------------------------
+    # --- ends without an event ---------------------------------------------------------------------------------------
 
     async def end_unseen(self, look_up: LookUp) -> None:
         """After a reconnect, ends the jobs that ended while no message could arrive: pub/sub has no replay.
@@ -159,7 +160,7 @@ class Tracker:
             self._end_as_found(*ended)
 
     async def _ended_unseen(self, jobs: Sequence[tuple[Job, str]], look_up: LookUp) -> list[tuple[Job, str, Found]]:
-        """Returns those of `jobs` that have ended in Redis while no event has told so."""
+        """Returns those of `jobs` that have ended in Redis although no event has reported it."""
         ended = []
         asked = {job_id for _, job_id in jobs}
         self._asked.append(asked)
@@ -174,14 +175,14 @@ class Tracker:
         return [each for each in ended if each[1] in asked and each[0].last_event is None and not self.is_ending(each[1])]
 
     def _end_as_found(self, job: Job, job_id: str, found: Found) -> None:
-        """Unbinds a job and ends it as Redis tells: with its failure, or as `OutcomeUnknown`."""
+        """Unbinds a job and ends it by its state in Redis: with its failure, or as `OutcomeUnknown`."""
         self.unbind(job, job_id)
         if found.state == "failed" and _is_entry_of(job, found):
             job.receive(Event(job_id, "failed", failure_from(found.trace)))
         elif found.state == "succeeded" and _is_entry_of(job, found):
-            self._end_unknown(job, job_id, "it succeeded, but no event told its result, and results are not stored")
+            self._end_unknown(job, job_id, "it succeeded, but no event brought its result, and results are not stored")
         else:
-            self._end_unknown(job, job_id, "it is gone, and no event told of its end")
+            self._end_unknown(job, job_id, "it is gone, and no event reported its end")
 
     def _end_unknown(self, job: Job, job_id: str, reason: str) -> None:
         self.unknown_outcomes += 1
@@ -200,7 +201,7 @@ class Tracker:
         self._must_sweep = True
 
     async def _let_go(self, job_ids: Sequence[str]) -> float:
-        """Ends those of some jobs that have ended in Redis; returns how long to rest, in s."""
+        """Ends those of some jobs that have ended in Redis; returns how long to pause, in s."""
         bound = [(job, job_id) for job_id in job_ids if (job := self.jobs.get(job_id)) is not None]
         if not bound:
             return 0.0
@@ -211,7 +212,7 @@ class Tracker:
         for job, job_id, found in await self._ended_unseen(suspects, self._store.look_up):
             if self.jobs.get(job_id) is job:
                 self._end_as_found(job, job_id, found)
-        # where most jobs have ended, as without events, a sweep must keep up with those who save
+        # when most jobs have ended, as without events, the sweep must keep up with the saves
         return 0.0 if 2 * len(suspects) > len(bound) else rest_s
 
     async def _suspects(self, jobs: Sequence[tuple[Job, str]]) -> list[tuple[Job, str]]:

@@ -1,7 +1,7 @@
 """Where Redis is: what a caller passes as `redis`, checked and turned into redis-py's connection arguments.
 
-A wrong setting is named when the queue is made, before anything connects. Opening a connection is `driver.py`'s work. No
-message shows a password.
+It rejects a wrong setting when the queue is made, before anything connects. `driver.py` opens the connection. No message shows
+a password.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _arguments_of(setting: RedisSetting) -> dict[str, Any]:
 
 
 def _from_url(url: str) -> tuple[dict[str, Any], str | None]:
-    """redis-py's arguments, and a fault of the URL. It raises nothing: an exception's context could quote the URL."""
+    """redis-py's arguments, and the URL's fault, if any. Raises nothing: an exception's context could quote the URL."""
     if wrong := wrong_with(url):
         return {}, wrong
     arguments, wrong = driver.parse(as_redis(url))

@@ -1,4 +1,4 @@
-"""The command connection as several queues can share it: who receives its errors, and who closes it.
+"""The command connection, which several queues can share. Its errors go to all of them.
 
 A queue without a shared client makes its own. Takes and events always use separate connections, opened to the same address.
 """
@@ -48,7 +48,7 @@ class Client:
         return f"<Client {self.address}>"
 
     async def open(self) -> None:
-        """Returns when the connection is up; raises `ConnectionRefused` when Redis says no, `QueueClosed` when closed."""
+        """Returns when the connection is up; raises `ConnectionRefused` when Redis refuses it, `QueueClosed` when closed."""
         self._loop = asyncio.get_running_loop()
         self._forks = process.forks
         await self.connection.open()

@@ -1,9 +1,9 @@
 """A connection that survives its links: opens a `Link`, opens the next one when it is lost, and keeps commands meanwhile.
 
-It knows nothing about queues: scripts and subscriptions are the matter of the owner's `set_up`.
+It knows nothing about queues: its owner's `set_up` loads scripts and subscribes.
 
-When a link ends, its commands part ways. Those never written wait for the next link, as do those that Redis refused because of
-its own state. Those safe to repeat are repeated. The rest fail with `ConnectionLost(maybe_applied=True)`.
+When a link ends, commands that were never written wait for the next link, and so do those that Redis refused because of its own
+state. Commands that are safe to repeat are repeated. The rest fail with `ConnectionLost(maybe_applied=True)`.
 
 A link without traffic is dead if Redis answers on a new connection, or if none can be opened. If the new one waits as well,
 Redis itself has stopped, and cutting the link would help nobody. If the new one is refused, another open link is asked.
@@ -38,7 +38,7 @@ CALM_S = 15.0
 ACCEPT_S = 2.0
 """The least time to allow for a connection to be accepted; a busy process needs time for that, too."""
 MOST_LOSSES = 10
-"""How often to repeat a command whose link was lost each time its reply was the next one due: it may never fit."""
+"""How often to repeat a command whose link was lost each time its reply was the next one due: it may never get through."""
 
 
 class Group:
@@ -161,7 +161,7 @@ class Connection:
                 self.send(command)
 
     def flush(self) -> None:
-        """Writes all issued commands, without waiting for the loop's next turn."""
+        """Writes all issued commands, without waiting for the next step of the loop."""
         if self.link is not None:
             self.link.flush()
 
@@ -193,7 +193,7 @@ class Connection:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Returns when the connection is up, however long that takes; raises `ConnectionRefused` when Redis says no."""
+        """Returns when the connection is up, however long that takes; raises `ConnectionRefused` when Redis refuses it."""
         self._first = asyncio.get_running_loop().create_future()
         self._group.add(self)
         self._keeper = supervised(self._keep_up, f"{self.role} connection", self._report)

@@ -2,7 +2,7 @@
 
 redis-py opens a connection, authenticates it and selects its database. For the event loop its socket is then handed over
 (`open_connection`); a thread uses redis-py's own connection (`BlockingConnection`). Every failure becomes an error of ours, and
-no message shows a password. Which arguments a caller may pass is `address.py`'s matter.
+no message shows a password. `address.py` checks which arguments a caller may pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOT_OURS = (
     "himport_registry",
     "driver_info",
 )
-"""Arguments of redis-py's connections that a caller may pass and that have no effect here."""
+"""Arguments of redis-py's connections that a caller may pass, but that have no effect here."""
 
 _NOT_BLOCKING = ("parser_class", "encoder_class", "redis_connect_func", "event_dispatcher", "connection_pool")
 """Arguments that only the connections of redis.asyncio understand."""
@@ -67,7 +67,7 @@ class NoAnswer(ConnectionLost):
 
 
 class NotLetIn(ConnectionLost):
-    """Something is there but admits nobody now: no credentials were given, it has too many clients, or it is not ready."""
+    """The server admits no client now: no credentials were given, it has too many clients, or it is not ready."""
 
 
 # --- what redis-py knows about a setting ------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def arguments_of(client: DriverClient) -> dict[str, Any]:
 
 
 def parse(url: str) -> tuple[dict[str, Any], str | None]:
-    """The arguments in a well-formed `url`, and a fault of theirs. It raises nothing: a context could quote the URL."""
+    """The arguments in a well-formed `url`, and their fault, if any. Raises nothing: a context could quote the URL."""
     try:
         arguments = dict(parse_url(url))
     except ValueError as error:  # names an option, never its value
@@ -179,7 +179,7 @@ async def open_connection(endpoint: Endpoint, protocol: int) -> tuple[asyncio.Tr
     """Opens an authenticated connection with its database selected.
 
     Returns its transport, and an object that must be kept as long as the transport is used. Raises `ConnectionRefused` when
-    Redis says no or a setting is wrong, and `ConnectionLost` when Redis cannot be reached now.
+    Redis refuses it or a setting is wrong, and `ConnectionLost` when Redis cannot be reached now.
     """
     arguments = {**endpoint.arguments, "protocol": protocol, "retry": Retry(NoBackoff(), 0)}
     driver = _driver(endpoint.kind, endpoint, arguments)
@@ -349,7 +349,7 @@ class BlockingConnection:
 
 _ENDS_THE_PROGRAM = (KeyboardInterrupt, SystemExit)
 _DRIVERS_OWN = (redis.exceptions.RedisError, OSError)
-"""Exceptions of redis-py and of the socket; any others come from a credential provider, say."""
+"""Exceptions of redis-py and of the socket; any others come from a credential provider, for example."""
 _REFUSALS = (
     ssl.SSLCertVerificationError,
     redis.exceptions.AuthenticationError,
@@ -360,7 +360,7 @@ _FOR_NOW = (redis.exceptions.ClusterDownError, redis.exceptions.ReadOnlyError, r
 
 
 def refusal_in(error: BaseException | None, endpoint: Endpoint) -> ConnectionRefused | None:
-    """The refusal, if `error`, by which a connection ended, says that the server refused TLS; else None."""
+    """The refusal to raise, if `error`, which ended a connection, says that the server refused TLS; else None."""
     alert = tls.refusing_alert(error)
     if alert is None:
         return None

@@ -94,7 +94,7 @@ class Command:
     def answer(self, reply: Any) -> bool:
         """Passes the reply on; returns False when this command cannot have such a reply.
 
-        The caller then gets `ConnectionLost`. One reply too many, for example, would give each later command the reply of
+        The caller then gets `ConnectionLost`. If a reply is extra, for example, every later command would get the reply to
         another.
         """
         try:
@@ -154,7 +154,7 @@ class Link(asyncio.Protocol):
         self.error: Exception | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self._ticker = self._loop.call_later(TICK_S, self._tick)
-        if transport.is_closing():  # the transport has already told the driver, and tells nobody else
+        if transport.is_closing():  # the transport has already told the driver, and will not tell us
             self.connection_lost(None)
             return
         transport.set_protocol(self)
@@ -179,7 +179,7 @@ class Link(asyncio.Protocol):
             command.args.packed if type(command.args) is Packed else hiredis.pack_command(command.args) for command in commands
         ]
         if not self._in_flight and not self.down:
-            # there is nothing to join with, so a later write would only cost another turn of the loop
+            # there is nothing to combine with, so a later write would only cost another step of the loop
             self._write(packed)
         else:
             if not self._unsent:
@@ -188,7 +188,7 @@ class Link(asyncio.Protocol):
         self._in_flight.extend(commands)
 
     def flush(self) -> None:
-        """Writes all issued commands now; otherwise the loop does so in its next turn."""
+        """Writes all issued commands now; otherwise the loop does so in its next step."""
         unsent = self._unsent
         if unsent and not self.down:
             self._write(unsent)
@@ -274,7 +274,7 @@ class Link(asyncio.Protocol):
         except hiredis.HiredisError as error:
             self.drop(f"Redis sent unreadable data: {error}")
         except Exception as error:
-            # unreadable data raises in this very function (the reader, or a push without its parts), or in a callback that
+            # unreadable data raises in this function itself (the reader, or a push without its parts), or in a callback that
             # got a channel or payload of the wrong type; everything else is a fault of ours
             if _raised_in_a_callback(error) and not _is_broken(reply):
                 raise
@@ -437,7 +437,7 @@ def complete(future: asyncio.Future[Any], reply: Any) -> None:
         return
     if isinstance(reply, BeeQueueError):
         future.set_exception(reply)
-        future.exception()  # asyncio must not complain when the caller is cancelled in this very step
+        future.exception()  # retrieved: asyncio must not complain when the caller is cancelled in this step
     else:
         future.set_result(reply)
 

@@ -1,4 +1,4 @@
-"""TLS: keeps contexts, finds faults in the files that they need, and puts a server's alert into words.
+"""TLS: keeps contexts, finds faults in the files that they need, and translates a server's alert.
 
 OpenSSL's own messages rarely name the file at fault; these do. No message shows a passphrase, and nothing here asks for one on
 the terminal.
@@ -17,7 +17,7 @@ _KEY_SETTINGS = ("ssl_certfile", "ssl_keyfile", "ssl_password")
 
 
 def no_passphrase() -> str:
-    """Takes the place of OpenSSL's prompt: the `ssl_password` of a connection that was given none."""
+    """Replaces OpenSSL's prompt: the `ssl_password` of a connection that was given none."""
     raise ValueError("it is encrypted, and ssl_password is not given")
 
 

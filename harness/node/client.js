@@ -1,7 +1,7 @@
 'use strict';
 
-// client.py with the real bee-queue: keeps chains of jobs alive and prints, every few seconds, how many jobs never heard of
-// their own end. It is a yardstick and handles no faults: a save that fails ends it.
+// client.py with the real bee-queue: keeps chains of jobs alive and prints, every few seconds, how many jobs missed their
+// own event. It is a yardstick and handles no faults: a save that fails ends it.
 
 const Queue = require('bee-queue');
 const settings = require('./settings');

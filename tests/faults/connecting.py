@@ -27,9 +27,9 @@ LONG_S = 2.5 * DEADLINE_S
 FORGET_S = 3 * beequeue.wire.link.QUIET_TICKS * TICK_S
 SLOW_RATE = 1_000_000
 BIG = 3_000_000
-"""Bytes of a job that a slow link needs longer than `DEADLINE_S` for, as it needs longer than the usual 10 s for 15 MB."""
+"""Bytes of a job that takes longer than `DEADLINE_S` on a slow link, as 15 MB take longer than the usual 10 s."""
 PAGE, PAGE_BYTES = 30, 100_000
-"""The number and size of jobs whose data, in one reply, does so too."""
+"""The number and size of jobs whose data, sent in one reply, needs that long as well."""
 FILLERS = 20_000
 LOAD_DELAY_US = 1_000
 RIGHTS = ("hmget", "hget", "rpop", "lrange", "brpoplpush")

@@ -161,7 +161,7 @@ class Crew:
         return sum(any(held == number for _, held in worker.running()) for worker in self._all)
 
     async def ready(self) -> None:
-        """Returns when all workers take jobs."""
+        """Waits until all workers take jobs."""
 
         def all_are() -> bool:
             self.look()

@@ -232,7 +232,7 @@ async def relay_cuts(field: Field) -> None:
 
 
 async def relay_delays(field: Field) -> None:
-    """Everything that Redis sends arrives late, by a different time on each connection."""
+    """Everything that Redis sends arrives late, with a different delay on each connection."""
 
     async def distort(line: Line, data: bytes) -> bytes:
         await asyncio.sleep(field.chance.uniform(0, 0.03))

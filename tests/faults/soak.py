@@ -2,7 +2,7 @@
 
 Two queues share a Redis: one has the field and its ledger, the other the harness's own client and six workers. After each fault
 the chains must be back and the ledger must add up; then a new page begins, so that the ledger does not grow. Memory is measured
-along the way. Exit code: 0 when all was right, 1 when not, 2 for a wrong argument.
+along the way. Exit code: 0 when everything was right, 1 when not, 2 for a wrong argument.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ def say(started: float, line: str) -> None:
 def totals(last: Mapping[str, Any]) -> str:
     """The client's last line, in words."""
     return (
-        f"harness: {last['numQueueSucceeded']:,} jobs, {CHAINS} chains alive, {last['numRestarted']} started anew, "
-        f"{last['numJobSaveError']} saves failed, {last['numSucceededLost']} jobs did not hear of their own end, "
+        f"harness: {last['numQueueSucceeded']:,} jobs, {CHAINS} chains alive, {last['numRestarted']} restarted, "
+        f"{last['numJobSaveError']} saves failed, {last['numSucceededLost']} jobs missed their own event, "
         f"{last['numReconnects']} connections came back"
     )
 
@@ -211,7 +211,7 @@ def main() -> int:
         asyncio.run(soak(plan, figures))
     except Exception:  # The report still shows everything that was right until then.
         traceback.print_exc()
-        wrong.append("it did not come to its end")
+        wrong.append("the soak did not run to its end")
     if figures.faults:
         show(figures)
     wrong += [f"{name} grew by {mb:.1f} MB" for name, mb in figures.growth().items() if mb > GROWTH_MB]

@@ -1,4 +1,4 @@
-"""The ledger itself: books that add up are accepted, and each discrepancy is named."""
+"""The ledger itself: it accepts a run that adds up, and names each discrepancy."""
 
 from __future__ import annotations
 

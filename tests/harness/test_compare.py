@@ -62,15 +62,15 @@ def test_the_race_and_its_cure() -> None:
     code, sentence = judge(two, [run(per_s=900), run(per_s=1200)])
     assert code == OK
     assert sentence == (
-        "The race, and its cure: on two sockets 100 of 20,000 jobs (0.50 %) never heard of their end and stay in memory, "
-        "1.5 kB each; on one socket none of 20,000 was lost, at 1.05 times the speed (0.90 to 1.20)."
+        "The race, and its cure: on two sockets 100 of 20,000 jobs (0.50 %) missed their own event and stay in memory, "
+        "1.5 kB each; on one socket none of 20,000 missed it, at 1.05 times the speed (0.90 to 1.20)."
     )
 
 
 def test_one_job_lost_with_the_cure_is_its_failure() -> None:
     code, sentence = judge([run(lost=100), run(lost=100)], [run(), run(lost=1)])
     assert code == CURE_LOST
-    assert sentence == "The cure failed: on one socket 1 of 20,000 jobs (0.01 %) never heard of their end."
+    assert sentence == "The cure failed: on one socket 1 of 20,000 jobs (0.01 %) missed their own event."
 
 
 def test_a_cure_that_lost_is_a_failure_where_the_race_did_not_show() -> None:
@@ -81,7 +81,7 @@ def test_no_race() -> None:
     code, sentence = judge([run()], [run()])
     assert code == NO_RACE
     assert sentence == (
-        "The race did not show: of 10,000 jobs on two sockets none was lost; give it more time, or more chains."
+        "The race did not show: on two sockets none of 10,000 jobs missed its own event; try more time, or more chains."
     )
 
 

@@ -263,7 +263,7 @@ def test_workers_that_stop_under_load_leave_nothing_in_active(programs: Programs
 
 
 def test_a_killed_workers_jobs_come_back(programs: Programs) -> None:
-    """by the stall check of another worker: all chains go on, and none is started anew"""
+    """by the stall check of another worker: all chains go on, and none is restarted"""
     client = programs.start("client.py", EXTENDED_STATS="true")
     victim = programs.start("worker.py")
     assert client.stdout is not None

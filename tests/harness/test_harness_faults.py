@@ -28,7 +28,7 @@ LINES = (
     r"(command|event|take) connection: .*; next attempt in \d+ ms",
     r"worker: job \d+ had lost its worker",
     r"worker: job \d+ had been settled, removed or handed on before its handler ended",
-    r"client: \d+ jobs had vanished or ended unseen; their chains were started anew",
+    r"client: \d+ jobs had vanished or ended unseen; their chains were restarted",
     r"worker: OOM .*",
     r"client: a save failed: .*",
     r"client: saves work again",

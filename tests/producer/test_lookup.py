@@ -1012,7 +1012,7 @@ async def test_the_result_of_a_job_removed_elsewhere(make_queue: MakeQueue, orde
     waiting = [asyncio.ensure_future(job.result()) for _ in range(2)]
     await make_queue(is_worker=False, get_events=False).remove_job("1")
     for result in waiting:
-        with pytest.raises(OutcomeUnknown, match="^job 1: it is gone, and no event told of its end$"):
+        with pytest.raises(OutcomeUnknown, match="^job 1: it is gone, and no event reported its end$"):
             await result
     assert len(heard.calls) == queue.unknown_outcomes == 1
     assert queue.jobs == {}
@@ -1030,7 +1030,9 @@ async def test_the_results_of_a_worker_that_sends_no_events(make_queue: MakeQueu
             job.on(event, lambda outcome, job=job, event=event: heard(job.data, event))
     results = [asyncio.ensure_future(job.result()) for job in (good, bad)]
     make_queue(send_events=False).process(good_or_bad)
-    with pytest.raises(OutcomeUnknown, match="^job 1: it succeeded, but no event told its result, and results are not stored$"):
+    with pytest.raises(
+        OutcomeUnknown, match="^job 1: it succeeded, but no event brought its result, and results are not stored$"
+    ):
         await results[0]
     with pytest.raises(JobFailed, match="^ValueError: bad luck$"):
         await results[1]
@@ -1110,7 +1112,7 @@ async def test_looking_tells_another_job_with_the_same_id(make_queue: MakeQueue,
     queue = make_queue(is_worker=False, ordered_events=ordered)
     job = await queue.create_job({}).save()
     await put(redis, queue, "1", {"data": data, "options": {"timestamp": 5, "stacktraces": []}})
-    with pytest.raises(OutcomeUnknown, match="^job 1: it is gone, and no event told of its end$"):
+    with pytest.raises(OutcomeUnknown, match="^job 1: it is gone, and no event reported its end$"):
         await job.result(timeout=5000)
 
 

@@ -225,7 +225,7 @@ async def test_what_ended_while_the_connection_was_down_is_found(make_queue: Mak
         await until(lambda: len(producer.jobs) == 1)
         assert not waited.done()
         assert len(unknown.calls) == 1
-        with pytest.raises(OutcomeUnknown, match="job 1: it succeeded, but no event told its result"):
+        with pytest.raises(OutcomeUnknown, match="job 1: it succeeded, but no event brought its result"):
             await good.result()
         with pytest.raises(JobFailed, match="^ValueError: bad luck$"):
             await bad.result()

@@ -261,7 +261,7 @@ async def test_a_half_is_not_most() -> None:
     assert await subject._let_go(["1", "2"]) >= SWEEP_PAUSE_S
 
 
-# --- ends that no event told ---------------------------------------------------------------------------------------------
+# --- ends without an event -----------------------------------------------------------------------------------------------
 
 
 def ends(job: Job) -> str:
@@ -279,13 +279,13 @@ def ends(job: Job) -> str:
         (Found("failed", "", ""), "failed: JobFailed('')"),
         (
             Found("succeeded", "7", ""),
-            "unknown: OutcomeUnknown('job 1: it succeeded, but no event told its result, and results are not stored')",
+            "unknown: OutcomeUnknown('job 1: it succeeded, but no event brought its result, and results are not stored')",
         ),
-        (Found("gone", "", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+        (Found("gone", "", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event reported its end')"),
         # another job has the id by now
-        (Found("open", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
-        (Found("failed", "8", "Error"), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
-        (Found("succeeded", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event told of its end')"),
+        (Found("open", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event reported its end')"),
+        (Found("failed", "8", "Error"), "unknown: OutcomeUnknown('job 1: it is gone, and no event reported its end')"),
+        (Found("succeeded", "8", ""), "unknown: OutcomeUnknown('job 1: it is gone, and no event reported its end')"),
     ],
 )
 async def test_after_a_reconnect_a_job_ends_as_redis_tells(found: Found, end: str) -> None:
