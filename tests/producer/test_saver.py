@@ -190,6 +190,22 @@ async def test_delayed_jobs_leave_together_and_calls_of_several_one_by_one(queue
     assert await saving == {}
 
 
+@pytest.mark.parametrize(("beyond", "calls"), [(0, [["a", "b"]]), (1, [["a"], ["b"]])])
+@pytest.mark.parametrize("first", [[], ["0"]])
+async def test_one_byte_more_starts_a_new_call(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, beyond: int, calls: list[list[str]], first: list[str]
+) -> None:
+    """Also after a delayed job, which has a call to itself."""
+    delayed, jobs = queue.jobs(*first, delayed=True), queue.jobs("a", "b")
+    monkeypatch.setattr(saving_module, "BYTES_A_CALL", sum(len(job.encode()) for job in jobs) - beyond)
+    saving = asyncio.create_task(queue._saver.save_all([*delayed, *jobs]))
+    await steps()
+    assert queue.store.ids == [[job_id] for job_id in first] + calls
+    for call, job_ids in enumerate(queue.store.ids):
+        queue.store.answer(job_ids if len(job_ids) > 1 else job_ids[0], call)
+    assert await saving == {}
+
+
 async def test_each_answer_is_its_own_jobs(queue: Queue) -> None:
     """An id, an id in use, an error; and an error for the whole call, of which each job gets a copy."""
     stored, used, failed, first, second = queue.jobs("a", "b", "c", "d", "e")
