@@ -1,7 +1,7 @@
-"""A queue's connections: which there are, how each is set up, and what goes on which.
+"""A queue's connections: which ones it has, how each is set up, and which commands use it.
 
     command   scripts and everything that is large or belongs to a worker; may be shared by many queues (`Client`)
-    take      a worker's blocking take, and what is written with it
+    take      a worker's blocking take, and the commands written with it
     event     subscriptions; with `ordered_events` also every command that names one job
 
 On an ordered queue one socket carries the reply to a save and the events of the saved job, in the order in which Redis wrote
@@ -84,11 +84,11 @@ class Connections:
     # --- opening ---------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Registers the queue with its command connection; raises `WrongLoop` when another loop has opened that."""
+        """Registers the queue with its command connection; raises `WrongLoop` when another loop opened the connection."""
         self.client.attach(self._report, self._check_held)
 
     async def open(self) -> None:
-        """Returns when all connections are up, however long that takes; raises `ConnectionRefused` when Redis says no."""
+        """Returns when all connections are up, however long that takes; raises `ConnectionRefused` when Redis refuses one."""
         opening = [connection.open() for connection in (self.takes, self.events) if connection is not None]
         if not self._is_shared:
             opening.append(self.client.open())
@@ -137,7 +137,7 @@ async def connect(redis: RedisSetting = None, *, reconnect: Backoff = linear_bac
     """Opens a command connection for many queues: `Queue("a", redis=client)`.
 
     `redis`, `reconnect` and `ensure_scripts` are as in `Queue`. Waits for a Redis that is not up yet. Raises `ValueError` or
-    `TypeError` naming a wrong argument, and `ConnectionRefused` when Redis says no.
+    `TypeError` naming a wrong argument, and `ConnectionRefused` when Redis refuses the connection.
     """
     QueueSettings(reconnect=reconnect, ensure_scripts=ensure_scripts)  # checks them
     client = command_client(redis, reconnect=reconnect, ensure_scripts=ensure_scripts)

@@ -1,7 +1,7 @@
 """A queue as its producer and its worker see it: open or closed, in which event loop, and where errors go.
 
 `Queue` owns one `Host` and hands it to its parts, which know nothing else of the queue. The host opens the queue at the first
-use, checks each call, counts the calls under way, and owns the queue's tasks. It does not know what is opened.
+use, checks each call, counts the calls under way, and owns the queue's tasks. It does not know what opening involves.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Host:
         return self.opening
 
     def open_at_first_use(self) -> asyncio.Task[None]:
-        """Does as `begin_opening`; raises `NotConnected` when only `connect()` may open the queue and has not been called."""
+        """Like `begin_opening`; raises `NotConnected` when only `connect()` may open the queue and has not been called."""
         if self.opening is None and not self.settings.auto_connect:
             raise NotConnected("the queue is not connected: await connect() first")
         return self.begin_opening()
@@ -125,7 +125,7 @@ class Host:
         self._tasks.discard(task)
         if task.cancelled() or not isinstance(error := task.exception(), Exception) or isinstance(error, QueueClosed):
             return
-        # a caller that awaits the opening gets its refusal; so do the tasks that wait for it
+        # callers and tasks that await the opening get its refusal
         was_raised = error is self.refusal() and (self._opening_is_awaited or task is not self.opening)
         if not was_raised:
             self.report(error)
@@ -137,11 +137,11 @@ class Host:
         return self.opening.exception()
 
     async def end_tasks(self, keep: Set[asyncio.Task[Any] | None], grace_s: float) -> None:
-        """Cancels the queue's tasks but those in `keep`, and waits at most `grace_s` for them to end."""
+        """Cancels the queue's tasks except those in `keep`, and waits at most `grace_s` for them to end."""
         unfinished = self._tasks - keep
         for task in unfinished:
             task.cancel()
         if unfinished:
             _, left = await asyncio.wait(unfinished, timeout=grace_s)
             if left:
-                log.warning("queue %s: %d listeners go on, although they were cancelled", self.name, len(left))
+                log.warning("queue %s: %d listeners keep running, although they were cancelled", self.name, len(left))

@@ -310,7 +310,7 @@ class Job(Emitter):
         does not store it. Raises
 
         - `JobFailed` with the worker's message;
-        - `OutcomeUnknown` when the job ended and no message told how: it was removed, its worker sends no events, or the
+        - `OutcomeUnknown` when the job ended and no message said how: it was removed, its worker sends no events, or the
           connection was down. The queue finds this out within about 5 s, or 10 s with `ordered_events=False`;
         - `TimeoutError`, and `QueueClosed` when the queue is closed first;
         - `BeeQueueError` at once when the queue has no `get_events` or no `store_jobs`, or has neither saved nor fetched this

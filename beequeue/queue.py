@@ -384,7 +384,7 @@ class Queue(Emitter):
         await asyncio.shield(opening)
         try:
             await self._stall_checker.check()
-        except Exception as error:  # jobs are taken all the same, and the check is repeated
+        except Exception as error:  # jobs are still taken, and the check is repeated
             if not self.paused:
                 self._host.report(error)
         if self.paused:
@@ -483,7 +483,7 @@ class Queue(Emitter):
         failure = await self._connections.close()
         self._tracker.close()
         self._ended.set()
-        # a listener that awaits this very close goes on after it
+        # a listener that awaits this close continues after it
         await self._host.end_tasks(self._closers, GRACE_S)
         if failure is not None:
             raise failure

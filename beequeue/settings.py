@@ -20,7 +20,7 @@ PointInTime = int | float | datetime
 """Milliseconds since the epoch, or an aware `datetime`."""
 
 MAX_EVENT_BYTES = 16_000_000
-"""Half of the 32 MB by which Redis's default lets a subscriber fall behind before it cuts the connection."""
+"""Half of the 32 MB that may wait for a subscriber before Redis, by default, cuts its connection."""
 
 Backoff = Callable[[int], int]
 """A function from the number of the attempt (1, 2, …) to the milliseconds to wait before it."""
@@ -145,7 +145,7 @@ class QueueSettings:
 
     @property
     def ordered(self) -> bool:
-        """Whether commands that name one job go on the event connection."""
+        """Whether commands that name one job use the event connection."""
         return self.ordered_events and self.get_events
 
 

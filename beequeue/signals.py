@@ -24,7 +24,7 @@ def end_at_once() -> None:
 async def until_signalled(work: Coroutine[Any, Any, object], *, second_kills: bool = False) -> bool:
     """Runs `work` until it ends, or until SIGTERM or SIGINT cancels it; returns whether it was cancelled.
 
-    Raises whatever `work` raises. Later signals cancel `work` again while it winds down, and do nothing once it has ended;
+    Raises the errors of `work`. Later signals cancel `work` again while it winds down, and do nothing once it has ended;
     with `second_kills`, the second signal ends the process at once, even if a blocked event loop has not noticed the first.
     The handlers stay installed until the loop is closed, so that the program can clean up undisturbed.
     """
@@ -32,7 +32,7 @@ async def until_signalled(work: Coroutine[Any, Any, object], *, second_kills: bo
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     if second_kills:
-        # The loop hears of a signal through a pipe; the handlers that asyncio has just installed do nothing.
+        # The loop receives a signal through a pipe; the handlers that asyncio has just installed do nothing.
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: end_at_once())
     await asyncio.gather(task, return_exceptions=True)

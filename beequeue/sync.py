@@ -283,7 +283,7 @@ class _Background:
             try:
                 self._loop.run_until_complete(until_ended)
             except BaseException as error:
-                log.error("a listener raised %r in the thread of the synchronous queues, which goes on", error)
+                log.error("a listener raised %r in the thread of the synchronous queues, which continues", error)
         self._loop.close()
 
     async def _until_ended(self) -> None:

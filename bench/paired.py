@@ -148,7 +148,7 @@ RUNS: dict[str, Callable[[Setup, str, str], Values]] = {
 
 
 def measure(setup: Setup, name: str) -> Samples:
-    """Runs one measure. Each round runs each side once; the sides take turns to be first."""
+    """Runs one measure. Each round runs each side once; the sides take turns going first."""
     rows = [row for row in ROWS if row.measure == name]
     sides = [OURS, rows[0].baseline]
     if setup.node is None and NODE in sides:

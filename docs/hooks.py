@@ -1,4 +1,4 @@
-"""What `make docs` adds to MkDocs: README and its neighbours as pages, and two checks of the built site.
+"""The additions of `make docs` to MkDocs: README and its neighbours as pages, and two checks of the built site.
 
 The files at the project's root link to each other and to the sources as they stand in a checkout. Here links to pages lead to
 pages, and links to other files, which are not part of the site, become plain text. A link to a file that does not exist stays,

@@ -1,6 +1,6 @@
 """`python -m harness chart`: draws one picture of saved logs; needs the extra `chart`.
 
-Reads the client's stats lines, whatever Compose or `make local` put before them, and skips all other lines. The lines carry
+Reads the client's stats lines, ignores the prefixes of Compose and `make local`, and skips all other lines. The lines carry
 no time, so a line's time is its number times the interval. Only the last line, printed when the run is stopped, may come
 earlier; its time follows from `throughput`, which is jobs divided by seconds.
 """

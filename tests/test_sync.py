@@ -208,7 +208,7 @@ def test_a_listener_that_exits_ends_nothing(
         client.publish(f"bq:{name}:events", '{"id":"1","event":"succeeded","data":"done"}')
     assert queue.result(job, 10_000) == "done"
     assert queue.check_health().waiting == 1
-    assert f"a listener raised {raised!r} in the thread of the synchronous queues, which goes on" in caplog.messages
+    assert f"a listener raised {raised!r} in the thread of the synchronous queues, which continues" in caplog.messages
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

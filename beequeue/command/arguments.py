@@ -73,7 +73,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--remove-on-success", action="store_true", help="delete jobs that succeeded")
     add("--remove-on-failure", action="store_true", help="delete jobs that failed")
     add("--no-delayed", dest="activate_delayed_jobs", action="store_false", help="leave delayed jobs to other workers")
-    timeout_help = "how long jobs may go on after SIGTERM or SIGINT (default: 5000)"
+    timeout_help = "how long jobs may run on after SIGTERM or SIGINT (default: 5000)"
     add("--timeout", metavar="MS", type=count, default=5_000, help=timeout_help)
     add("-v", "--verbose", action="store_true", help="log a line for each attempt at a job")
 

@@ -142,7 +142,7 @@ class Producer:
                 self._tracker.forget(job_id, "it has no entry in jobs")
             elif isinstance(reply, Retried):
                 self._tracker.retried(job_id)
-                if self._ordered:  # the events of the attempt before have been read already
+                if self._ordered:  # the events of the earlier attempt have been read already
                     self._bind_again(job)
             complete(answered, reply)
 

@@ -1,7 +1,7 @@
 """Saving jobs: one job, or many jobs with few script calls.
 
 On an ordered queue a job is bound to its id in the step that parses the reply to its save, because its events may follow that
-reply in the same read. With two sockets it is bound as in bee-queue 2.0.0: when the caller of `save` goes on.
+reply in the same read. With two sockets it is bound as in bee-queue 2.0.0: when the caller of `save` continues.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Saver:
         return True
 
     def _stored(self, job: Job, form: _Form) -> None:
-        """Does what can wait until the caller of `save` goes on."""
+        """Does the rest, which can wait until the caller of `save` continues."""
         if not self._ordered:
             # as bee-queue 2.0.0 does: the job misses an event that came before this
             self._tracker.bind(job)

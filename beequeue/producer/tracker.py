@@ -141,11 +141,11 @@ class Tracker:
             bound = 0 if job is None else job.bound
         if job is None:
             return
-        if job.bound != bound:  # it has been bound anew since, for a retry: the event belongs to the attempt before
+        if job.bound != bound:  # it has been bound again since, for a retry: the event belongs to the earlier attempt
             job.emit(event.name, event.data)
             return
         job.receive(event)
-        # a listener may have bound the job anew, for a retry; it has no last event then
+        # a listener may have bound the job again, for a retry; it has no last event then
         if event.name in ENDS and job.last_event is event and self.jobs.get(event.id) is job:
             del self.jobs[event.id]
 

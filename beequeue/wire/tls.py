@@ -22,7 +22,7 @@ def no_passphrase() -> str:
 
 
 class ContextMaker(Protocol):
-    """What makes an SSL context of the driver: its other attributes are the settings that the context depends on."""
+    """The driver's maker of an SSL context. Its other attributes are the settings that the context depends on."""
 
     context: ssl.SSLContext | None
 
@@ -32,8 +32,8 @@ class ContextMaker(Protocol):
 def wrong_with(arguments: Mapping[str, Any], maker: ContextMaker | None) -> str | None:
     """Describes the first fault in the TLS settings among redis-py's `arguments`, naming the file; None if there is none.
 
-    `maker` then has its context. It is shared with all connections of the same settings, until one of its files changes: to
-    make one takes the event loop tens of milliseconds, and after an outage each connection tries again and again.
+    `maker` then has its context. All connections with the same settings share it until one of its files changes: making one
+    blocks the event loop for tens of milliseconds, and after an outage each connection tries many times.
     """
     settings = _settings_of(maker)
     stamps = _stamps(arguments)
@@ -62,7 +62,7 @@ def _keep(settings: Mapping[str, Any], stamps: list[Any], context: ssl.SSLContex
 
 
 def _settings_of(maker: ContextMaker | None) -> Mapping[str, Any] | None:
-    """The settings that a context depends on; None when nobody knows them, or when a caller's class has made the context."""
+    """The settings that a context depends on; None when they are unknown, or when a caller's class has made the context."""
     names = getattr(maker, "__slots__", None)
     if names is None or getattr(maker, "context", None) is not None:
         return None
@@ -70,7 +70,7 @@ def _settings_of(maker: ContextMaker | None) -> Mapping[str, Any] | None:
 
 
 def _stamps(arguments: Mapping[str, Any]) -> list[Any]:
-    """What changes when somebody replaces a file that a context is made of, or one in a directory of authorities."""
+    """Values that change when a file of the context is replaced, or one in its directory of authorities."""
     default = ssl.get_default_verify_paths()
     files = [arguments.get(name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path")]
     directory = arguments.get("ssl_ca_path")

@@ -24,7 +24,7 @@ def wrong_with(url: str) -> str | None:
         return f"must be a URL that begins with {SCHEMES}"  # not shown: it may be a bare password
     shown_url = _without_secrets(url)
     wrong = None
-    # a password cut in two here would later be taken for a port, a host or a path, and be shown as such
+    # a password cut in two here would later be mistaken for a port, a host or a path, and be shown
     if "#" in url:
         wrong = f"must not contain #{hint}"
     elif "@" in parts.query and not _may_have_at(parts):

@@ -1,4 +1,4 @@
-"""saq: with hiredis, and a ttl of -1, with which jobs leave nothing behind.
+"""saq: with hiredis, and a ttl of -1, so that jobs leave nothing in Redis.
 
 Its only bulk call waits for results, so 100 enqueue run at a time. A job has ended when after_process runs.
 """

@@ -147,7 +147,7 @@ class Notes:
         return lost + self.killed
 
     def again(self) -> dict[int, int]:
-        """How many attempts too many there were, for each job that had any."""
+        """How many extra attempts there were, for each job that had any."""
         extra = {number: count - 1 - retries_of(number) for number, count in self.started.items()}
         return {number: count for number, count in extra.items() if count > 0}
 
@@ -230,5 +230,5 @@ def summary(ledger: Ledger, notes: Notes) -> str:
     told = f"{len(ledger.told)} ended, {ledger.unknown} as unknown"
     saves = f"{len(ledger.saved)} saved, {len(ledger.uncertain)} uncertain, {len(ledger.refused)} refused"
     stalled, lost = sum(notes.stalled.values()), notes.cuts - notes.killed
-    runs = f"{sum(notes.again().values())} attempts too many, explained by {stalled} stalled, {notes.killed} killed workers"
+    runs = f"{sum(notes.again().values())} extra attempts, explained by {stalled} stalled, {notes.killed} killed workers"
     return f"{saves}; {told}; {runs}, {lost} lost replies; errors {dict(notes.errors)}"
