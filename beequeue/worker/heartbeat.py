@@ -6,6 +6,9 @@ each loop that has not given a sign for a while. If the loop does not answer, a 
 is blocked. It has its own connection: a Redis that does not answer holds up no other queue's heartbeat. It also logs which
 handler blocks the loop.
 
+That thread also reports the jobs when the loop lives, but its last report has no answer: on a slow link the report may wait
+behind large data. It logs nothing then: if Redis is away, the connections say so.
+
 While the loop lives, the watch only looks at a variable twice in each stall interval. A handler that never stops blocking keeps
 its jobs, like an `async` handler that never ends. A loop that no longer runs keeps none. An extension that computes without
 releasing Python's own lock, or a signal that stops the process, stops these threads too.
@@ -26,7 +29,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from beequeue.errors import BeeQueueError, TaskFailed
+from beequeue.errors import BeeQueueError, ConnectionLost, TaskFailed
 from beequeue.host import Host
 from beequeue.store.store import Store
 from beequeue.tasks import supervised
@@ -153,7 +156,9 @@ class Heartbeat:
         self._beating: asyncio.Task[None] | None = None
         self._sign_at = time.monotonic()
         self._asked_at: float | None = None
-        self._reports: list[list[asyncio.Future[Any]]] = []
+        self._answered_at = time.monotonic()
+        """When the loop sent the last report that Redis has answered."""
+        self._reports: list[asyncio.Future[list[Any]]] = []
         """The last two reports that the loop sent because the watch asked. The answer to the last may be there, but unread."""
         self._stop = threading.Event()
         self._ended = asyncio.Event()
@@ -195,18 +200,24 @@ class Heartbeat:
             # by the clock: the time that Redis takes to answer must not stretch the interval
             due_at = max(due_at + self._half_s, self._loop.time())
             await asyncio.sleep(due_at - self._loop.time())
-            reports = self._send_reports()
+            reported = self._report_all()
             self._sign()
-            answers = await asyncio.gather(*reports, return_exceptions=True)
+            answers = await reported
             refused = next((answer for answer in answers if isinstance(answer, BaseException)), None)
             if isinstance(refused, BeeQueueError):
                 self._host.report(refused)
             elif refused is not None:
                 raise refused
 
-    def _send_reports(self) -> list[asyncio.Future[Any]]:
+    def _report_all(self) -> asyncio.Future[list[Any]]:
         """Reports all jobs that are held; returns the answers to come."""
-        return [self._store.heartbeat(ids) for ids in self._portions()]
+        sent = asyncio.gather(*[self._store.heartbeat(ids) for ids in self._portions()], return_exceptions=True)
+        sent.add_done_callback(functools.partial(self._was_answered, time.monotonic()))
+        return sent
+
+    def _was_answered(self, sent_at: float, sent: asyncio.Future[list[Any]]) -> None:
+        if not sent.cancelled() and not any(isinstance(answer, ConnectionLost) for answer in sent.result()):
+            self._answered_at = max(self._answered_at, sent_at)
 
     def _sign(self) -> None:
         """Shows the watch that the loop lives, and has just reported its jobs."""
@@ -216,9 +227,9 @@ class Heartbeat:
         """Answers the watch. A loop that blocks in pieces gets here; `_beat` needs several turns, and may not get through."""
         if time.monotonic() - self._sign_at < self._repeat_s:  # `_beat` was first
             return
-        if len(self._reports) < 2 or all(report.done() for report in self._reports[0]):
+        if len(self._reports) < 2 or self._reports[0].done():
             # `_beat` reports a refusal when it meets one
-            self._reports = [*self._reports[-1:], self._send_reports()]
+            self._reports = [*self._reports[-1:], self._report_all()]
         self._sign()
 
     def _portions(self) -> list[list[str]]:
@@ -239,22 +250,36 @@ class Heartbeat:
         asked_at = self._asked_at
         if asked_at is None:
             if (due_at := self._sign_at + self._calm_s) > now:
-                return due_at
+                if self._is_unanswered() and self._held():
+                    return self._stand_in_for(self._until_it_is_answered)
+                return min(due_at, max(self._answer_is_late_at(), now + self._answer_s))
         elif self._sign_at >= asked_at or not self._loop.is_running():
             self._asked_at, self._sign_at = None, max(self._sign_at, asked_at)
-            return self._sign_at + self._calm_s
+            return min(self._sign_at + self._calm_s, max(self._answer_is_late_at(), now + self._answer_s))
         elif (answer_by := asked_at + self._answer_s) > now:
             return answer_by
         elif now - asked_at < 2 * self._answer_s:
             self._asked_at = None
-            self._stand_in = threading.Thread(target=self._report_meanwhile, name="beequeue heartbeat", daemon=True)
-            try:
-                self._stand_in.start()
-            except RuntimeError:  # the system gives no thread
-                self._report_meanwhile()
-            return now + self._repeat_s
+            return self._stand_in_for(self._until_it_is_back)
         self._asked_at = now
         return now + self._answer_s if self._tell_loop(self._answer) else None
+
+    def _answer_is_late_at(self) -> float:
+        return self._answered_at + self._calm_s + self._answer_s
+
+    def _is_unanswered(self) -> bool:
+        """Whether Redis has answered none of the loop's reports for too long, though the loop runs."""
+        return time.monotonic() >= self._answer_is_late_at() and self._loop.is_running()
+
+    def _stand_in_for(self, stand_in: Callable[[], None]) -> float:
+        """Has a second thread report the jobs; returns when to look again."""
+        report = functools.partial(self._report_meanwhile, stand_in)
+        self._stand_in = threading.Thread(target=report, name="beequeue heartbeat", daemon=True)
+        try:
+            self._stand_in.start()
+        except RuntimeError:  # the system gives no thread
+            report()
+        return time.monotonic() + self._repeat_s
 
     def _tell_loop(self, what: Callable[[], object]) -> bool:
         """False when the loop is closed, and the queue never was."""
@@ -272,11 +297,11 @@ class Heartbeat:
         if not self._tell_loop(functools.partial(self._host.report, failure)):
             log.error("queue %s: %s", self._host.name, failure, exc_info=error)
 
-    # --- in a second thread, while the loop is blocked ---------------------------------------------------------------------
+    # --- in a second thread, while the loop is blocked or gets no answer ---------------------------------------------------
 
-    def _report_meanwhile(self) -> None:
+    def _report_meanwhile(self, stand_in: Callable[[], None]) -> None:
         try:
-            self._until_it_is_back()
+            stand_in()
         except Exception as error:  # a fault of this package
             self.report_soon(error)
             self._stop.wait(PAUSE_S)
@@ -284,6 +309,13 @@ class Heartbeat:
             self._connection.close()
             self._stand_in = None
             self._tell_loop(self._ended.set)
+
+    def _until_it_is_answered(self) -> None:
+        while self._is_unanswered():
+            if self._held():
+                self._report()
+            if self._stop.wait(self._repeat_s):
+                return
 
     def _until_it_is_back(self) -> None:
         last_sign, warned = self._sign_at, False

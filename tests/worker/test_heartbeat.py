@@ -26,7 +26,7 @@ from beequeue.worker import heartbeat as heartbeat_module
 from beequeue.worker.heartbeat import Heartbeat
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
-from tests.observe import free_port, freeze, said, thaw
+from tests.observe import free_port, freeze, said, soon, thaw
 from tests.relay import Line, Relay
 
 INTERVAL_MS = 400
@@ -197,25 +197,87 @@ async def test_a_loop_that_lives_costs_nothing(
 async def test_a_loop_that_waits_for_redis_is_not_blocked(
     own_server: Server, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """no answer comes to its heartbeat, but it lives"""
+    """no answer comes to its heartbeat, but it lives; a thread tries to report its jobs, and logs nothing"""
     queue = make_queue(redis=own_server.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
     _, gate = await hold(queue)
     freeze(own_server)
     try:
         assert queue._consumer is not None
         heartbeat = queue._consumer._heartbeat
-        signs = set[float]()
+        reports: list[Exception | None] = []
+        report = heartbeat._report
 
-        def another() -> int:
-            signs.add(heartbeat._sign_at)
-            return len(signs)
+        def noted() -> Exception | None:
+            reports.append(report())
+            return reports[-1]
 
-        await until(lambda: another() == 5)  # the loop has been asked, and has answered
+        heartbeat._report = noted  # type: ignore[method-assign]
+        await until(lambda: len(reports) >= 3)
     finally:
         thaw(own_server)
     gate.set()
     await queue.close()
-    assert [warning for warning in warned(caplog) if "blocked" in warning] == []
+    assert [warning for warning in warned(caplog) if "blocked" in warning or "heartbeat" in warning] == []
+    assert isinstance(reports[0], ConnectionLost)
+
+
+async def test_a_report_that_is_not_answered_is_made_on_another_connection(
+    make_queue: MakeQueue, url: str, redis: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """as when a large settlement fills a slow link: the loop's reports do not reach Redis; nothing is logged"""
+    checker = await make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0, is_worker=False).ready()
+    async with Relay(url) as relay:
+        queue = make_queue(
+            redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False, reconnect=soon
+        )
+        job, gate = await hold(queue)
+        (line,) = [line for line in relay.lines if line.role == "command"]
+        line.dead = True
+        await still_reported(checker, redis, str(job.id))
+        assert warned(caplog) == []
+        line.cut()
+        await until(lambda: len(heartbeats()) == 1)
+        gate.set()
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+    assert heartbeats() == []
+
+
+async def test_jobs_are_reported_while_a_new_connection_is_set_up(make_queue: MakeQueue, url: str, redis: Any) -> None:
+    """the check for reused ids reads whole entries, which takes long on a slow link"""
+    checker = await make_queue(stall_interval=INTERVAL_MS, stalled_check_interval=0, is_worker=False).ready()
+    async with Relay(url) as relay:
+        queue = make_queue(
+            redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False, reconnect=soon
+        )
+        job, gate = await hold(queue)
+        reading, go_on = Seen(), asyncio.Event()
+
+        async def slowly(line: Line, data: bytes) -> bytes:
+            if b"HGET" in line.said and not go_on.is_set():
+                reading(line.role)
+                await go_on.wait()
+            return data
+
+        relay.distort = slowly
+        next(line for line in relay.lines if line.role == "command").cut()
+        await reading.reaches(1)
+        await still_reported(checker, redis, str(job.id))
+        go_on.set()
+        await until(lambda: queue.reconnects == 1)
+        gate.set()
+        await queue.close()
+    make_queue.claim(ConnectionLost)
+
+
+async def still_reported(checker: Queue, redis: Any, job_id: str) -> None:
+    """Checks three times for stalled jobs, and waits each time until this one has been reported."""
+    stalling = checker.to_key("stalling")
+    for _ in range(3):
+        await redis.delete(checker.to_key("stallBlock"))
+        assert await checker.check_stalled_jobs() == 0
+        assert await redis.sismember(stalling, job_id)
+        await until(lambda: redis_is_empty(redis, checker), 3)
 
 
 async def test_redis_is_gone_while_the_loop_is_blocked(
@@ -405,7 +467,7 @@ def test_the_watch_leaves_a_loop_that_does_not_run_alone(name: str, url: str, ca
                 return look()
 
             stood_in: list[bool] = []
-            heartbeat._report_meanwhile = lambda: stood_in.append(True)  # type: ignore[method-assign]
+            heartbeat._report_meanwhile = lambda stand_in: stood_in.append(True)  # type: ignore[method-assign]
             heartbeat.look = count  # type: ignore[method-assign]
             wait_blocking(lambda: looks >= 4)
             assert client.exists(queue.to_key("stalling"))
