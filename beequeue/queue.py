@@ -177,7 +177,7 @@ class Queue(Emitter):
         await self.close()
 
     async def connect(self) -> bool:
-        """Connects, unless the queue has begun to, and returns True when it is ready.
+        """Connects, unless the queue is connecting already; returns True when it is ready.
 
         Waits for a Redis that is not up yet. Raises `ConnectionRefused` when Redis refuses the connection, `QueueClosed`.
         """
@@ -275,7 +275,7 @@ class Queue(Emitter):
         """Deletes ended jobs from `jobs` and from `kind`, which is `succeeded` or `failed`; returns how many.
 
         Deletes at most `limit` jobs, in no particular order, among those created at least `older_than` ago (ms or a
-        `timedelta`). It goes by `options.timestamp`, since the time at which a job ended is not stored. Ended jobs stay in
+        `timedelta`). The age comes from `options.timestamp`, since Redis does not store when a job ended. Ended jobs stay in
         Redis until they are cleaned or removed, unless `remove_on_success` and `remove_on_failure` are set. Raises `ValueError`
         or `TypeError` that names a wrong argument, `RedisFailure`, `QueueClosed`.
         """
@@ -356,8 +356,8 @@ class Queue(Emitter):
         `result()` while it occupies the last free slot: both would wait for the handler itself.
 
         Processing begins with a stall check, repeated every `stalled_check_interval`. A take moves the job's id from `waiting`
-        to `active`; the end of the handler moves it on, and publishes the event on `events`. Raises `BeeQueueError` on a queue
-        with `is_worker=False` and at a second call, `QueueClosed`, and `TypeError` or `ValueError` for a wrong argument.
+        to `active`; when the handler ends, the id moves on and the event is published on `events`. Raises `BeeQueueError` on a
+        queue with `is_worker=False` and at a second call, `QueueClosed`, and `TypeError` or `ValueError` for a wrong argument.
         """
         if not self.settings.is_worker:
             raise BeeQueueError("Cannot call Queue#process on a non-worker")
@@ -427,9 +427,10 @@ class Queue(Emitter):
         4. Calls under way may use the rest of `timeout` to be answered, unless a connection is down.
         5. The connections are closed, and the queue's tasks end.
 
-        A job that is just arriving is waited for past `timeout`, as long as its data moves: cutting the connection would lose
-        it. Raises `OperationTimedOut` when handlers had to be cancelled or Redis did not answer, `ConnectionRefused` when Redis
-        never accepted the queue's connections, `WrongLoop`, and `BeeQueueError` at once when a handler closes its own queue.
+        Past `timeout` it still waits for a job that is just arriving, as long as its data moves: cutting the connection would
+        lose it. Raises `OperationTimedOut` when handlers had to be cancelled or Redis did not answer, `ConnectionRefused` when
+        Redis never accepted the queue's connections, `WrongLoop`, and `BeeQueueError` at once when a handler closes its own
+        queue.
         """
         timeout_ms = milliseconds("timeout", timeout) or 5_000
         if self._consumer is not None and self._consumer.owns_current_task():

@@ -15,7 +15,7 @@ and channels below `<prefix>:<name>:`
     stalling        set         a copy of active, less the ids whose      stall check; heartbeat, finish
                                 worker has reported since
     stallBlock      string      "1", expires: one stall check an interval; stall check
-                                during one: whose it is, and where it goes on
+                                during one: whose it is, and where it continues
     stalls          hash        id -> "count sha1": how often a job has   stall check, with max_stalls; expires
                                 stalled while its JSON had that SHA-1
     events          channel     {"id":…,"event":…,"data":…}               finish, progress
@@ -31,7 +31,7 @@ The life of a job; each arrow is one atomic step
 
 Remove takes a job out of every place.
 
-Redis may refuse a command in the middle of a script, for want of a right or of memory. Each job is then still in one place,
+Redis may refuse a command in the middle of a script, for lack of a right or of memory. Each job is then still in one place,
 with its entry.
 
 Some costs grow with the queue: `active` and `waiting` are lists, so removing an id from one costs a walk. Finish walks from the
@@ -136,7 +136,7 @@ class Health(NamedTuple):
     failed: int
     """Jobs that finally failed and were kept."""
     delayed: int
-    """Jobs whose time is to come."""
+    """Jobs that are not due yet."""
     newest_job: int
     """The last automatic id; 0: none was given yet."""
 
@@ -151,7 +151,7 @@ PAGES_RAISED_AT_ONCE = 2
 """How many pages of 1000 delayed jobs one call raises."""
 
 MOST_ON_EVENTS = 30_000_000
-"""The most bytes of an entry that the event connection carries: Redis cuts a subscriber for which more than 32 MB wait."""
+"""The most bytes of an entry that the event connection carries: Redis cuts a subscriber when more than 32 MB wait for it."""
 LOOKED_AT_BYTES = 1_000_000
 """How many bytes of entries one look reads, and those of one entry more: Redis serves others between two looks."""
 
@@ -215,7 +215,7 @@ class BlockingTake:
                 self.taken += _taken_in(reply, newest, len(reply))
         self.unread = None if self._moved is None else _text(self._moved)
         self._moved = None  # and no second time, if `on_end` raises: see `Command.answer`
-        self.commands = ()  # which refer to this: a circle would be left to the garbage collector
+        self.commands = ()  # they refer to this: a cycle would be left to the garbage collector
         self._on_end(self)
 
 
@@ -284,7 +284,7 @@ class Store:
     def add_all(
         self, jobs: Iterable[tuple[str, bytes]], on_ids: Callable[[list[str | BeeQueueError | None] | BeeQueueError], None]
     ) -> Command:
-        """Does as `add` for jobs that are available now, in one call; `on_ids` gets one answer for each job, or one error."""
+        """Like `add`, for jobs that are available now, in one call; `on_ids` gets one answer for each job, or one error."""
 
         def on_reply(reply: Any) -> None:
             on_ids(reply if isinstance(reply, BeeQueueError) else [_id_or_error(each) for each in reply])
@@ -300,7 +300,7 @@ class Store:
         return reached
 
     async def look_up(self, job_ids: Sequence[str], link: Link | None = None) -> list[Found]:
-        """Reads how jobs stand (`jobs`, `succeeded`, `failed`). `link` is for a connection that is still being set up."""
+        """Reads the states of jobs (`jobs`, `succeeded`, `failed`). `link` is for a connection that is still being set up."""
         found: list[Found] = []
         while len(found) < len(job_ids):
             args = (LOOKED_AT_BYTES, *map(_bytes, job_ids[len(found) :]))
@@ -385,7 +385,7 @@ class Store:
         return entries
 
     async def entries_on(self, link: Link, job_ids: Sequence[str]) -> list[bytes | None]:
-        """Does as `entries`, on a link that is still being set up. HGET is a right that a worker has anyway."""
+        """Like `entries`, on a link that is still being set up. HGET is a right that a worker has anyway."""
         asking = [link.call(b"HGET", self._jobs_key, _bytes(job_id)) for job_id in job_ids]
         entries: list[bytes | None] = await asyncio.gather(*asking)
         return entries
@@ -518,7 +518,7 @@ class Store:
         self._commands.send_all(finishes)
 
     def flush(self) -> None:
-        """Writes all commands that were sent, without waiting for the loop's next turn."""
+        """Writes all commands that were sent, without waiting for the next step of the loop."""
         self._commands.flush()
 
     def heartbeat(self, job_ids: Iterable[str]) -> asyncio.Future[Any]:
@@ -534,7 +534,7 @@ class Store:
         return BlockingConnection(self._commands.address, timeout_s)
 
     def heartbeat_blocking(self, connection: BlockingConnection, job_ids: Iterable[str]) -> None:
-        """Does as `heartbeat`, in a thread."""
+        """Like `heartbeat`, in a thread."""
         connection.call(b"SREM", self._stalling, *map(_bytes, job_ids))
 
     async def hand_back(self, job_ids: Sequence[str]) -> int:

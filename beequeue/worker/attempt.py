@@ -57,7 +57,7 @@ class Attempt:
         self.finish: Command | None = None
         """The command that settles it, while that is unanswered."""
         self.slots = 1
-        """How many slots its end gives back: none while the thread of its handler goes on and keeps the slot."""
+        """How many slots its end gives back: none while the thread of its handler runs on and keeps the slot."""
         self.reused = False
         """Whether Redis has given its id to another job, or lost the job: nothing is sent about it any more."""
 

@@ -1,6 +1,6 @@
 """The two clocks: one raises delayed jobs when they are due, the other recovers the jobs of silent workers.
 
-They decide when to ask; the scripts of the store do the work. A clock reports an error and goes on, unless the connection was
+They decide when to ask; the scripts of the store do the work. A clock reports an error and continues, unless the connection was
 closed, as its owner can do with a shared one. Both run under `supervised`.
 """
 

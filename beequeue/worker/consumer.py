@@ -1,6 +1,6 @@
-"""A worker: it runs the handler on each job that its exchange takes, decides the outcome, and tells the listeners.
+"""A worker: it runs the handler on each job that its exchange takes, decides the outcome, and calls the listeners.
 
-Callbacks handle replies, in the step that parses them; the handlers' tasks are the only ones. Only a job with a time-out costs
+Callbacks handle replies, in the step that parses them; only handlers have tasks. Only a job with a time-out costs
 a timer. Nothing is sent to Redis from here: the exchange settles attempts, and one heartbeat reports them all.
 """
 
@@ -176,7 +176,7 @@ class Consumer:
         return fail_for_good(job, attempt.entry, attempt.error, self._settings)
 
     def _ended(self, attempt: Attempt, outcome: bool | BeeQueueError) -> None:
-        """Tells how an attempt has ended: Redis settled it (True), it came too late (False), or Redis could not settle it."""
+        """Reports how an attempt has ended: Redis settled it (True), it came too late (False), or Redis could not settle it."""
         if outcome is True:
             self._announce(attempt)
         elif outcome is not False:

@@ -52,7 +52,7 @@ class Exchange:
         ended: Callable[[Attempt, bool | BeeQueueError], None],
     ) -> None:
         self.held: dict[Attempt, None] = {}
-        """The attempts that hold a job: from the moment its data is here until Redis has answered the settlement."""
+        """The attempts that hold a job: from the moment its data has arrived until Redis has answered the settlement."""
         self.closing = False
         self.cut_off = False
         """Whether the command connection was closed by its owner."""
@@ -81,7 +81,7 @@ class Exchange:
     # --- to Redis --------------------------------------------------------------------------------------------------------
 
     def pump_soon(self) -> None:
-        """Pumps in the loop's next turn, if there is something to send.
+        """Pumps in the next step of the loop, if there is something to send.
 
         A slot that becomes free while a take is open sends nothing: the open take may bring a job for it.
         """
@@ -187,7 +187,7 @@ class Exchange:
         self.changed()
 
     def _hold(self, taken: list[Taken]) -> list[Attempt]:
-        """An attempt for each job whose data is here; asks for the data of the others, unless the close hands them back.
+        """An attempt for each job whose data has arrived; asks for the data of the others, unless the close hands them back.
 
         The heartbeat reports all of them from now on, even while a listener or a handler blocks the loop.
         """
@@ -225,7 +225,7 @@ class Exchange:
         """An attempt is over: Redis settled it (True), it came too late (False), or Redis could not settle it."""
         del self.held[attempt]
         self._ended(attempt, outcome)
-        attempt.finish = None  # which refers to the attempt: a circle would be left to the garbage collector
+        attempt.finish = None  # it refers to the attempt: a cycle would be left to the garbage collector
 
     def _stop_if_cut_off(self, error: BeeQueueError) -> None:
         """Stops taking when the owner of a shared command connection has closed it: more takes would strand more jobs."""
@@ -269,9 +269,9 @@ class Exchange:
     async def disown_reused_ids(self, link: Link) -> None:
         """Finds the attempts whose id belongs to another job now, before anything else is sent on a new `link`.
 
-        A Redis that has come back empty gives its ids again. An attempt from before would settle a job that it never saw, and
-        Redis could not know. Redis cannot be lost without its connections, so this costs nothing at other times. Raises
-        `ConnectionLost`; when Redis refuses to tell, no attempt is disowned.
+        A Redis that has come back empty hands out its ids again. An attempt from before would settle a job that it never saw,
+        and Redis could not know. Redis cannot be lost without its connections, so this costs nothing at other times. Raises
+        `ConnectionLost`; when Redis refuses to answer, no attempt is disowned.
         """
         held = list(self.held)
         try:
@@ -302,7 +302,7 @@ class Exchange:
     # --- the end ---------------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Has `until` look again."""
+        """Makes `until` check again."""
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool], deadline: float) -> bool:
@@ -359,7 +359,7 @@ class Exchange:
         return self.answers
 
     async def hand_back(self, limit_s: float) -> None:
-        """Returns the held jobs that are neither being settled nor in a thread that goes on; waits at most `limit_s`.
+        """Returns the held jobs that are neither being settled nor in a thread that runs on; waits at most `limit_s`.
 
         Without an answer nothing is repeated: jobs that are still active are left to the stall check, and it reports this.
         """

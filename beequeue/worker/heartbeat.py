@@ -2,16 +2,16 @@
 
 The event loop reports twice in each stall interval. A handler that computes, or waits in a call that is not `async`, blocks
 the loop; after a stall interval its job would go to another worker, and run twice. So a thread of the process, the watch, asks
-each loop that has not given a sign for a while. If the loop does not answer, a second thread reports its jobs while the loop
+each loop that has been silent for a while. If the loop does not answer, a second thread reports its jobs while the loop
 is blocked. It has its own connection: a Redis that does not answer holds up no other queue's heartbeat. It also logs which
 handler blocks the loop.
 
-That thread also reports the jobs when the loop lives, but its last report has no answer: on a slow link the report may wait
-behind large data. It logs nothing then: if Redis is away, the connections say so.
+If the loop runs but its last report has no answer, that thread reports the jobs too: on a slow link the report may wait behind
+large data. It logs nothing then: if Redis is away, the connections say so.
 
-While the loop lives, the watch only looks at a variable twice in each stall interval. A handler that never stops blocking keeps
-its jobs, like an `async` handler that never ends. A loop that no longer runs keeps none. An extension that computes without
-releasing Python's own lock, or a signal that stops the process, stops these threads too.
+While the loop runs freely, the watch only looks at a variable twice in each stall interval. A handler that never stops blocking
+keeps its jobs, like an `async` handler that never ends. A loop that no longer runs keeps none. An extension that computes
+without releasing Python's GIL, or a signal that stops the process, stops these threads too.
 """
 
 from __future__ import annotations
@@ -220,11 +220,11 @@ class Heartbeat:
             self._answered_at = max(self._answered_at, sent_at)
 
     def _sign(self) -> None:
-        """Shows the watch that the loop lives, and has just reported its jobs."""
+        """Shows the watch that the loop runs, and has just reported its jobs."""
         self._sign_at = time.monotonic()
 
     def _answer(self) -> None:
-        """Answers the watch. A loop that blocks in pieces gets here; `_beat` needs several turns, and may not get through."""
+        """Answers the watch. A loop that blocks in pieces gets here; `_beat` needs several steps, and may not finish."""
         if time.monotonic() - self._sign_at < self._repeat_s:  # `_beat` was first
             return
         if len(self._reports) < 2 or self._reports[0].done():

@@ -86,7 +86,7 @@ class Pool:
         return True
 
     def end(self) -> None:
-        """Starts no more threads, and ends each one that has no call; calls under way go on."""
+        """Starts no more threads, and ends each one that has no call; calls under way continue."""
         with self._lock:
             self._ended = True
             for _ in self._threads:
@@ -112,7 +112,7 @@ class Pool:
                 result = in_thread(call.handler, call.job)
             except BaseException as raised:
                 error = raised
-        with self._lock:  # before the loop hears of the result, and submits the next call
+        with self._lock:  # before the loop gets the result, and submits the next call
             self._free += 1
         try:
             if error is not None:
@@ -181,7 +181,7 @@ class Threads:
             raise
 
     def hangs(self, call: Future[Any]) -> bool:
-        """Counts a call that goes on after the end of its job; returns whether it keeps its slot."""
+        """Counts a call that runs on after the end of its job; returns whether it keeps its slot."""
         self._hanging += 1
         call.add_done_callback(self._has_returned)
         if self._hanging == self._count:
@@ -209,5 +209,5 @@ class Threads:
             self._give_slot()
 
     def end(self) -> None:
-        """Starts no more calls; calls under way go on."""
+        """Starts no more calls; calls under way continue."""
         self._pool.end()

@@ -2,7 +2,7 @@
 -- slice of a check, so that Redis serves others between two slices.
 --
 -- KEYS[1] stallBlock  string with an expiry: one effective check per interval, whoever asks; '1', or, during a check,
---                     its name and where it goes on
+--                     its name and where it continues
 -- KEYS[2] stalling    set of ids whose worker has not reported since the last check
 -- KEYS[3] waiting     list: pushed left, taken right
 -- KEYS[4] active      list of ids being processed
@@ -15,9 +15,9 @@
 -- ARGV[3]             ms after the last stall until the counts expire
 -- ARGV[4]             how many ids to look at in this slice
 -- ARGV[5]             the check's name
--- ARGV[6]             '' to begin a check, else where it goes on, as the slice before has returned it
+-- ARGV[6]             '' to begin a check, else where it continues, as the slice before has returned it
 --
--- Returns {where to go on, or '' at the end; the ids that were moved; a flat list: id, JSON, id, JSON, … of those that
+-- Returns {where to continue, or '' at the end; the ids that were moved; a flat list: id, JSON, id, JSON, … of those that
 -- have stalled too often}. The last ones stay in active, for the caller to settle; if it does not, a later check
 -- returns them again.
 --
@@ -27,8 +27,8 @@
 -- A check has three parts. `counts` drops the counts of jobs that have ended. `move` goes through active from the right
 -- end; it pushes stalled ids on waiting and all others on the left end of active, so each slice costs the same and the
 -- order stays. `mark` copies active to stalling. Marking begins when everything has been moved, so an id that `move`
--- meets twice is not taken for stalled. After each slice every id is in one list: a check that is cut short loses
--- nothing, and the next check goes on. Each slice prolongs stallBlock; a check that finds another one there stops. A
+-- meets twice does not count as stalled. After each slice every id is in one list: a check that is cut short loses
+-- nothing, and the next check continues. Each slice prolongs stallBlock; a check that finds another one there stops. A
 -- slice that is repeated, because its answer was lost, finds its successor there; it does nothing and returns that.
 --
 -- A job's JSON is written when the job is saved and when it is settled, and not in between. So a count with another

@@ -1,4 +1,4 @@
--- Returns how jobs stand whose events may have been missed.
+-- Returns the states of jobs whose events may have been missed.
 --
 -- KEYS[1] jobs       hash: id -> job JSON
 -- KEYS[2] succeeded  set of ids
@@ -6,11 +6,11 @@
 -- ARGV[1]            bytes of JSON after which no further id is looked at
 -- ARGV[2..n]         ids
 --
--- Returns a flat list, three strings for each id that was looked at, in order: 'open', 'succeeded', 'failed' or 'gone'; the job's timestamp;
--- its newest stack trace. The last two are '' where there is none.
+-- Returns a flat list, three strings for each id that was looked at, in order: 'open', 'succeeded', 'failed' or
+-- 'gone'; the job's timestamp; its newest stack trace. The last two are '' where there is none.
 --
 -- Why: pub/sub has no replay. The timestamp tells a job from a later one with the same id: a Redis that comes
--- back empty gives its ids again. Where cjson cannot read an entry (half of a surrogate pair), its text is
+-- back empty hands out its ids again. Where cjson cannot read an entry (half of a surrogate pair), its text is
 -- searched. Entries are only read, never written back.
 
 local reply = {}

@@ -7,7 +7,7 @@
 -- ARGV[3]          how many pages of 1000 jobs to move at most
 --
 -- Returns {how many were moved, the next time to look as a string, or -1 when none is left}. The next time is now when
--- more jobs are due: the caller goes on at once.
+-- more jobs are due: the caller continues at once.
 --
 -- Why: any number of jobs may be due at once, and Redis serves nobody else while a script runs. Jobs move in pages,
 -- because Lua's unpack has a limit. Redis allows the first write at maxmemory, and then all others in the script; it

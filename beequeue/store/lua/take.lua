@@ -11,18 +11,18 @@
 --
 -- Why: one round trip, however many slots are free. This script usually follows a blocking take in the same
 -- write, so Redis runs it as soon as that take is answered. It cannot know which job the take moved. That job
--- is the newest in active, or nearly so: only takes that were answered in the same turn of Redis's loop come
+-- is the newest in active, or nearly so: only takes that were answered in the same iteration of Redis's loop come
 -- between. The caller finds its own job by the id.
 --
 -- A job's worker must know its id before its data has crossed a slow link, to report it. So a large job (of
--- more than 64 kB) comes by its id alone, and a second call reads it. The first call does not even read one
+-- more than 64 kB) comes as an id only, and a second call reads it. The first call does not even read one
 -- in active, which may be another worker's.
 --
 -- RPOP is the first write, so that a queue at maxmemory, where Redis refuses the blocking take, still drains.
 -- An id without data is dropped; the one in ARGV[2] is then near the left end of active. An id that cannot be
 -- read or moved goes back to waiting. Rights do not change within a script, so that is the first id it takes.
 --
--- Speed: this is the queue's dearest script. A call of Redis costs as much as 1,000 lines of Lua, and each
+-- Speed: this is the queue's costliest script. A call of Redis costs as much as 1,000 lines of Lua, and each
 -- argument as much as 200. The numbers are part of the text: 4 newest jobs; 4096 bytes of them, after which no
 -- further one is read.
 
