@@ -10,12 +10,12 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from beequeue.errors import BeeQueueError, JobFailed, OutcomeUnknown, UnreadableData
 from beequeue.events import ENDS, Emitter, Event
-from beequeue.settings import Duration, PointInTime, milliseconds
+from beequeue.settings import Duration, PointInTime, milliseconds, shown
 from beequeue.wire.node_json import dump_json, load_json
 
 Strategy = Callable[["Job"], int | float | None]
@@ -54,7 +54,10 @@ def id_from(value: str | int) -> str:
     """Checks a caller's job id and returns it as text: ids are text, even when they look like numbers."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TypeError(f"a job id must be a string or an int, not {value!r}")
-    job_id = str(value)
+    try:
+        job_id = str(value)
+    except ValueError:
+        raise ValueError(f"a job id must be text, or an int that Python can print, not {shown(value)}") from None
     if not job_id:
         raise ValueError("a job id must not be empty")
     try:
@@ -226,7 +229,7 @@ class Job(Emitter):
                 raise ValueError(f"invalid delay timestamp: {when!r} has no time zone")
             when = when.timestamp() * 1000
         if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when < 2**53:
-            raise ValueError(f"invalid delay timestamp: {when!r} is neither epoch milliseconds nor an aware datetime")
+            raise ValueError(f"invalid delay timestamp: {shown(when)} is neither epoch milliseconds nor an aware datetime")
         if int(when) > now_ms():
             self.options["delay"] = math.ceil(when)
         else:
@@ -238,10 +241,9 @@ class Job(Emitter):
 
         Raises `TypeError`, `ValueError`.
         """
-        try:
-            self.options["timeout"] = milliseconds("timeout", duration)
-        except ValueError:
-            raise ValueError("Timeout cannot be negative") from None
+        if duration < timedelta(0) if isinstance(duration, timedelta) else isinstance(duration, int) and duration < 0:
+            raise ValueError("Timeout cannot be negative")
+        self.options["timeout"] = milliseconds("timeout", duration)
         return self
 
     # --- calls that the queue answers --------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def milliseconds(name: str, value: Duration, *, at_least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int of milliseconds or a timedelta, not {value!r}")
     if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least} ms, not {value}")
+        raise ValueError(f"{name} must be at least {at_least} ms, not {shown(value)}")
     if value >= 2**53:
-        raise ValueError(f"{name} must be less than 2**53 ms, the limit of JavaScript's integers, not {value}")
+        raise ValueError(f"{name} must be less than 2**53 ms, the limit of JavaScript's integers, not {shown(value)}")
     return value
 
 
@@ -49,10 +49,15 @@ def whole_number(name: str, value: int, *, at_least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {value!r}")
     if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, not {value}")
+        raise ValueError(f"{name} must be at least {at_least}, not {shown(value)}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, not {value}")
+        raise ValueError(f"{name} must fit in 64 bits, not {shown(value)}")
     return value
+
+
+def shown(value: object) -> str:
+    """`value` for a message; of a huge int only its size, since Python refuses to print one of thousands of digits."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
 
 
 def text(name: str, value: str) -> str:

@@ -77,6 +77,7 @@ def test_an_empty_prefix_is_the_default(prefix: Any) -> None:
         ("max_event_bytes", 0, "max_event_bytes must be at least 1, not 0"),
         ("redis_scan_count", timedelta(1), "redis_scan_count must be an int, not datetime.timedelta(days=1)"),
         ("max_stalls", -1, "max_stalls must be at least 0, not -1"),
+        pytest.param("max_stalls", 10**5000, "max_stalls must fit in 64 bits, not an int of 16610 bits", id="5001 digits"),
         ("max_stalls", True, "max_stalls must be an int, not True"),
         ("max_stalls", timedelta(1), "max_stalls must be an int, not datetime.timedelta(days=1)"),
         ("reconnect", 5, "reconnect must be a function from attempt to milliseconds, not 5"),

@@ -58,6 +58,8 @@ _BLOCKING: Mapping[type, Any] = {
 }
 """The blocking counterpart of each class of redis.asyncio; subclasses come before their parents."""
 
+ABANDON_S = 0.5
+"""How long to wait for an abandoned attempt to connect: a credential provider can swallow its cancellation."""
 ALERT_S = 0.5
 """How long to listen for the alert of a TLS server that has closed a connection at once."""
 
@@ -189,11 +191,13 @@ async def open_connection(endpoint: Endpoint, protocol: int) -> tuple[asyncio.Tr
         # not awaited itself: an exception of a credential provider, even GeneratorExit, must not be raised through this frame
         await asyncio.wait((connecting,), timeout=limit_s)
     except asyncio.CancelledError:
-        await _abandon(driver, connecting, limit_s)
+        await _abandon(driver, connecting)
         raise
     if not connecting.done():
-        await _abandon(driver, connecting, limit_s)
-        raise NoAnswer(f"{endpoint}: no answer within {limit_s:g} s", maybe_applied=False)
+        before_tls = is_tls(endpoint.kind) and driver._writer is None
+        await _abandon(driver, connecting)
+        hint = ": it cannot be reached, or does not speak TLS on this port" if before_tls else ""
+        raise NoAnswer(f"{endpoint}: no answer within {limit_s:g} s{hint}", maybe_applied=False)
     error = asyncio.CancelledError() if connecting.cancelled() else connecting.exception()
     if error is not None:
         _close(driver, connecting)
@@ -253,14 +257,14 @@ async def _alert(driver: Any) -> ssl.SSLError | None:
     return None
 
 
-async def _abandon(driver: Any, connecting: asyncio.Task[None], limit_s: float) -> None:
-    """Ends an attempt to connect; waits `limit_s` at most, since a credential provider can swallow the cancellation."""
+async def _abandon(driver: Any, connecting: asyncio.Task[None]) -> None:
+    """Ends an attempt to connect, and waits for its end, but not without limit."""
     connecting.add_done_callback(partial(_close, driver))
     # redis-py can swallow a cancellation, or wait for Redis after it, but not once its socket is gone
     if driver._writer is not None:
         driver._writer.transport.abort()
     connecting.cancel()
-    await asyncio.wait((connecting,), timeout=limit_s)
+    await asyncio.wait((connecting,), timeout=ABANDON_S)
 
 
 def _close(driver: Any, connecting: asyncio.Task[None]) -> None:

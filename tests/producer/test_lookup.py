@@ -50,6 +50,12 @@ WRONG_IDS = [
     (1.5, TypeError, "a job id must be a string or an int, not 1.5"),
     (b"1", TypeError, "a job id must be a string or an int, not b'1'"),
     (["1"], TypeError, "a job id must be a string or an int, not ['1']"),
+    pytest.param(
+        10**5000,
+        ValueError,
+        "a job id must be text, or an int that Python can print, not an int of 16610 bits",
+        id="5001 digits",
+    ),
     ("\ud800", ValueError, "a job id must be text that UTF-8 can carry, not '\\ud800'"),
 ]
 

@@ -7,7 +7,7 @@ import gc
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from beequeue.wire.address import Address
 from beequeue.wire.driver import BlockingConnection
 from harness.server import Server, find_server, running_server
 from tests.conftest import until
-from tests.observe import free_port
+from tests.observe import free_port, freeze, thaw
 
 PASSWORD = "Zq7/k@v9%#x"
 
@@ -42,6 +42,51 @@ class Unreliable(CredentialProvider):
 
     async def get_credentials_async(self) -> tuple[str]:
         return self.get_credentials()
+
+
+class Stubborn(CredentialProvider):
+    """Never has credentials, and swallows each cancellation until `released`."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.released = asyncio.Event()
+
+    async def get_credentials_async(self) -> tuple[str]:
+        self.asked += 1
+        while not self.released.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.released.wait()
+        return (PASSWORD,)
+
+
+@pytest.mark.parametrize("is_worker", [True, False])
+async def test_a_provider_that_swallows_its_cancellation_does_not_keep_a_queue_from_closing(
+    is_worker: bool, own_server: Server
+) -> None:
+    provider = Stubborn()
+    queue = Queue("q", {"path": str(own_server.socket), "credential_provider": provider}, is_worker=is_worker)
+    await until(lambda: provider.asked == 2 + is_worker)
+    async with asyncio.timeout(5):
+        await queue.close(1_000)
+    provider.released.set()
+    await until(lambda: not any("beequeue" in task.get_name() for task in asyncio.all_tasks()))
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_a_server_that_does_not_speak_tls(protocol: int) -> None:
+    """It waits for the rest of what it takes for a command."""
+    port = free_port()
+    with running_server(find_server({}), "--port", str(port)) as server:
+        address = Address({"host": "127.0.0.1", "port": port, "ssl": True, "socket_connect_timeout": 0.3})
+        with pytest.raises(ConnectionLost) as silent:
+            await address.open(protocol)
+        said = f"127.0.0.1:{port}/0: no answer within 0.3 s: it cannot be reached, or does not speak TLS on this port"
+        assert str(silent.value) == said
+        freeze(server)
+        with pytest.raises(ConnectionLost) as silent:
+            await Address({"path": str(server.socket), "db": 1, "socket_connect_timeout": 0.05}).open(protocol)
+        assert str(silent.value) == f"{server.socket}/1: no answer within 0.05 s"
+        thaw(server)
 
 
 FAILURES: list[BaseException] = [
