@@ -28,6 +28,7 @@ class Attempt:
         "error",
         "finish",
         "id",
+        "is_shortened",
         "job",
         "result",
         "reused",
@@ -56,6 +57,8 @@ class Attempt:
         self.settlement: Settlement | None = None
         self.finish: Command | None = None
         """The command that settles it, while that is unanswered."""
+        self.is_shortened = False
+        """Whether its settlement stands for one that was too large for Redis."""
         self.slots = 1
         """How many slots its end gives back: none while the thread of its handler runs on and keeps the slot."""
         self.reused = False

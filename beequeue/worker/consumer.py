@@ -50,7 +50,7 @@ class Consumer:
         self._settings = host.settings
         self._handler = handler
         self._loop = asyncio.get_running_loop()
-        self._exchange = Exchange(store, host, concurrency, self._begin, self._ended)
+        self._exchange = Exchange(store, host, concurrency, self._begin, self._ended, self._shorten)
         self._heartbeat = Heartbeat(store, host, handler, self._exchange.reported)
         self._threads = None if is_async(handler) else Threads(host.name, handler, concurrency, self._exchange.release)
 
@@ -170,10 +170,24 @@ class Consumer:
         try:
             return fail(job, attempt.error, delay, now_ms(), self._settings)
         except Exception:
-            # the handler put something into the job that JSON cannot carry: it fails for good, with the data it was stored with
-            as_stored = Job.decode(self._host.queue, attempt.id, attempt.entry)
-            job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
-        return fail_for_good(job, attempt.entry, attempt.error, self._settings)
+            # the handler put something into the job that JSON cannot carry
+            return self._fail_as_stored(attempt, job, attempt.error)
+
+    def _fail_as_stored(self, attempt: Attempt, job: Job, error: BaseException) -> Settlement:
+        """The settlement of a job that fails for good, with the data it was stored with."""
+        as_stored = Job.decode(self._host.queue, attempt.id, attempt.entry)
+        job.data, job.options, job.progress = as_stored.data, as_stored.options, as_stored.progress
+        return fail_for_good(job, attempt.entry, error, self._settings)
+
+    def _shorten(self, attempt: Attempt, refusal: BeeQueueError) -> bool:
+        """Has a job fail for good whose settlement Redis never accepts; False when it was shortened already."""
+        if attempt.is_shortened or attempt.job is None:
+            return False
+        attempt.is_shortened = True
+        what = f"Redis does not accept the outcome of job {attempt.id}, probably for its size"
+        attempt.error = OutcomeNotRecorded(f"{what}: {refusal}")
+        attempt.settlement = self._fail_as_stored(attempt, attempt.job, attempt.error)
+        return True
 
     def _ended(self, attempt: Attempt, outcome: bool | BeeQueueError) -> None:
         """Reports how an attempt has ended: Redis settled it (True), it came too late (False), or Redis could not settle it."""

@@ -1,7 +1,8 @@
 """The exchange between a worker and Redis: it takes jobs, settles attempts, and does both in one write where it can.
 
 It owns the slots, the attempts that hold them, and every command about them. It never runs a handler: `begin` gets new
-attempts, `ended` gets each attempt that is over.
+attempts, `ended` gets each attempt that is over. `shorten` gets an attempt whose settlement Redis never accepts, and gives it
+another one, or returns False.
 
 Speed is decided here:
 - a take is two commands in one write: BRPOPLPUSH, and the script that reads the job that was taken. Redis runs the script as
@@ -23,6 +24,7 @@ from typing import Any
 from beequeue.errors import BeeQueueError, CommandError, ConnectionLost, OutcomeNotRecorded, QueueClosed
 from beequeue.host import Host
 from beequeue.store.store import LARGE, TAKE_WAIT_S, BlockingTake, Finished, Settlement, Store, Taken
+from beequeue.wire.connection import MOST_LOSSES
 from beequeue.wire.link import UNFIT, Command, Link
 from beequeue.worker.attempt import Attempt
 
@@ -50,6 +52,7 @@ class Exchange:
         slots: int,
         begin: Callable[[list[Attempt]], None],
         ended: Callable[[Attempt, bool | BeeQueueError], None],
+        shorten: Callable[[Attempt, BeeQueueError], bool],
     ) -> None:
         self.held: dict[Attempt, None] = {}
         """The attempts that hold a job: from the moment its data has arrived until Redis has answered the settlement."""
@@ -63,6 +66,7 @@ class Exchange:
         self._host = host
         self._begin = begin
         self._ended = ended
+        self._shorten = shorten
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._take: BlockingTake | None = None
@@ -205,6 +209,9 @@ class Exchange:
         held: list[Attempt] = []
         if isinstance(finished, BeeQueueError):
             self._stop_if_cut_off(finished)
+            if _is_too_large(attempts[0].finish, finished) and self._shorten(max(attempts, key=_size), finished):
+                self._store.send_finishes([self._build_finish(attempts, is_repeat=True)])
+                return
             for attempt in attempts:
                 self._end(attempt, finished)
         else:
@@ -376,3 +383,15 @@ class Exchange:
         except (BeeQueueError, TimeoutError) as error:
             why = str(error) or "Redis does not answer"
             self._host.report(OutcomeNotRecorded(f"jobs {', '.join(job_ids)} are left to the stall check: {why}"))
+
+
+def _is_too_large(finish: Command | None, error: BeeQueueError) -> bool:
+    """Whether Redis refused to read a settlement, or ended the connection each time: it limits the size of an argument."""
+    if isinstance(error, CommandError):
+        return "Protocol error" in str(error)
+    return isinstance(error, ConnectionLost) and finish is not None and finish.losses > MOST_LOSSES
+
+
+def _size(attempt: Attempt) -> int:
+    settlement = attempt.settlement
+    return 0 if settlement is None else len(settlement.entry or b"") + len(settlement.message)

@@ -35,7 +35,7 @@ from beequeue.worker import exchange as exchange_module
 from beequeue.worker.attempt import Handler
 from harness.server import Server
 from tests.conftest import MakeQueue, Seen, echo, until
-from tests.observe import said
+from tests.observe import said, soon
 from tests.relay import Line, Relay
 
 either_kind = pytest.mark.parametrize("kind", ["async def", "def"])
@@ -937,6 +937,35 @@ async def test_an_outcome_that_cannot_be_written_fails_the_job(make_queue: MakeQ
         await job.result()
     assert await job.is_in_set("failed")
     assert len(runs.calls) == 1
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a small one"])
+async def test_an_outcome_that_is_too_large_for_redis_fails_the_job(
+    own_server: Server, own_redis: Any, make_queue: MakeQueue, beside: bool
+) -> None:
+    """the job runs once; one that is settled by the same command succeeds"""
+    await own_redis.config_set("proto-max-bulk-len", 2**20)
+    queue = make_queue(redis=own_server.url, reconnect=soon, stall_interval=60_000)
+    runs, gate = Seen(), asyncio.Event()
+
+    async def handler(job: Job) -> str:
+        runs(job.data)
+        await gate.wait()
+        return "x" * int(job.data)
+
+    sizes = [2**21, *[5] * beside]
+    jobs = [await queue.create_job(size).save() for size in sizes]
+    queue.process(handler, 2)
+    await runs.reaches(len(sizes))
+    gate.set()
+    with pytest.raises(JobFailed, match="^Redis does not accept the outcome of job 1, probably for its size: "):
+        await jobs[0].result(15_000)
+    assert await jobs[0].is_in_set("failed")
+    for job in jobs[1:]:
+        assert await job.result(10_000) == "xxxxx"
+    assert len(runs.calls) == len(sizes)
+    assert await (await queue.create_job(1).save()).result(10_000) == "x"
+    make_queue.claim(ConnectionLost)
 
 
 class Mute(Exception):
