@@ -121,7 +121,7 @@ class Job(Emitter):
     """One job of a queue. `Queue.create_job` makes a new one; a handler gets the job that it processes.
 
     A job emits `succeeded` (result), `failed` (error), `retrying` (error), `progress` (value), and `unknown` (error) when it
-    has ended and nobody can tell how.
+    has ended with an unknown outcome.
     """
 
     __slots__ = (

@@ -447,7 +447,7 @@ class Store:
         self._commands.send(Command(args, on_reply, unlimited=True))
 
     def moves(self, *, of_takes: bool) -> object:
-        """Changes whenever data moves on the connection of blocking takes, or of commands: only to be compared."""
+        """A value that changes whenever data moves on the connection of takes, or of commands; good only for comparison."""
         connection = self._takes if of_takes else self._commands
         assert connection is not None
         return connection.moves

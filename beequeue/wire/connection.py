@@ -5,8 +5,8 @@ It knows nothing about queues: its owner's `set_up` loads scripts and subscribes
 When a link ends, commands that were never written wait for the next link, and so do those that Redis refused because of its own
 state. Commands that are safe to repeat are repeated. The rest fail with `ConnectionLost(maybe_applied=True)`.
 
-A link without traffic is dead if Redis answers on a new connection, or if none can be opened. If the new one waits as well,
-Redis itself has stopped, and cutting the link would help nobody. If the new one is refused, another open link is asked.
+A link without traffic is dead if Redis answers on a new connection, or if none can be opened. If the new one gets no answer
+either, Redis itself has stopped, and cutting the link would not help. If Redis refuses the new one, another open link decides.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class Group:
             connection.leave(reason)
 
     async def answers(self, address: Address) -> bool | RedisFailure:
-        """`answers`, asked once for all connections that want to know at the same time."""
+        """Does `answers` once for all connections that ask at the same time."""
         if self._asking is None or self._asking.done():
             limit_s = link_module.REPLY_TICKS * link_module.TICK_S
             self._asking = asyncio.get_running_loop().create_task(answers(address, limit_s), name="beequeue asking")
         return await asyncio.shield(self._asking)
 
     async def answers_elsewhere(self, silent: Link) -> bool:
-        """Whether Redis answers on the open link that has heard from it last, other than `silent`."""
+        """Whether Redis answers on the open link, other than `silent`, on which data moved last."""
         links = [each.link for each in self._connections if each.link not in (None, silent)]
         asked = min((link for link in links if link is not None and link.takes_commands), key=_still_ticks, default=None)
         try:
@@ -134,7 +134,7 @@ class Connection:
 
     @property
     def moves(self) -> tuple[Link | None, int]:
-        """Changes whenever data moves: only to be compared."""
+        """A value that changes whenever data moves; good only for comparison."""
         return self._live, 0 if self._live is None else self._live.moves
 
     # --- commands -----------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class Connection:
         self._fail_or_keep(link)
 
     def _pause_ms(self, attempt: int) -> float:
-        """The pause that `reconnect` asks for; the default one where it raises or returns no number of milliseconds."""
+        """The pause that `reconnect` returns; the default one if it raises or does not return a number of milliseconds."""
         try:
             pause_ms: Any = self._reconnect(attempt)
             if isinstance(pause_ms, bool) or not isinstance(pause_ms, (int, float)) or not 0 <= pause_ms < math.inf:
@@ -355,7 +355,7 @@ class Connection:
 
     def _leave_unfit(self, command: Command | None, refusal: str) -> None:
         """Leaves an unfit server. Redis refused `command`, which had no effect; None means that ROLE showed a replica."""
-        if self.link is not None:  # else a late answer on a link that is being left already
+        if self.link is not None:  # otherwise it is a late answer on a link that is being left already
             self._group.leave(refusal)
         if command is None:
             return
@@ -367,12 +367,12 @@ class Connection:
             command.answer(CommandError(refusal))
 
     def _look_into(self, link: Link) -> None:
-        """Finds out why no data moves on `link`, on which Redis owes a reply."""
+        """Finds out why no data moves on `link` although Redis owes a reply on it."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask_beside(link), name="beequeue asking beside")
 
     async def _ask_beside(self, link: Link) -> None:
-        """Drops `link` if it is still silent when Redis has answered on a new connection, or on another one if it refuses that.
+        """Drops `link` if it is still silent after Redis has answered on a new connection or, refusing that, on another link.
 
         A refusal alone is no reason: during `CLIENT PAUSE` Redis refuses some newcomers at once, and answers its clients later.
         """
