@@ -84,7 +84,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     _add_connection_arguments(parser)
     add("--json", action="store_true", help="print one JSON object, with every finding")
     add("--repair", action="store_true", help="repair the damage; without this, nothing is changed")
-    older_help = "while no stall check is in force, also report active jobs that were created at least this long ago"
+    older_help = "also report active jobs that were created at least this long ago, unless workers repeat their stall checks"
     add("--older-than", metavar="SECONDS", type=argument(_seconds), help=older_help)
 
 
