@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import posixpath
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,8 +20,10 @@ from beequeue import Job, Queue, QueueSettings, linear_backoff
 from beequeue.fsck.findings import KINDS
 from beequeue.settings import Backoff, Duration, QueueOptions
 from config import Config
+from harness import original
+from harness.install import NotInstalled
 from tests import ROOT
-from tests.conftest import MakeQueue
+from tests.conftest import MakeQueue, skip
 from tests.faults.scenarios import FAULTS
 from tests.faults.test_proxy import FRONTS
 from tests.harness.test_harness_faults import FAULTS as HARNESS_FAULTS
@@ -75,6 +80,26 @@ async def test_an_example_runs_as_printed(example: str, url: str, name: str, mak
     example = example.replace("redis://127.0.0.1:6379", url).replace('Queue("add"', f'Queue("{name}"')
     command = [sys.executable, "-W", "error", "-c", example]
     ended = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.stdout, ended.stderr) == ("5\n", "")
+
+
+async def test_the_producer_on_node_runs_as_printed(url: str, make_queue: MakeQueue) -> None:
+    """with a worker of ours"""
+    (example,) = re.findall(r"```js\n(.*?)```", PAGES["docs/library.md"], re.DOTALL)
+    try:
+        node = await asyncio.to_thread(original.install)
+    except NotInstalled as reason:
+        skip(str(reason))
+        raise
+    assert "'redis://127.0.0.1:6379'" in example
+    assert "Queue('add'" in example
+    queue = make_queue()
+    queue.process(lambda job: job.data["x"] + job.data["y"])
+    server = json.dumps({"path": urlsplit(url).path} if url.startswith("unix:") else url)
+    example = example.replace("'redis://127.0.0.1:6379'", server).replace("Queue('add'", f"Queue('{queue.name}'")
+    command = [node, "-e", example]
+    run = partial(subprocess.run, cwd=original.DIRECTORY, capture_output=True, text=True, timeout=30, check=False)
+    ended = await asyncio.to_thread(run, command)
     assert (ended.stdout, ended.stderr) == ("5\n", "")
 
 
