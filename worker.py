@@ -28,7 +28,7 @@ async def main(settings: Config) -> None:
         remove_on_success=True,
         remove_on_failure=True,
     )
-    queue.on("ready", lambda: log.info("worker: connected; %d jobs at once", settings.concurrency))
+    queue.on("ready", lambda: log.info("worker: connected; concurrency %d", settings.concurrency))
     queue.on("stalled", lambda job_id: log.info("worker: job %s had lost its worker", job_id))
     queue.on("error", lambda error: log.warning("worker: %s", error))
     await program.run_until_signal(queue, queue.run(handler, concurrency=settings.concurrency))

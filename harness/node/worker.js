@@ -16,7 +16,7 @@ const queue = new Queue(settings.queueName, {
   removeOnFailure: true,
 });
 
-queue.on('ready', () => console.error(`worker: connected; ${settings.concurrency} jobs at once`));
+queue.on('ready', () => console.error(`worker: connected; concurrency ${settings.concurrency}`));
 queue.on('error', (error) => console.error(`worker: ${error.message}`));
 queue.process(settings.concurrency, async (job) => ({data: job.data}));
 

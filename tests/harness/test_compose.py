@@ -257,7 +257,7 @@ def test_make_up_ends_with_its_client(compose: list[str], project: Path, start: 
     assert last["numQueueSucceeded"] == last["numJobSucceeded"] == last["numJobSaveSuccess"] > 500
     assert last["numSucceededLost"] == last["numTracked"] == last["numJobSaveError"] == 0
     assert f"{CHAINS - 2} chains, ordered_events=True" in up.output.read_text()
-    assert "1 jobs at once" in up.output.read_text()
+    assert "worker: connected; concurrency 1" in up.output.read_text()
 
 
 @versions

@@ -119,7 +119,7 @@ def test_the_main_job(local: Callable[..., Local], ordered: str) -> None:
         assert last["succededLossPercent"] == "0.0"
     else:
         assert last["numSucceededLost"] > 0
-    assert sum(line.endswith("worker: connected; 2 jobs at once") for line in err.splitlines()) == 6
+    assert sum(line.endswith("worker: connected; concurrency 2") for line in err.splitlines()) == 6
     assert sum(line.endswith("worker: stopped") for line in err.splitlines()) == 6
     assert "Traceback" not in err
 
