@@ -75,7 +75,7 @@ class Exchange:
         self._reads_on_takes = False
         """Whether the last of these came on the connection of takes."""
         self._pump_is_due = False
-        self._lot = min(max(slots // 2, LEAST_LOT), MOST_LOT)
+        self._lot = min(max(slots // 2, LEAST_LOT), MOST_LOT, slots)  # once all slots wait to be settled, nothing can join
         self._settling: list[Attempt] = []
         """The attempts whose settlement has not been sent."""
         self._unanswered = 0
