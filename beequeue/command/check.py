@@ -29,7 +29,7 @@ WOULD = {
     "too-old": "would be moved to {}",
     "unreadable": "a worker that takes it moves it to failed",
 }
-"""What `--repair` would do about a finding, by kind."""
+"""The effect that `--repair` would have on a finding, by kind."""
 DID = {
     "ghost": "removed from {}",
     "orphan": "moved to {}",

@@ -72,7 +72,7 @@ OnId = Callable[[str | BeeQueueError | None], None]
 
 
 class Settlement(NamedTuple):
-    """What `finish` writes at the end of an attempt."""
+    """The data that `finish` writes at the end of an attempt."""
 
     status: str
     """`succeeded`, `failed` or `retrying`."""

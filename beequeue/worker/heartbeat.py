@@ -40,18 +40,18 @@ log = logging.getLogger("beequeue")
 REPORTED_AT_ONCE = 1_000
 """How many jobs one command reports, so that it does not hold Redis up."""
 ANSWER_S = 0.1
-"""How long a loop has to answer, at least, where the stall interval leaves time for it."""
+"""The least time that a loop gets to answer, where the stall interval leaves time for it."""
 LEAST_S = 0.005
-"""The shortest time that a thread waits. A stall interval below 20 ms would need less than a thread can keep to."""
+"""The shortest time that a thread waits. A stall interval below 20 ms would need shorter waits than a thread can manage."""
 MOST_S = 86_400.0
-"""The longest stall interval that the watch goes by; the system limits how long a thread may wait."""
+"""The longest stall interval that the watch uses; the system limits how long a thread may wait."""
 LONGEST_CALL_S = 2.0
 """How long a thread waits for Redis."""
 PAUSE_S = 1.0
 """How long the watch leaves a loop alone after an unexpected error."""
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-"""A frame in one of these folders tells less than the frame that called it."""
+"""A frame in one of these folders is less useful than the frame that called it."""
 
 
 class Watch:
@@ -65,7 +65,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, heartbeat: Heartbeat) -> None:
-        """Looks at `heartbeat` from now on; raises `RuntimeError` when the system gives no thread."""
+        """Looks at `heartbeat` from now on; raises `RuntimeError` when the system refuses a thread."""
         with self._lock:
             self._heartbeats[heartbeat] = 0.0
             if self._thread is None:
@@ -165,15 +165,15 @@ class Heartbeat:
         self._stand_in: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begins to report, and has the loop watched."""
+        """Begins to report, and lets the watch look at the loop."""
         self._beating = supervised(self._beat, "heartbeat", self._host.report)
         try:
             _watch.add(self)
-        except RuntimeError as error:  # the system gives no thread: the loop still reports
+        except RuntimeError as error:  # the system refuses a thread: the loop still reports
             log.warning("queue %s: nothing watches the event loop: %s", self._host.name, error)
 
     async def stop(self, grace_s: float) -> None:
-        """Stops reporting, and waits at most `grace_s` for a thread that stands in; that ends within `LONGEST_CALL_S`."""
+        """Stops reporting, and waits at most `grace_s` for the second thread, which ends within `LONGEST_CALL_S`."""
         self._stop.set()
         self._connection.close()
         _watch.remove(self, grace_s)
@@ -188,7 +188,7 @@ class Heartbeat:
             await asyncio.wait((self._beating,))
 
     def is_cancelled(self) -> bool:
-        """Whether somebody cancels all tasks, as `asyncio.run` does when the program is interrupted."""
+        """Whether all tasks are being cancelled, as `asyncio.run` does when the program is interrupted."""
         return self._beating is not None and self._beating.cancelling() > 0
 
     # --- in the event loop -----------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Heartbeat:
         self._stand_in = threading.Thread(target=report, name="beequeue heartbeat", daemon=True)
         try:
             self._stand_in.start()
-        except RuntimeError:  # the system gives no thread
+        except RuntimeError:  # the system refuses a thread
             report()
         return time.monotonic() + self._repeat_s
 
@@ -321,7 +321,7 @@ class Heartbeat:
         last_sign, warned = self._sign_at, False
         while self._sign_at == last_sign and self._loop.is_running():
             if held := self._held():
-                failure = self._report()  # before logging, which may wait for the very call that blocks the loop
+                failure = self._report()  # before logging, which may wait for the same call that blocks the loop
                 if not warned and time.monotonic() - last_sign >= self._calm_s + ANSWER_S:
                     log.warning("queue %s: %s", self._host.name, self._what_blocks(held))
                     warned = True

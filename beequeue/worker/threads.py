@@ -3,7 +3,7 @@
 A time-out ends a job, not its thread, so there are more threads than slots. When all the extra threads hang, each further
 thread that hangs keeps its slot until it returns. So a handler always finds a free thread; its time-out begins with its call.
 
-When the system gives no thread, no job fails: the call waits until a thread is free or can be started. The threads are daemons,
+When the system refuses a thread, no job fails: the call waits until a thread is free or can start. The threads are daemons,
 because a thread that waits for a call must not keep the process alive. A process that ends waits for the handlers that run
 (unless it ends by `os._exit`), and calls none after that.
 """
@@ -161,7 +161,7 @@ class Threads:
         self._pool.submit(call)
         if self._is_short and not self._pool.short:
             self._is_short = False
-            log.warning("queue %s: the system gives threads for its handler again", self._queue)
+            log.warning("queue %s: the system allows threads for its handler again", self._queue)
         return call
 
     async def wait_for_thread(self, call: Call) -> None:
@@ -170,7 +170,7 @@ class Threads:
         if self._pool.short and not self._is_short:
             self._is_short = True
             name = name_of(self._handler)
-            log.warning("queue %s: the system gives no more threads: calls of the handler %s wait for one", self._queue, name)
+            log.warning("queue %s: the system allows no more threads: calls of the handler %s wait for one", self._queue, name)
         begun = asyncio.wrap_future(call.late)
         try:
             while not begun.done():

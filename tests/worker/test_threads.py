@@ -150,7 +150,7 @@ async def test_an_exception_that_a_future_cannot_carry_fails_the_job(
     assert [record.getMessage() for record in caplog.records] == []
 
 
-# --- a system that gives no thread -----------------------------------------------------------------------------------
+# --- a system that allows no thread ----------------------------------------------------------------------------------
 
 
 def handlers() -> list[threading.Thread]:
@@ -199,7 +199,7 @@ async def test_a_system_that_gives_no_thread_fails_no_job(
     assert sorted(calls) == list(range(5))
     name = f"{__name__}.{work.__qualname__}"
     assert warnings(caplog)[0] == (
-        f"queue {queue.name}: the system gives no more threads: calls of the handler {name} wait for one"
+        f"queue {queue.name}: the system allows no more threads: calls of the handler {name} wait for one"
     )
     assert len(warnings(caplog)) == (2 if most == 0 else 1)
 
