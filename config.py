@@ -21,6 +21,10 @@ from beequeue.escape import escape
 from beequeue.parse import text, whole_number
 
 
+MOST_CHAINS, MOST_WORKERS = 100_000, 1_000
+"""A client with more jobs to start would not listen to a signal; more processes would exhaust the machine."""
+
+
 @dataclass(frozen=True)
 class Config:
     """One field for each variable; the names are the variables' in lower case."""
@@ -65,13 +69,13 @@ def _url(value: str) -> str:
 _PARSERS: dict[str, Callable[[str], object]] = {
     "queue_name": text,
     "concurrency": whole_number,
-    "num_chains": whole_number,
+    "num_chains": partial(whole_number, at_most=MOST_CHAINS),
     "redis_url": _url,
     "ordered_events": _truth,
     "stats_interval": _seconds,
     "duration": partial(_seconds, zero=True),
     "extended_stats": _truth,
-    "workers": whole_number,
+    "workers": partial(whole_number, at_most=MOST_WORKERS),
 }
 
 

@@ -8,12 +8,14 @@ MOST_DIGITS = 15
 """As many as Node reads exactly."""
 
 
-def whole_number(value: str, *, at_least: int = 1) -> int:
+def whole_number(value: str, *, at_least: int = 1, at_most: int | None = None) -> int:
     """An int."""
     if not (value.isascii() and value.isdigit() and int(value[:MOST_DIGITS]) >= at_least):
         raise ValueError(f"must be a whole number of at least {at_least}, not {value!r}")
     if len(value) > MOST_DIGITS:
         raise ValueError(f"must have at most {MOST_DIGITS} digits, not {value!r}")
+    if at_most is not None and int(value) > at_most:
+        raise ValueError(f"must be at most {at_most:,}, not {value!r}")
     return int(value)
 
 

@@ -56,6 +56,8 @@ def test_empty_means_not_set() -> None:
         ("QUEUE_NAME", "a\udcff", r"QUEUE_NAME must be text that UTF-8 can carry, not 'a\udcff'"),
         ("QUEUE_NAME", "a\0b", r"QUEUE_NAME must not contain NUL, unlike 'a\x00b'"),
         ("NUM_CHAINS", "2.5", "NUM_CHAINS must be a whole number of at least 1, not '2.5'"),
+        ("NUM_CHAINS", "100001", "NUM_CHAINS must be at most 100,000, not '100001'"),
+        ("WORKERS", "1001", "WORKERS must be at most 1,000, not '1001'"),
         ("WORKERS", "-1", "WORKERS must be a whole number of at least 1, not '-1'"),
         ("ORDERED_EVENTS", "yes", "ORDERED_EVENTS must be true or false, not 'yes'"),
         ("EXTENDED_STATS", "1", "EXTENDED_STATS must be true or false, not '1'"),
