@@ -20,7 +20,6 @@ from beequeue import check_redis_url
 from beequeue.escape import escape
 from beequeue.parse import text, whole_number
 
-
 MOST_CHAINS, MOST_WORKERS = 100_000, 1_000
 """A client with more jobs to start would not listen to a signal; more processes would exhaust the machine."""
 
