@@ -22,9 +22,9 @@
 -- An id without data is dropped; the one in ARGV[2] is then near the left end of active. An id that cannot be
 -- read or moved goes back to waiting. Rights do not change within a script, so that is the first id it takes.
 --
--- Speed: this is the queue's costliest script. A call of Redis costs as much as 1,000 lines of Lua, and each
--- argument as much as 200. The numbers are part of the text: 4 newest jobs; 4096 bytes of them, after which no
--- further one is read.
+-- Speed: this is the queue's costliest script. In CPU instructions, a key or an argument costs 1,300, a call of
+-- Redis 6,000 to 9,000, and LRANGE of 4 ids 20,000. So the numbers are part of the text: 4 newest jobs, and
+-- 4096 bytes of them, after which no further one is read.
 
 local reply, bytes, id = {0}, 0, ARGV[2]
 if not id then
