@@ -1412,7 +1412,7 @@ async def test_destroy_stops_nothing(make_queue: MakeQueue, redis: Any) -> None:
     queue.process(handler, 2)
     jobs = [await queue.create_job("running").save() for _ in range(2)]
     await started.reaches(2)
-    due = now_ms() + 100
+    due = now_ms() + 1_000
     await redis.zadd(queue.to_key("delayed"), {"some": FAR})
     later = await queue.create_job("later").delay_until(due).save()
     await queue.destroy()
