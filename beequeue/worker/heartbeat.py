@@ -216,7 +216,9 @@ class Heartbeat:
         return sent
 
     def _was_answered(self, sent_at: float, sent: asyncio.Future[list[Any]]) -> None:
-        if not sent.cancelled() and not any(isinstance(answer, ConnectionLost) for answer in sent.result()):
+        if sent.cancelled() or sent.exception() is not None:  # `_beat`, which waits for it, was cancelled
+            return
+        if not any(isinstance(answer, ConnectionLost) for answer in sent.result()):
             self._answered_at = max(self._answered_at, sent_at)
 
     def _sign(self) -> None:

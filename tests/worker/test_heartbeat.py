@@ -18,7 +18,17 @@ import pytest
 import redis as sync_redis
 import trustme
 
-from beequeue import BeeQueueError, CommandError, ConnectionLost, ConnectionRefused, Job, Queue, TaskFailed
+from beequeue import (
+    BeeQueueError,
+    CommandError,
+    ConnectionLost,
+    ConnectionRefused,
+    Job,
+    OperationTimedOut,
+    OutcomeNotRecorded,
+    Queue,
+    TaskFailed,
+)
 from beequeue import tasks as supervised_module
 from beequeue.wire.address import Address
 from beequeue.wire.driver import BlockingConnection
@@ -26,7 +36,7 @@ from beequeue.worker import heartbeat as heartbeat_module
 from beequeue.worker.heartbeat import Heartbeat
 from harness.server import Server, running_server
 from tests.conftest import MakeQueue, Seen, echo, skip, until
-from tests.observe import free_port, freeze, said, soon, thaw
+from tests.observe import Spoken, free_port, freeze, said, soon, thaw
 from tests.relay import Line, Relay
 
 INTERVAL_MS = 400
@@ -241,6 +251,23 @@ async def test_a_report_that_is_not_answered_is_made_on_another_connection(
         await queue.close()
     make_queue.claim(ConnectionLost)
     assert heartbeats() == []
+
+
+async def test_a_close_cancels_a_report_without_a_word(make_queue: MakeQueue, url: str) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    async with Relay(url) as relay:
+        queue = make_queue(redis=relay.url, stall_interval=INTERVAL_MS, stalled_check_interval=0, get_events=False)
+        _, gate = await hold(queue)
+        spoken = Spoken(relay)
+        relay.hold("command")
+        await until(lambda: any(command[0] == b"SREM" for _, command in spoken.commands))
+        gate.set()
+        with pytest.raises(OperationTimedOut):
+            await queue.close(50)
+    make_queue.queues.remove(queue)
+    make_queue.claim(OutcomeNotRecorded)
+    assert complaints == []
 
 
 async def test_jobs_are_reported_while_a_new_connection_is_set_up(make_queue: MakeQueue, url: str, redis: Any) -> None:
