@@ -277,8 +277,11 @@ class Field:
         return [client for client in ours if client["cmd"] not in ("hello", "NULL")]
 
     async def all_are_connected(self) -> bool:
-        """Whether the producer has two connections and each worker three."""
-        return len(await self.clients()) == 2 + 3 * len(self.crew.alive)
+        """Whether the producer has two connections and each worker three, in the eyes of the relays and of Redis.
+
+        On a busy machine Redis still lists connections that a relay has cut.
+        """
+        return len(self.lines()) == len(await self.clients()) == 2 + 3 * len(self.crew.alive)
 
     async def kill(self, clients: Iterable[dict[str, str]], redis: Any = None) -> None:
         """CLIENT KILL."""
