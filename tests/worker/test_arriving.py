@@ -38,8 +38,7 @@ async def survives(checker: Queue, redis: Any, job_id: str, checks: int = 3) -> 
     stalling = checker.to_key("stalling")
     for _ in range(checks):
         await redis.delete(checker.to_key("stallBlock"))
-        assert await checker.check_stalled_jobs() == 0
-        assert await redis.sismember(stalling, job_id)
+        assert await checker.check_stalled_jobs() == 0  # it fills `stalling`; a report may follow at once
         await until(lambda: _is_reported(redis, stalling, job_id), 3)
 
 

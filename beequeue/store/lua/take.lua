@@ -15,8 +15,8 @@
 -- between. The caller finds its own job by the id.
 --
 -- A job's worker must know its id before its data has crossed a slow link, to report it. So a large job (of
--- more than 64 kB) comes as an id only, and a second call reads it. The first call does not even read one
--- in active, which may be another worker's.
+-- more than 64 kB) comes as an id only, and a second call reads it. The first call returns none of those in
+-- active, which may be another worker's, and ends its search at one: Redis reads one such job at most.
 --
 -- RPOP is the first write, so that a queue at maxmemory, where Redis refuses the blocking take, still drains.
 -- An id without data is dropped; the one in ARGV[2] is then near the left end of active. An id that cannot be
@@ -28,23 +28,19 @@
 
 local reply, bytes, id = {0}, 0, ARGV[2]
 if not id then
-  local newest = redis.call('LRANGE', KEYS[3], 0, 3)
-  local ids, count = {}, 0
+  local newest, count, read = redis.call('LRANGE', KEYS[3], 0, 3), 0, 0
   for at = 1, #newest do
-    local length = redis.call('HSTRLEN', KEYS[1], newest[at])
-    if length > 0 and length <= 65536 then
-      count, bytes = count + 1, bytes + length
-      ids[count] = newest[at]
-      if bytes > 4096 then break end
+    local data = redis.call('HGET', KEYS[1], newest[at])
+    if data then
+      read = read + #data
+      if #data <= 65536 then
+        count, bytes = count + 1, bytes + #data
+        reply[2 * count], reply[2 * count + 1] = newest[at], data
+      end
+      if read > 4096 then break end
     end
   end
-  if count > 0 then
-    local data = redis.call('HMGET', KEYS[1], unpack(ids))
-    reply[1] = count
-    for at = 1, count do
-      reply[2 * at], reply[2 * at + 1] = ids[at], data[at]
-    end
-  end
+  reply[1] = count
 elseif id ~= '' then
   local data = redis.call('HGET', KEYS[1], id)
   if data then
